@@ -1,0 +1,47 @@
+# Needs a Python (3.11 to 3.13) and make; `make venv` fetches the rest.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+# Numbers are compared in float32 on the CPU; compiled programs are kept for the next run.
+PYTEST := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 $(BIN)/python -m pytest --quiet
+
+.PHONY: help venv demo test test-slow lint
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
+
+venv: $(INSTALLED)  ## make .venv, or bring it up to date with setup.py
+
+demo: $(INSTALLED)  ## watch a video with the embedded model and ask three questions
+	@$(BIN)/vcflash demo
+
+test: $(INSTALLED)  ## the tests that take minutes in all
+	@$(PYTEST)
+
+test-slow: $(INSTALLED)  ## the tests that take minutes each
+	@$(PYTEST) -m slow
+
+lint: $(INSTALLED)  ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+$(INSTALLED): setup.py
+	@set -e; \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  for candidate in $(PYTHON) python3.12 python3.11 python3.13 python3 ""; do \
+	    if $$candidate -c '$(SUITABLE)' 2>/dev/null; then break; fi; \
+	  done; \
+	  if [ -z "$$candidate" ]; then \
+	    echo "No Python 3.11, 3.12 or 3.13 (with ensurepip) found; python3 is" \
+	      "$$(python3 --version 2>/dev/null || echo absent). Name one: make venv PYTHON=/path/to/python3.12" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Making $(VENV) with $$($$candidate --version)"; \
+	  $$candidate -m venv --clear $(VENV); \
+	fi; \
+	echo "Installing the package and what its tests need (a minute or two)"; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test]'; \
+	touch $@

@@ -1,0 +1,52 @@
+"""Packaging of videochat_flash_jax.
+
+Lower bounds are the versions that the tests ran with on Python 3.11; upper bounds stop before the
+next release that may break an interface. Newer Pythons resolve to newer jax and flax in between.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PACKAGE = Path(__file__).parent / "videochat_flash_jax"
+VERSION = re.search(r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_text(), re.M).group(1)
+JAX = ">=0.10.2,<0.13"
+TORCH = "torch>=2.6,<3"  # 2.6: the first that refuses to unpickle code by default
+
+setup(
+  name="videochat_flash_jax",
+  version=VERSION,
+  description="VideoChat-Flash in JAX: hours of video at 16 tokens a frame, on TPU, GPU and CPU.",
+  license="Apache-2.0",
+  python_requires=">=3.11,<3.14",
+  packages=find_packages(include=["videochat_flash_jax", "videochat_flash_jax.*"]),
+  package_data={"videochat_flash_jax": ["assets/**/*"]},
+  install_requires=[
+    f"jax{JAX}",
+    "absl-py>=2.5,<3",
+    "av>=18.1,<20",
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "huggingface_hub>=2.4,<3",
+    "jaxtyping>=0.3.11,<0.4",
+    "ml-collections>=1.1,<2",
+    "numpy>=2.4,<3",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=13,<14",
+    "safetensors>=0.8,<0.9",
+    "sentencepiece>=0.2.3,<0.3",
+    "tensorstore>=0.1.86,<0.2",
+    "tokenizers>=0.23,<0.24",
+    "tqdm>=4.70,<5",
+  ],
+  extras_require={
+    "test": ["beartype>=0.23,<0.24", "pytest>=9.2,<10", "ruff==0.17.6"],
+    # Never bare libtpu: only jax knows which libtpu fits it.
+    "tpu": [f"jax[tpu]{JAX}"],
+    "convert": [TORCH],
+    "bench": [TORCH, "transformers>=5.23,<6"],
+  },
+  entry_points={"console_scripts": ["vcflash = videochat_flash_jax.cli.main:main"]},
+)

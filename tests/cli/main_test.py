@@ -1,0 +1,109 @@
+import subprocess
+import sys
+import types
+
+import pytest
+
+import videochat_flash_jax
+from videochat_flash_jax.cli import main
+from videochat_flash_jax.errors import InputError
+
+
+@pytest.fixture
+def fake_verb(monkeypatch):
+  """A verb `fake` with one option; returns its module, for a test to change."""
+  module = types.ModuleType("videochat_flash_jax.cli.fake")
+  module.EXAMPLE = "vcflash fake --count 3"
+  module.add_arguments = lambda parser: parser.add_argument("--count", type=int, default=1)
+  module.run = lambda args: print(f"count {args.count}")
+  monkeypatch.setitem(sys.modules, module.__name__, module)
+  monkeypatch.setitem(main.VERBS, "fake", "Do nothing much.")
+  return module
+
+
+def _raise(error):
+  raise error
+
+
+def test_a_verb_gets_its_options_and_success_is_zero(fake_verb, capsys):
+  assert main.main(["fake", "--count", "3"]) == 0
+  assert capsys.readouterr().out == "count 3\n"
+
+
+def test_a_verb_chooses_its_exit_code(fake_verb):
+  fake_verb.run = lambda args: 1
+  assert main.main(["fake"]) == 1
+
+
+def test_a_verbs_help_shows_what_it_does_and_an_example(fake_verb, capsys):
+  with pytest.raises(SystemExit, match="0"):
+    main.main(["fake", "--help"])
+  out = capsys.readouterr().out
+  assert "Do nothing much." in out and "--count" in out and fake_verb.EXAMPLE in out
+
+
+def test_bad_input_is_one_line_and_code_2(fake_verb, capsys):
+  fake_verb.run = lambda args: _raise(InputError("no file 'a.mp4': check the path"))
+  assert main.main(["fake"]) == 2
+  assert capsys.readouterr().err == "vcflash: no file 'a.mp4': check the path\n"
+
+
+def test_an_interrupt_is_code_130(fake_verb):
+  fake_verb.run = lambda args: _raise(KeyboardInterrupt())
+  assert main.main(["fake"]) == 130
+
+
+def test_a_fault_of_the_package_keeps_its_traceback(fake_verb):
+  fake_verb.run = lambda args: _raise(ValueError("a bug"))
+  with pytest.raises(ValueError, match="a bug"):
+    main.main(["fake"])
+
+
+@pytest.mark.parametrize(
+  "argv, told",
+  [
+    ([], "required: <verb>"),
+    (["--count", "3"], "; see `vcflash --help`"),
+    (["--verbose", "fake"], "unrecognized arguments: --verbose; see `vcflash --help`"),
+    (["--", "fake"], "; see `vcflash --help`"),
+    (["fkae"], "unknown verb 'fkae': did you mean fake?"),
+    (["xyz"], "unknown verb 'xyz': the verbs are chat, "),
+    (["fake", "--count", "three"], "argument --count: invalid int value: 'three'"),
+    (["fake", "--coun", "3"], "unknown argument --coun 3; see `vcflash fake --help`"),
+  ],
+)
+def test_a_wrong_command_line_is_one_line_and_code_2(fake_verb, capsys, argv, told):
+  assert main.main(argv) == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("vcflash: ") and told in lines[0]
+
+
+def test_overrides_reach_only_the_verb_that_takes_them(fake_verb, capsys):
+  fake_verb.TAKES_OVERRIDES = True
+  fake_verb.run = lambda args: print(args.count, args.overrides)
+  assert main.main(["fake", "--config.a.b=1", "--count", "2", "--config.c", "x"]) == 0
+  assert capsys.readouterr().out == "2 ['--config.a.b=1', '--config.c', 'x']\n"
+
+
+def test_version_is_the_packages(capsys):
+  with pytest.raises(SystemExit, match="0"):
+    main.main(["--version"])
+  assert capsys.readouterr().out == f"vcflash {videochat_flash_jax.__version__}\n"
+
+
+def test_help_lists_the_verbs_and_imports_none_of_them():
+  probe = (
+    "import sys; from videochat_flash_jax.cli import main\n"
+    "try: main.main(['--help'])\n"
+    "finally: print(sorted(m for m in sys.modules if 'flash_jax.cli.' in m), 'jax' in sys.modules)"
+  )
+  result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+  assert all(verb in result.stdout for verb in main.VERBS)
+  assert result.stdout.splitlines()[-1] == "['videochat_flash_jax.cli.main'] False"
+
+
+@pytest.mark.parametrize("verb", main.VERBS)
+def test_every_verb_shows_an_example_of_itself(verb, capsys):
+  with pytest.raises(SystemExit, match="0"):
+    main.main([verb, "--help"])
+  assert f"example:\n  vcflash {verb}" in capsys.readouterr().out

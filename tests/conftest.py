@@ -1,0 +1,45 @@
+"""Shared fixtures: where the golden numbers are, and float32 arithmetic at full precision."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def golden_root() -> Path:
+  """Directory of golden numbers: `VCF_GOLDEN_DIR`, or the copy beside the tests."""
+  return Path(os.environ.get("VCF_GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+
+class Golden:
+  """One golden family: its manifest and its tensors, all sizes read from the files."""
+
+  def __init__(self, family: str):
+    self.path = golden_root() / family
+
+  def json(self, name: str = "manifest.json"):
+    return json.loads((self.path / name).read_text())
+
+  def tensors(self, name: str) -> dict[str, np.ndarray]:
+    return load_file(self.path / f"{name}.safetensors")
+
+
+@pytest.fixture
+def golden():
+  """`golden("03_tome")` opens a family."""
+  return Golden
+
+
+def assert_close(actual, expected, *, relative: float = 0.0, absolute: float = 0.0):
+  """Asserts max|a-b| <= relative * max|b| + absolute (the numbers policy's measure)."""
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert actual.shape == expected.shape, (actual.shape, expected.shape)
+  error = np.abs(actual - expected).max(initial=0.0)
+  bound = relative * np.abs(expected).max(initial=0.0) + absolute
+  assert error <= bound, f"max|a-b| = {error:.3g}, allowed {bound:.3g}"

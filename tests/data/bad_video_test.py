@@ -1,0 +1,144 @@
+"""Files that are no video, or not a whole one: one clear line each."""
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.video_files import FILES, HEIGHT, SHORT_GROUPS, WIDTH, pictures, write_video
+from videochat_flash_jax.data.video_reader import open_video
+from videochat_flash_jax.errors import InputError
+
+
+def text_file(path):
+  path.write_text("This is not a video.\n" * 100)
+
+
+def empty_file(path):
+  path.write_bytes(b"")
+
+
+def cut_before_the_index(path):
+  data = write_video(path, pictures(40)).read_bytes()
+  path.write_bytes(data[: len(data) // 2])
+
+
+def cut_after_the_index(path):
+  data = write_video(path, pictures(40), muxer={"movflags": "faststart"}).read_bytes()
+  path.write_bytes(data[: len(data) // 2])
+
+
+def index_only(path):
+  data = write_video(path, pictures(40), muxer={"movflags": "faststart"}).read_bytes()
+  with av.open(str(path)) as container:
+    first = next(container.demux(video=0))
+  path.write_bytes(data[: first.pos])
+
+
+def header_only(path):
+  with av.open(str(path), "w", format="matroska") as container:
+    container.add_stream("libx264", rate=10).pix_fmt = "yuv420p"
+    container.start_encoding()
+
+
+def add_sound(container):
+  stream = container.add_stream("libmp3lame", rate=16000)
+  silence = np.zeros((1, 16000), np.float32)
+  frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+  frame.sample_rate = 16000
+  return lambda: container.mux([*stream.encode(frame), *stream.encode(None)])
+
+
+def audio_only(path):
+  with av.open(str(path), "w") as container:
+    add_sound(container)()
+
+
+def audio_with_a_cover_picture(path):
+  with av.open(str(path), "w", format="mp3") as container:
+    write_sound = add_sound(container)
+    stream = container.add_stream("mjpeg", rate=1)
+    stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuvj420p"
+    stream.disposition = av.stream.Disposition.attached_pic
+    picture = av.VideoFrame.from_ndarray(pictures(1)[0]).reformat(format="yuvj420p")
+    container.mux([*stream.encode(picture), *stream.encode(None)])
+    write_sound()
+
+
+def folder_without_pictures(path):
+  path.mkdir()
+  (path / "notes.txt").write_text("no picture")
+
+
+def folder_of_a_broken_picture(path):
+  path.mkdir()
+  (path / "1.png").write_text("no picture")
+
+
+BAD_INPUT = [
+  (lambda path: None, "there is no such video"),
+  (text_file, "not a video"),
+  (empty_file, "the file is empty"),
+  (cut_before_the_index, "not a video, or one cut short"),
+  (cut_after_the_index, r"truncated .* of its 40 frames can be"),
+  (index_only, "no video frames"),
+  (header_only, "not a video, or one cut short"),
+  (audio_only, "audio only"),
+  (audio_with_a_cover_picture, "audio only"),
+  (folder_without_pictures, r"no \.jpg or \.png"),
+  (folder_of_a_broken_picture, "not a readable picture"),
+]
+
+
+@pytest.mark.parametrize("write, message", BAD_INPUT)
+def test_bad_input_is_one_line_that_names_the_file_and_a_remedy(tmp_path, capfd, write, message):
+  path = tmp_path / "bad.mp4"
+  write(path)
+  capfd.readouterr()
+  with pytest.raises(InputError, match=message) as error:
+    open_video(path)
+  text = str(error.value)
+  assert str(path) in text
+  assert "\n" not in text
+  assert "; " in text  # before the remedy
+  assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_needs_a_rate_above_zero(tmp_path):
+  Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+  with pytest.raises(InputError, match="rate above 0"):
+    open_video(tmp_path, picture_fps=0.0)
+
+
+def test_a_truncated_mp4_names_how_many_frames_are_left(tmp_path):
+  path = tmp_path / "v.mp4"
+  frames = pictures(40)
+  whole = write_video(path, frames, muxer={"movflags": "faststart"}).read_bytes()
+  with av.open(str(path)) as container:
+    packets = [packet for packet in container.demux(video=0) if packet.size]
+  path.write_bytes(whole[: packets[31].pos - 1])
+  with pytest.raises(InputError, match="only 30 of its 40 frames can be read"):
+    open_video(path)
+
+
+@pytest.mark.parametrize("name", ["b_frames.mkv", "vp9.webm"])
+def test_a_truncated_matroska_file_is_noticed_by_its_length(tmp_path, name):
+  path = write_video(tmp_path / name, pictures(40), **FILES[name])
+  data = path.read_bytes()
+  path.write_bytes(data[: len(data) // 2])
+  with pytest.raises(InputError, match=r"truncated .* of its \d+ frames"):
+    open_video(path)
+
+
+def test_a_damaged_end_is_noticed_when_it_is_reached(tmp_path):
+  path = write_video(tmp_path / "v.mp4", pictures(40), options=SHORT_GROUPS)
+  with av.open(str(path)) as container:
+    packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+  data = bytearray(path.read_bytes())
+  for position, size in packets[24:]:
+    data[position : position + size] = bytes(size)
+  path.write_bytes(data)
+  with open_video(path) as video:
+    assert video.read(range(20)).shape[0] == 20
+    with pytest.raises(InputError, match=r"only 2\d of its 40 frames can be read"):
+      video.read([39])

@@ -1,0 +1,71 @@
+"""Counting right answers, and refusing annotation files that cannot be used."""
+
+import json
+
+import pytest
+
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.evals.exact_match import evaluate, read_rows
+
+
+def row(video="a.mp4", question="<image>\nWho?", answer="red", **more):
+  turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+  return {"video": video, "conversations": turns, **more}
+
+
+class FakeChat:
+  """Answers every question with the name of the video, and counts what it watches."""
+
+  def __init__(self):
+    self.watched = []
+
+  def watch(self, path, max_frames, progress):
+    self.watched.append(path.name)
+    self.name = path.stem
+    return self
+
+  def reset(self):
+    pass
+
+  def ask(self, question):
+    assert question == "Who?"
+    return f" {self.name.upper()}. "
+
+
+def test_rows_are_counted_by_kind_and_each_video_is_watched_once(tmp_path):
+  rows = [row("red.mp4", kind="x"), row("blue.mp4", kind="y"), row("red.mp4", answer="blue")]
+  file = tmp_path / "rows.json"
+  file.write_text(json.dumps(rows))
+  chat, answers = FakeChat(), []
+  scores = evaluate(chat, file, on_answer=lambda *told: answers.append(told))
+  assert {kind: (s.rows, s.right) for kind, s in scores.items()} == {
+    "all": (3, 1),
+    "x": (1, 1),
+    "y": (1, 0),
+  }
+  assert scores["all"].accuracy == 1 / 3
+  assert sorted(chat.watched) == ["blue.mp4", "red.mp4"]
+  assert len(answers) == 3
+
+
+@pytest.mark.parametrize(
+  "text, said",
+  [
+    ("not json", "not valid JSON"),
+    ("[]", "no list of rows"),
+    ("{}", "no list of rows"),
+    (json.dumps([{"conversations": []}]), "row 0 has no field 'video'"),
+    (json.dumps([row(), {"video": "a.mp4"}]), "conversations"),
+    (json.dumps([{"video": "a", "conversations": [{"from": "gpt", "value": "x"}]}]), "row 0 needs"),
+  ],
+)
+def test_unusable_annotations_are_named(tmp_path, text, said):
+  file = tmp_path / "rows.json"
+  file.write_text(text)
+  with pytest.raises(InputError, match=said):
+    read_rows(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(InputError, match=r"nothing\.json: cannot be read"):
+    read_rows(tmp_path / "nothing.json")

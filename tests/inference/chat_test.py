@@ -1,0 +1,131 @@
+"""Watching and asking: conversation, streaming, reuse of what was read."""
+
+import numpy as np
+import pytest
+
+from videochat_flash_jax.data.video_reader import open_video
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.inference.chat import VideoChat
+from videochat_flash_jax.testing.dummy import write_dummy_checkpoint, write_dummy_video
+
+QUESTIONS = ("What colour is the star?", "Where does it go?")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  return write_dummy_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def chat(checkpoint):
+  return VideoChat.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+  return write_dummy_video(tmp_path_factory.mktemp("video") / "a.mp4", num_frames=48, fps=2)
+
+
+def ask(video, question, **options):
+  return video.ask(question, max_new_tokens=24, **options)
+
+
+def test_a_second_is_one_frame(chat, path):
+  video = chat.watch(path)
+  assert (video.seconds, video.num_frames) == (24.0, 24)
+  assert chat.watch(path, max_frames=8).num_frames == 8
+
+
+def test_the_same_video_and_question_give_the_same_answer(chat, checkpoint, path):
+  answers = {ask(chat.watch(path), QUESTIONS[0]) for _ in range(2)}
+  answers.add(ask(VideoChat.from_pretrained(checkpoint).watch(path), QUESTIONS[0]))
+  assert len(answers) == 1
+
+
+def test_streamed_pieces_join_to_the_answer(chat, path):
+  pieces = list(ask(chat.watch(path), QUESTIONS[0], stream=True))
+  assert len(pieces) > 1
+  assert "".join(pieces) == ask(chat.watch(path), QUESTIONS[0])
+
+
+def test_a_question_continues_the_conversation_as_if_it_were_read_from_the_start(chat, path):
+  video = chat.watch(path)
+  answers = [ask(video, question) for question in QUESTIONS]
+  assert video.history == list(zip(QUESTIONS, answers, strict=True))
+  fresh = chat.watch(path)
+  fresh.history = [(QUESTIONS[0], answers[0])]
+  assert ask(fresh, QUESTIONS[1]) == answers[1]
+
+
+def test_only_what_is_new_is_read_again(chat, path, monkeypatch):
+  video = chat.watch(path)
+  lengths = []
+  read = chat.engine.read
+  monkeypatch.setattr(
+    chat.engine,
+    "read",
+    lambda prompts, *rest, **more: (
+      lengths.append(len(prompts[0].token_ids)) or read(prompts, *rest, **more)
+    ),
+  )
+  ask(video, QUESTIONS[0])
+  video.reset()
+  ask(video, QUESTIONS[1])
+  num_visual = len(video._visual_tokens)
+  assert lengths[0] > num_visual
+  assert lengths[1] < num_visual // 2
+
+
+def test_after_a_reset_the_answer_is_that_of_a_new_conversation(chat, path):
+  video = chat.watch(path)
+  first = ask(video, QUESTIONS[0])
+  ask(video, QUESTIONS[1])
+  video.reset()
+  assert ask(video, QUESTIONS[0]) == first
+
+
+def test_a_stream_left_early_spoils_nothing(chat, path):
+  video = chat.watch(path)
+  next(iter(ask(video, QUESTIONS[1], stream=True)))
+  assert video.history == []
+  assert ask(video, QUESTIONS[0]) == ask(chat.watch(path), QUESTIONS[0])
+
+
+def test_a_refused_question_spoils_nothing(chat, path):
+  video = chat.watch(path)
+  expected = ask(chat.watch(path), QUESTIONS[0])
+  with pytest.raises(InputError, match="empty"):
+    video.ask("  ")
+  with pytest.raises(InputError, match="context"):
+    video.ask("star " * 3000)
+  with pytest.raises(InputError, match="max_new_tokens"):
+    video.ask("Why?", max_new_tokens=0)
+  assert ask(video, QUESTIONS[0]) == expected
+
+
+def test_an_extended_video_answers_as_one_watched_whole(chat, path):
+  with open_video(path) as reader:
+    frames = reader.read(range(0, 48, 2))
+  whole, grown = chat.watch(path), chat.watch(path)
+  for video in (whole, grown):
+    ask(video, QUESTIONS[0])
+    video.reset()
+  whole.extend(frames)
+  for part in np.split(frames, 3):
+    grown.extend(part)
+  assert (grown.num_frames, grown.seconds) == (48, 48.0)
+  assert ask(grown, QUESTIONS[0]) == ask(whole, QUESTIONS[0])
+
+
+@pytest.mark.parametrize(
+  "frames, said",
+  [
+    (np.zeros((3, 8, 8, 3), np.uint8), "multiple of 4"),
+    (np.zeros((0, 8, 8, 3), np.uint8), "multiple of 4"),
+    (np.zeros((4, 8, 8, 3), np.float32), "uint8"),
+    (np.zeros((4, 8, 8), np.uint8), "uint8"),
+  ],
+)
+def test_frames_of_another_form_are_refused(chat, path, frames, said):
+  with pytest.raises(InputError, match=said):
+    chat.watch(path).extend(frames)

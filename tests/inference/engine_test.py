@@ -1,0 +1,117 @@
+"""The engine: one row's tokens do not depend on its company, its bucket, or what was cached."""
+
+import numpy as np
+import pytest
+
+from videochat_flash_jax.data.conversation import VISUAL_SLOT
+from videochat_flash_jax.data.packing import lay_out
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.inference import engine as engine_module
+from videochat_flash_jax.inference.engine import CLIPS_PER_GROUP, Engine, Prompt, bucket
+from videochat_flash_jax.inference.sampler import Sampling
+from videochat_flash_jax.testing.dummy import dummy_config, dummy_model
+
+NEW_TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def engine():
+  return Engine(dummy_model(), stop_ids=(3,))
+
+
+@pytest.fixture(scope="module")
+def prompts(engine):
+  """Three rows of different length: 3 clips, 1 clip, and text only."""
+  rng = np.random.default_rng(0)
+  rows = []
+  for num_clips, num_text in ((3, 25), (1, 60), (0, 12)):
+    clips = rng.integers(0, 256, (max(num_clips, 1), 4, 32, 32, 3), dtype=np.uint8)
+    tokens = engine.encode(clips)
+    text = rng.integers(5, 500, num_text).tolist()
+    if num_clips:
+      text.insert(5, VISUAL_SLOT)
+    counts = [len(tokens)] if num_clips else []
+    rows.append(Prompt(*lay_out(text, counts), tokens))
+  return rows
+
+
+@pytest.fixture(scope="module")
+def alone(engine, prompts):
+  return [engine.generate([prompt], NEW_TOKENS)[0] for prompt in prompts]
+
+
+def test_a_row_gives_the_same_tokens_alone_and_in_a_batch(engine, prompts, alone):
+  assert engine.generate(prompts, NEW_TOKENS) == alone
+  assert engine.generate(prompts[::-1], NEW_TOKENS) == alone[::-1]
+  assert len({tuple(tokens) for tokens in alone}) == 3  # the rows do differ
+
+
+def test_two_runs_give_the_same_tokens(engine, prompts, alone):
+  assert engine.generate([prompts[0]], NEW_TOKENS)[0] == alone[0]
+
+
+def test_a_larger_bucket_gives_the_same_tokens(engine, prompts, alone, monkeypatch):
+  monkeypatch.setattr(engine_module, "bucket", lambda size, smallest=64: 2 * bucket(size))
+  assert engine.generate(prompts, NEW_TOKENS) == alone
+
+
+def test_a_prompt_read_in_two_parts_gives_the_same_tokens(engine, prompts, alone):
+  prompt = prompts[0]
+  for cut in (3, 20, 40):
+    parts = [
+      prompt._replace(token_ids=prompt.token_ids[part], visual_index=prompt.visual_index[part])
+      for part in (slice(0, cut), slice(cut, None))
+    ]
+    reading = engine.read(parts[:1], NEW_TOKENS)
+    reading = engine.read(parts[1:], NEW_TOKENS, after=reading)
+    written = np.concatenate([new for new, _ in engine.write(reading, NEW_TOKENS)], axis=1)[0]
+    assert [t for t in written.tolist() if t not in (3, -1)] == alone[0]
+
+
+def test_a_cache_grows_when_a_later_turn_needs_more_room(engine, prompts):
+  reading = engine.read([prompts[2]], 1)
+  small = reading.num_slots
+  reading = engine.read([prompts[1]], 200, after=reading)
+  assert reading.num_slots > small
+  assert int(reading.cache.length[0]) == sum(len(prompts[i].token_ids) for i in (1, 2))
+
+
+def test_writing_stops_at_the_stop_token(engine, prompts, alone):
+  stop = alone[0][7]
+  first = alone[0].index(stop)
+  model = dummy_model()
+  assert Engine(model, stop_ids=(stop,)).generate([prompts[0]], NEW_TOKENS)[0] == alone[0][:first]
+
+
+def test_at_most_the_wanted_number_of_tokens_is_written(engine, prompts, alone):
+  for wanted in (1, 16, 17):
+    assert engine.generate([prompts[0]], wanted)[0] == alone[0][:wanted]
+
+
+def test_sampling_is_repeatable_and_differs_between_seeds(engine, prompts):
+  hot = [Sampling(temperature=5.0, seed=seed) for seed in (1, 1, 2)]
+  first, again, other = (engine.generate([prompts[0]], NEW_TOKENS, s)[0] for s in hot)
+  assert first == again != other
+
+
+def test_clips_are_encoded_alike_in_any_group(engine):
+  clips = np.random.default_rng(1).integers(
+    0, 256, (CLIPS_PER_GROUP + 3, 4, 32, 32, 3), dtype=np.uint8
+  )
+  together = np.asarray(engine.encode(clips))
+  apart = np.concatenate([np.asarray(engine.encode(clips[i : i + 1])) for i in range(len(clips))])
+  np.testing.assert_array_equal(together, apart)
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(engine, prompts):
+  available = dummy_config().decoder.max_positions
+  with pytest.raises(InputError, match=f"{len(prompts[0].token_ids)} tokens.*{available}"):
+    engine.read(prompts[:1], available)
+
+
+def test_buckets_waste_at_most_half():
+  sizes = np.arange(1, 5000)
+  buckets = np.array([bucket(int(size)) for size in sizes])
+  assert (buckets >= sizes).all()
+  assert (buckets[64:] <= 1.5 * sizes[64:]).all()
+  assert len(set(buckets.tolist())) < 16

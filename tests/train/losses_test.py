@@ -1,0 +1,72 @@
+"""Losses: what counts, and what does not."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.models.config import VideoChatFlashConfig
+from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.train import losses
+
+
+def test_ignored_label_is_that_of_conversations():
+  assert losses.IGNORE_LABEL == IGNORE_LABEL
+
+
+def test_cross_entropy_is_the_mean_over_learnt_positions():
+  logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [5.0, 0.0, 0.0]])
+  labels = jnp.array([0, 2, IGNORE_LABEL])
+  loss, right = losses.cross_entropy(logits, labels)
+  expected = [np.log(np.exp(2) + 2) - 2, np.log(np.e + 2)]
+  np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-6)
+  assert right == 0.5
+
+
+def test_cross_entropy_of_nothing_is_zero():
+  loss, right = losses.cross_entropy(jnp.ones((2, 3)), jnp.full(2, IGNORE_LABEL))
+  assert loss == 0 and right == 0
+
+
+def answer_batch():
+  """One row: two segments of a clip, an answer and its end, then padding."""
+  rng = np.random.default_rng(0)
+  token_ids = rng.integers(5, 700, (1, 48)).astype(np.int32)
+  visual_index = np.full((1, 48), -1, np.int32)
+  visual_index[0, 2:18] = np.arange(16)
+  visual_index[0, 22:38] = np.arange(16, 32)
+  labels = np.full((1, 48), IGNORE_LABEL, np.int32)
+  labels[0, [19, 39]] = token_ids[0, [19, 39]]
+  batch = {
+    "frames": rng.integers(0, 255, (1, 2, 4, 32, 32, 3)).astype(np.uint8),
+    "token_ids": token_ids,
+    "labels": labels,
+    "visual_index": visual_index,
+    "positions": np.concatenate([np.arange(20), np.arange(20), np.arange(8)])[None],
+    "segment_ids": np.repeat([1, 2, 0], [20, 20, 8])[None],
+  }
+  return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def test_the_answer_loss_does_not_see_answers_before_they_are_given_nor_the_padding():
+  model = VideoChatFlash(VideoChatFlashConfig.tiny(), rngs=nnx.Rngs(0))
+  batch = answer_batch()
+  loss, metrics = losses.answer_loss(model, batch)
+  assert np.isfinite(loss) and 0 <= metrics["answer_tokens"] <= 1
+  unseen = jnp.array([19, *range(39, 48)])
+  changed = {**batch, "token_ids": batch["token_ids"].at[0, unseen].add(1)}
+  np.testing.assert_allclose(losses.answer_loss(model, changed)[0], loss, rtol=1e-5)
+
+
+def test_the_patch_loss_falls_when_the_heads_are_right():
+  model = VideoChatFlash(VideoChatFlashConfig.tiny(), rngs=nnx.Rngs(0))
+  probe = losses.PatchProbe(model, {"kinds": 3}, rngs=nnx.Rngs(1))
+  frames = np.random.default_rng(0).integers(0, 255, (2, 4, 32, 32, 3)).astype(np.uint8)
+  labels = np.full((2, 64), 1, np.int32)
+  labels[0] = 2
+  labels[1, ::2] = IGNORE_LABEL
+  batch = {"frames": jnp.asarray(frames), "kinds": jnp.asarray(labels)}
+  before, _ = losses.patch_loss(probe, batch)
+  probe.heads["kinds"].bias[...] = jnp.array([-50.0, 0.0, 0.0])
+  after, metrics = losses.patch_loss(probe, batch)
+  assert after < before and 0 <= metrics["kinds"] <= 1

@@ -1,0 +1,1 @@
+"""Upstream's layout of weights and configs, in and out."""

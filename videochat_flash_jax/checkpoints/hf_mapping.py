@@ -1,0 +1,109 @@
+"""Upstream's names for weights and config fields, and ours: the only place that knows them."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Layout(NamedTuple):
+  """How one array is laid out here and on the hub."""
+
+  from_hub: Callable[[np.ndarray], np.ndarray]
+  to_hub: Callable[[np.ndarray], np.ndarray]
+
+
+def _patches_to_hub(kernel):
+  size = round((kernel.shape[0] // 3) ** 0.5)
+  return kernel.reshape(1, size, size, 3, -1).transpose(4, 3, 0, 1, 2)
+
+
+SAME = Layout(lambda x: x, lambda x: x)
+LINEAR = Layout(lambda x: x.T, lambda x: x.T)  # torch keeps [out, in], we [in, out]
+# A convolution over whole patches [E, 3, 1, size, size] is a product with [size * size * 3, E].
+PATCHES = Layout(lambda x: x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0]), _patches_to_hub)
+
+_TOWER = r"model\.vision_tower\.vision_tower\.encoder"
+_BLOCK = _TOWER + r"\.blocks\.(?P<layer>\d+)"
+_LAYER = r"model\.layers\.(?P<layer>\d+)"
+
+# Name on the hub -> path here. A path through `stacked` holds all layers along its first axis.
+RULES: tuple[tuple[str, str, Layout], ...] = (
+  (_TOWER + r"\.patch_embed\.proj\.weight", "vision.patch_embed.kernel", PATCHES),
+  (_TOWER + r"\.patch_embed\.proj\.bias", "vision.patch_embed.bias", SAME),
+  (_BLOCK + r"\.norm1\.weight", "vision.blocks.stacked.norm1.scale", SAME),
+  (_BLOCK + r"\.norm1\.bias", "vision.blocks.stacked.norm1.bias", SAME),
+  (_BLOCK + r"\.attn\.qkv\.weight", "vision.blocks.stacked.qkv.kernel", LINEAR),
+  (_BLOCK + r"\.attn\.q_bias", "vision.blocks.stacked.q_bias", SAME),
+  (_BLOCK + r"\.attn\.v_bias", "vision.blocks.stacked.v_bias", SAME),
+  (_BLOCK + r"\.attn\.proj\.weight", "vision.blocks.stacked.proj.kernel", LINEAR),
+  (_BLOCK + r"\.attn\.proj\.bias", "vision.blocks.stacked.proj.bias", SAME),
+  (_BLOCK + r"\.norm2\.weight", "vision.blocks.stacked.norm2.scale", SAME),
+  (_BLOCK + r"\.norm2\.bias", "vision.blocks.stacked.norm2.bias", SAME),
+  (_BLOCK + r"\.mlp\.fc1\.weight", "vision.blocks.stacked.fc1.kernel", LINEAR),
+  (_BLOCK + r"\.mlp\.fc1\.bias", "vision.blocks.stacked.fc1.bias", SAME),
+  (_BLOCK + r"\.mlp\.fc2\.weight", "vision.blocks.stacked.fc2.kernel", LINEAR),
+  (_BLOCK + r"\.mlp\.fc2\.bias", "vision.blocks.stacked.fc2.bias", SAME),
+  (_TOWER + r"\.vision_layernorm\.weight", "vision.norm.scale", SAME),
+  (_TOWER + r"\.vision_layernorm\.bias", "vision.norm.bias", SAME),
+  (r"model\.mm_projector\.mlp\.0\.weight", "connector.fc1.kernel", LINEAR),
+  (r"model\.mm_projector\.mlp\.0\.bias", "connector.fc1.bias", SAME),
+  (r"model\.mm_projector\.mlp\.2\.weight", "connector.fc2.kernel", LINEAR),
+  (r"model\.mm_projector\.mlp\.2\.bias", "connector.fc2.bias", SAME),
+  (r"model\.embed_tokens\.weight", "decoder.embed_tokens.embedding", SAME),
+  (_LAYER + r"\.input_layernorm\.weight", "decoder.layers.stacked.input_norm.scale", SAME),
+  (_LAYER + r"\.self_attn\.q_proj\.weight", "decoder.layers.stacked.q_proj.kernel", LINEAR),
+  (_LAYER + r"\.self_attn\.q_proj\.bias", "decoder.layers.stacked.q_proj.bias", SAME),
+  (_LAYER + r"\.self_attn\.k_proj\.weight", "decoder.layers.stacked.k_proj.kernel", LINEAR),
+  (_LAYER + r"\.self_attn\.k_proj\.bias", "decoder.layers.stacked.k_proj.bias", SAME),
+  (_LAYER + r"\.self_attn\.v_proj\.weight", "decoder.layers.stacked.v_proj.kernel", LINEAR),
+  (_LAYER + r"\.self_attn\.v_proj\.bias", "decoder.layers.stacked.v_proj.bias", SAME),
+  (_LAYER + r"\.self_attn\.o_proj\.weight", "decoder.layers.stacked.o_proj.kernel", LINEAR),
+  (
+    _LAYER + r"\.post_attention_layernorm\.weight",
+    "decoder.layers.stacked.post_attention_norm.scale",
+    SAME,
+  ),
+  (_LAYER + r"\.mlp\.gate_proj\.weight", "decoder.layers.stacked.gate_proj.kernel", LINEAR),
+  (_LAYER + r"\.mlp\.up_proj\.weight", "decoder.layers.stacked.up_proj.kernel", LINEAR),
+  (_LAYER + r"\.mlp\.down_proj\.weight", "decoder.layers.stacked.down_proj.kernel", LINEAR),
+  (r"model\.norm\.weight", "decoder.norm.scale", SAME),
+  (r"lm_head\.weight", "decoder.lm_head.kernel", LINEAR),
+)
+
+
+class HubTensor(NamedTuple):
+  """One tensor on the hub: the array here that it fills, or one layer of."""
+
+  name: str
+  path: str
+  layer: int | None
+  shape: tuple[int, ...]  # as on the hub
+  layout: Layout
+
+
+def hub_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, HubTensor]:
+  """All tensors on the hub that together fill arrays of these paths and shapes.
+
+  Args:
+    shapes: shape of every array of the model by its path, `decoder.norm.scale` and so on.
+
+  Raises:
+    KeyError: a path that no rule, or more than one rule, produces.
+  """
+  by_path: dict[str, tuple[str, Layout]] = {path: (regex, layout) for regex, path, layout in RULES}
+  if len(by_path) != len(RULES):
+    raise KeyError("two rules fill the same array")
+  tensors = {}
+  for path, shape in shapes.items():
+    regex, layout = by_path[path]
+    stacked = ".stacked." in path
+    one_layer = np.broadcast_to(np.float32(0), shape[1:] if stacked else shape)
+    hub_shape = layout.to_hub(one_layer).shape
+    for layer in range(shape[0]) if stacked else (None,):
+      name = regex.replace(r"(?P<layer>\d+)", str(layer)).replace("\\", "")
+      if len(matching := [rule for rule in RULES if re.fullmatch(rule[0], name)]) != 1:
+        raise KeyError(f"{name} matches {len(matching)} rules")
+      tensors[name] = HubTensor(name, path, layer, hub_shape, layout)
+  return tensors

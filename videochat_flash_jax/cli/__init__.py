@@ -1,0 +1,1 @@
+"""The command line `vcflash`; one module a verb (see `main.py`)."""

@@ -1,0 +1,63 @@
+"""`vcflash chat`: ask questions about a video, one by one or at a prompt."""
+
+import argparse
+import logging
+
+from videochat_flash_jax.errors import InputError
+
+EXAMPLE = 'vcflash chat --model tiny --video match.mp4 --question "What colour is the star?"'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the options."""
+  parser.add_argument(
+    "--model", default="tiny", help="'tiny', a checkpoint directory, or a released model"
+  )
+  parser.add_argument("--video", required=True, help="a video file, or a folder of images")
+  parser.add_argument("--question", help="asked once; without it, a prompt asks for questions")
+  parser.add_argument("--max-frames", type=int, help="the most frames to look at")
+  parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer")
+  parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+  parser.add_argument("--top-p", type=float, default=1.0, help="probability to sample from")
+  parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Watches the video, then answers."""
+  if args.question is not None and not args.question.strip():
+    raise InputError("--question is empty; ask something, or leave it out for a prompt")
+  from videochat_flash_jax.inference.chat import VideoChat
+
+  logging.basicConfig(format="%(message)s")
+  logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
+  video = VideoChat.from_pretrained(args.model).watch(args.video, args.max_frames)
+  print(f"{args.video}: {video.seconds:.1f} s, {video.num_frames} frames seen")
+
+  def answer(question):
+    pieces = video.ask(
+      question,
+      stream=True,
+      max_new_tokens=args.max_new_tokens,
+      temperature=args.temperature,
+      top_p=args.top_p,
+      seed=args.seed,
+    )
+    for piece in pieces:
+      print(piece, end="", flush=True)
+    print()
+
+  if args.question is not None:
+    return answer(args.question)
+  print("Ask about the video; an empty line ends.")
+  while question := _next_question():
+    try:
+      answer(question)
+    except InputError as error:  # too long, say: the conversation goes on
+      print(f"vcflash: {error}")
+
+
+def _next_question():
+  try:
+    return input("> ").strip()
+  except EOFError:
+    return ""

@@ -1,0 +1,47 @@
+"""`vcflash demo`: the embedded model watches a film made on the spot, and is asked about it."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+EXAMPLE = "vcflash demo"
+
+_SECONDS = 120
+_SEED = 2026  # of a film that training never saw
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the options."""
+  parser.add_argument("--out", type=Path, default=Path("demo"), help="where the film is kept")
+
+
+def run(args: argparse.Namespace) -> int:
+  """Makes the film, watches it, asks three questions; exit code 1 if an answer is wrong."""
+  from videochat_flash_jax.data.synthetic import write_dataset
+  from videochat_flash_jax.inference.chat import VideoChat
+
+  logging.basicConfig(format="%(message)s")
+  logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
+  annotations = args.out / "annotations.json"
+  if not annotations.exists():
+    write_dataset(args.out, 1, (_SECONDS, _SECONDS), _SEED, questions_per_video=3)
+  rows = json.loads(annotations.read_text())
+  path = args.out / rows[0]["video"]
+
+  video = VideoChat.from_pretrained("tiny").watch(path)
+  print(
+    f"\n{path}: {video.seconds:.0f} s, {video.num_frames} frames, "
+    f"watched in {video.watch_seconds:.1f} s"
+  )
+  num_right = 0
+  for row in rows:
+    question, truth = (turn["value"] for turn in row["conversations"])
+    question = question.split("\n")[-1]
+    answer = video.ask(question)
+    num_right += answer == truth
+    print(f"\n  question  {question}\n  answer    {answer}\n  truth     {truth}")
+    print(f"  prefill {video.prefill_seconds:.2f} s, decoding {video.decode_seconds:.2f} s")
+  print(f"\n{num_right} of {len(rows)} right. Ask it yourself:")
+  print(f'  .venv/bin/vcflash chat --model tiny --video {path} --question "{question}"')
+  return 0 if num_right == len(rows) else 1

@@ -1,0 +1,99 @@
+"""The command line: `vcflash <verb> ...`.
+
+A verb is a module of this folder with
+
+  EXAMPLE                 a command that runs, shown under `vcflash <verb> --help`
+  add_arguments(parser)   its options, for argparse
+  run(args)               the work; returns an exit code, or None for 0
+  TAKES_OVERRIDES = True  optional: options argparse does not know are not errors but arrive, in
+                          order, as `args.overrides` (`train` hands them to ml_collections)
+
+and a line in `VERBS`. Only the chosen verb's module is imported, so that `--help` is instant.
+
+Exit codes: 0 done, 2 the user's input cannot be used (one line on stderr), 130 interrupted. Any
+other failure is a fault of this package and keeps its traceback.
+"""
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+import videochat_flash_jax
+from videochat_flash_jax.errors import InputError
+
+VERBS = {
+  "chat": "Ask questions about a video.",
+  "demo": "See the embedded model answer questions about a video.",
+  "evaluate": "Count the right answers to an annotation file's questions.",
+  "synth": "Write synthetic videos, with questions and their answers.",
+  "train": "Train a model from a config file.",
+  "bench": "Measure speed beside a peer and the machine's limits.",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+  """An argument parser whose complaints are an `InputError`: one line, as for any bad input."""
+
+  def error(self, message: str) -> NoReturn:
+    raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command line and returns its exit code.
+
+  Args:
+    argv: arguments after the program's name, by default the process's own.
+  """
+  try:
+    return _run_verb(list(sys.argv[1:] if argv is None else argv))
+  except InputError as error:
+    print(f"vcflash: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("vcflash: interrupted", file=sys.stderr)
+    return 130
+
+
+def _run_verb(argv: list[str]) -> int:
+  """Parses `argv` and runs its verb; of all verbs' parsers only the chosen one has options."""
+  parser = _Parser(
+    prog="vcflash", description="Watch hours of video and answer questions about them."
+  )
+  version = f"vcflash {videochat_flash_jax.__version__}"
+  parser.add_argument("--version", action="version", version=version)
+  verb_parsers = parser.add_subparsers(title="verbs", metavar="<verb>", required=True)
+  for verb, description in VERBS.items():
+    verb_parsers.add_parser(
+      verb,
+      help=description,
+      description=description,
+      allow_abbrev=False,  # half an option is a mistake, as half a config field is
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+  if not argv or argv[0].startswith("-"):
+    parser.parse_args(argv)  # exits after --help and --version
+    parser.error("the verb comes first")
+
+  module = _verb_module(argv[0])
+  verb_parser = verb_parsers.choices[argv[0]]
+  verb_parser.epilog = f"example:\n  {module.EXAMPLE}"
+  module.add_arguments(verb_parser)
+  args, unknown = parser.parse_known_args(argv)
+  if getattr(module, "TAKES_OVERRIDES", False):
+    args.overrides = unknown
+  elif unknown:
+    verb_parser.error(f"unknown argument {' '.join(unknown)}")
+  return module.run(args) or 0
+
+
+def _verb_module(verb: str) -> ModuleType:
+  """Imports a verb's module; an unknown verb is an error that names the nearest right ones."""
+  if verb not in VERBS:
+    near = difflib.get_close_matches(verb, VERBS, n=2)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the verbs are {', '.join(VERBS)}"
+    raise InputError(f"unknown verb {verb!r}: {hint}")
+  return importlib.import_module(f"videochat_flash_jax.cli.{verb}")

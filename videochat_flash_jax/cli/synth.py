@@ -1,0 +1,56 @@
+"""`vcflash synth`: videos of a synthetic world, with questions whose answers are known."""
+
+import argparse
+from pathlib import Path
+
+from videochat_flash_jax.data import synthetic
+from videochat_flash_jax.errors import InputError
+
+EXAMPLE = "vcflash synth --out /tmp/synth --videos 4 --frames 8:64 --seed 7"
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the verb's options to its parser."""
+  parser.add_argument("--out", type=Path, required=True, help="directory to write")
+  parser.add_argument("--videos", type=int, default=50, help="number of videos")
+  parser.add_argument(
+    "--frames",
+    default="8:64",
+    metavar="MIN:MAX",
+    help="sampled frames (seconds) of a video: a multiple of 4 in this range",
+  )
+  parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same files")
+  parser.add_argument(
+    "--questions",
+    default="attribute",
+    metavar="KINDS",
+    help=f"comma-separated kinds of question: {', '.join(synthetic.QUESTION_KINDS)}",
+  )
+  parser.add_argument(
+    "--questions-per-video", type=int, default=4, help="rows a video (fewer if little happens)"
+  )
+
+
+def run(args: argparse.Namespace):
+  """Writes `videos/*.mp4` and `annotations.json`, and says how many."""
+  for name in ("videos", "questions_per_video"):
+    if getattr(args, name) < 1:
+      flag = name.replace("_", "-")
+      raise InputError(f"--{flag} is {getattr(args, name)}: give 1 or more")
+  num_rows = synthetic.write_dataset(
+    args.out,
+    args.videos,
+    _frame_range(args.frames),
+    args.seed,
+    tuple(args.questions.split(",")),
+    args.questions_per_video,
+  )
+  print(f"{args.videos} videos and {num_rows} questions written to {args.out}")
+
+
+def _frame_range(text: str) -> tuple[int, int]:
+  try:
+    least, most = (int(part) for part in text.split(":"))
+  except ValueError:
+    raise InputError(f"--frames {text!r} is not MIN:MAX: give two numbers, such as 8:64") from None
+  return least, most

@@ -1,0 +1,94 @@
+"""`vcflash train`: runs a config file."""
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from videochat_flash_jax.errors import InputError
+
+EXAMPLE = "vcflash train --config configs/tiny.py --config.seed=1 --workdir /tmp/tiny"
+TAKES_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the verb's options to its parser."""
+  parser.add_argument(
+    "--config",
+    type=Path,
+    required=True,
+    help="Python file with get_config(); --config.FIELD=VALUE changes a field",
+  )
+  parser.add_argument("--workdir", type=Path, required=True, help="directory to write")
+
+
+def run(args: argparse.Namespace):
+  """Trains, and says where the model is."""
+  config = load_config(args.config)
+  for override in args.overrides:
+    apply_override(config, override)
+  logging.basicConfig(format="%(message)s")
+  logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
+
+  from videochat_flash_jax.train.loop import train  # Imports JAX: not before input is checked.
+
+  train(config, args.workdir)
+  print(f"the trained model is in {args.workdir / 'export'}")
+
+
+def load_config(path: Path) -> ConfigDict:
+  """Returns what `get_config()` of a config file gives."""
+  if not path.is_file():
+    raise InputError(f"--config {path}: no such file; give one such as configs/tiny.py")
+  spec = importlib.util.spec_from_file_location("config", path)
+  if spec is None:
+    raise InputError(f"--config {path}: no Python file; give one such as configs/tiny.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise InputError(f"--config {path}: defines no get_config(); see configs/tiny.py for one")
+  return module.get_config()
+
+
+def apply_override(config: ConfigDict, override: str):
+  """Sets one field, written `--config.FIELD=VALUE`, to a value of its type.
+
+  Raises:
+    InputError: it is written otherwise, the config has no such field (the nearest ones are
+      named), or the value has another type.
+  """
+  left, equals, text = override.partition("=")
+  if not left.startswith("--config.") or not equals:
+    raise InputError(f"unknown argument {override!r}: write --config.FIELD=VALUE")
+  name = left.removeprefix("--config.")
+  fields = list(_field_names(config))
+  if name not in fields:
+    near = difflib.get_close_matches(name, fields, n=2) or fields
+    raise InputError(f"the config has no field {name!r}: did you mean {' or '.join(near)}?")
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  try:
+    config.update_from_flattened_dict({name: value})
+  except TypeError:
+    kind = type(_field(config, name)).__name__
+    raise InputError(f"--config.{name}={text}: the field holds a {kind}; give one") from None
+
+
+def _field_names(config, prefix=""):
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _field_names(value, f"{prefix}{name}.")
+    else:
+      yield f"{prefix}{name}"
+
+
+def _field(config, name):
+  for part in name.split("."):
+    config = config[part]
+  return config

@@ -1,0 +1,257 @@
+"""Runs a model on prompts: encode clips in groups, prefill, decode; every shape from a bucket.
+
+A bucket is a padded size. Each new one is compiled once, which is logged, and JAX's persistent
+cache keeps it for the next process if `JAX_COMPILATION_CACHE_DIR` is set.
+"""
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.inference.sampler import Sampling, sample
+from videochat_flash_jax.models.qwen2 import KVCache
+from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.shapes import Array, Float, Int, UInt8
+
+CLIPS_PER_GROUP = 8
+_DECODE_STEPS = 16  # tokens decoded on the device before the host looks
+_NO_TOKEN = -1
+
+_log = logging.getLogger("videochat_flash_jax")
+
+
+class Prompt(NamedTuple):
+  """One row: a laid-out sequence (`data.packing.lay_out`) and its visual tokens."""
+
+  token_ids: Int[np.ndarray, "T"]
+  visual_index: Int[np.ndarray, "T"]
+  visual_tokens: Float[Array, "V D"]
+
+
+class Reading(NamedTuple):
+  """What the model has read: the cache, and the scores of the next token."""
+
+  cache: KVCache
+  logits: Float[Array, "B vocab"]
+
+  @property
+  def num_slots(self) -> int:
+    """Tokens that fit into a row of the cache."""
+    return self.cache.k.shape[2]
+
+
+def bucket(size: int, smallest: int = 64) -> int:
+  """The next of 64, 96, 128, 192, 256, 384...: at most a half more than needed."""
+  step = smallest
+  while step < size:
+    step = step * 3 // 2 if step & (step - 1) == 0 else step * 4 // 3
+  return step
+
+
+class Engine:
+  """A model ready to encode, read and write.
+
+  All methods take batches; a row gives the same result alone, in a batch, and in any bucket.
+  """
+
+  def __init__(self, model: VideoChatFlash, stop_ids: Sequence[int]):
+    """Takes the model over; it must not be used elsewhere afterwards.
+
+    Args:
+      model: weights in the dtype to compute in.
+      stop_ids: token ids that end an answer.
+    """
+    self.config = model.config
+    if jax.default_backend() == "cpu":
+      # XLA on the CPU copies scanned weights at every step (models/layer_stack.py).
+      model.decoder.layers = model.decoder.layers.unstack()
+    self._graph, self._weights = nnx.split(model)
+    self._stop_ids = jnp.asarray(stop_ids, jnp.int32)
+    self._compiled: set[tuple] = set()
+
+  def encode(self, clips: Iterable[UInt8[np.ndarray, "F S S 3"]]) -> Float[Array, "V D"]:
+    """Encodes and compresses clips, `CLIPS_PER_GROUP` at a time, while they arrive.
+
+    Returns:
+      The visual tokens of all clips, one clip after another.
+    """
+    groups, group, num_clips = [], [], 0
+    for clip in clips:
+      group.append(clip)
+      num_clips += 1
+      if len(group) == CLIPS_PER_GROUP:
+        groups.append(self._encode_group(np.stack(group)))
+        group = []
+    if group:
+      padding = [group[-1]] * (CLIPS_PER_GROUP - len(group))
+      groups.append(self._encode_group(np.stack(group + padding)))
+    if not groups:
+      raise InputError("there is no clip to encode; give at least one frame")
+    tokens = jnp.concatenate(groups)[:num_clips]
+    return tokens.reshape(-1, tokens.shape[-1])
+
+  def read(
+    self, prompts: Sequence[Prompt], max_new_tokens: int, *, after: Reading | None = None
+  ) -> Reading:
+    """Reads prompts into a cache with room for an answer.
+
+    Args:
+      prompts: rows of the batch; right-padded here to a common bucket.
+      max_new_tokens: room to leave.
+      after: continue this reading (given up to this call) instead of starting anew.
+
+    Raises:
+      InputError: prompt and answer do not fit into the model's context.
+    """
+    length = np.array([len(prompt.token_ids) for prompt in prompts])
+    start = np.zeros_like(length) if after is None else np.asarray(after.cache.length)
+    self._check_context(int((start + length).max()), max_new_tokens)
+    num_tokens = bucket(int(length.max()))
+    num_slots = bucket(int(start.max()) + num_tokens + max_new_tokens)
+    arguments = (*_pad_rows(prompts, num_tokens), jnp.asarray(length, jnp.int32))
+    if after is None:
+      self._announce("prefill", len(prompts), num_tokens, num_slots)
+      return _prefill(self._graph, self._weights, *arguments, num_slots=num_slots)
+    cache = after.cache
+    if after.num_slots < num_slots:
+      room = [(0, 0), (0, 0), (0, num_slots - after.num_slots), (0, 0), (0, 0)]
+      cache = cache._replace(k=jnp.pad(cache.k, room), v=jnp.pad(cache.v, room))
+    self._announce("extend", len(prompts), num_tokens, cache.k.shape[2])
+    return _extend(self._graph, self._weights, cache, *arguments)
+
+  def write(
+    self, reading: Reading, max_new_tokens: int, sampling: Sampling = Sampling()
+  ) -> Iterator[tuple[Int[np.ndarray, "B steps"], Reading]]:
+    """Decodes, a few tokens at a time, until every row has stopped.
+
+    Args:
+      reading: from `read`, with room for the tokens; given up to this call.
+      max_new_tokens: the most tokens of an answer.
+      sampling: how tokens are chosen.
+
+    Yields:
+      New tokens of each row, stop tokens included and -1 after them; and the reading so far.
+    """
+    key = jax.random.key(sampling.check().seed)
+    finished = jnp.zeros(reading.logits.shape[:1], bool)
+    for start in range(0, max_new_tokens, _DECODE_STEPS):
+      self._announce("decode", len(finished), reading.num_slots)
+      num_steps = min(_DECODE_STEPS, max_new_tokens - start)
+      tokens, reading, finished = _decode(
+        self._graph,
+        self._weights,
+        reading,
+        finished,
+        self._stop_ids,
+        jax.random.fold_in(key, start),
+        sampling.temperature,
+        sampling.top_p,
+        num_steps,
+      )
+      yield np.asarray(tokens)[:, :num_steps], reading
+      if finished.all():
+        return
+
+  def generate(
+    self, prompts: Sequence[Prompt], max_new_tokens: int, sampling: Sampling = Sampling()
+  ) -> list[list[int]]:
+    """Answers a batch of prompts; token ids of each row, without the stop token."""
+    reading = self.read(prompts, max_new_tokens)
+    steps = [tokens for tokens, _ in self.write(reading, max_new_tokens, sampling)]
+    unwanted = {_NO_TOKEN, *self._stop_ids.tolist()}
+    return [[t for t in row if t not in unwanted] for row in np.concatenate(steps, 1).tolist()]
+
+  def _encode_group(self, clips):
+    self._announce("encode", *clips.shape[:3])
+    return _encode(self._graph, self._weights, clips)
+
+  def _check_context(self, num_tokens, max_new_tokens):
+    available = self.config.decoder.max_positions
+    if num_tokens + max_new_tokens > available:
+      raise InputError(
+        f"the prompt has {num_tokens} tokens and the answer may have {max_new_tokens}, but the "
+        f"context of {self.config.name} holds {available}; use fewer frames, a shorter question "
+        "or a shorter answer"
+      )
+
+  def _announce(self, program, *shape):
+    if (program, *shape) not in self._compiled:
+      self._compiled.add((program, *shape))
+      _log.info("compiling %s for shape %s", program, shape)
+
+
+def _pad_rows(prompts, num_tokens):
+  """Token ids, visual tokens and visual index of all rows, padded alike."""
+  token_ids = np.zeros((len(prompts), num_tokens), np.int32)
+  visual_index = np.full((len(prompts), num_tokens), _NO_TOKEN, np.int32)
+  for row, prompt in enumerate(prompts):
+    token_ids[row, : len(prompt.token_ids)] = prompt.token_ids
+    visual_index[row, : len(prompt.visual_index)] = prompt.visual_index
+  num_visual = bucket(max(len(prompt.visual_tokens) for prompt in prompts))
+  visual_tokens = jnp.stack(
+    [
+      jnp.pad(prompt.visual_tokens, ((0, num_visual - len(prompt.visual_tokens)), (0, 0)))
+      for prompt in prompts
+    ]
+  )
+  return jnp.asarray(token_ids), visual_tokens, jnp.asarray(visual_index)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph, weights, clips):
+  return nnx.merge(graph, weights).encode(clips)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="num_slots")
+def _prefill(graph, weights, token_ids, visual_tokens, visual_index, length, *, num_slots):
+  model = nnx.merge(graph, weights)
+  sequence = model.embed_sequence(token_ids, visual_tokens, visual_index)
+  hidden, cache = model.decoder.prefill(sequence, length, num_slots)
+  return Reading(cache, _last_logits(model, hidden, length))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _extend(graph, weights, cache, token_ids, visual_tokens, visual_index, length):
+  model = nnx.merge(graph, weights)
+  sequence = model.embed_sequence(token_ids, visual_tokens, visual_index)
+  hidden, cache = model.decoder.extend(sequence, cache, length)
+  return Reading(cache, _last_logits(model, hidden, length))
+
+
+def _last_logits(model, hidden, length):
+  last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+  return model.decoder.logits(last)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(
+  graph, weights, reading, finished, stop_ids, key, temperature, top_p, num_steps
+) -> tuple[Array, Reading, Array]:
+  """Up to `num_steps` (at most `_DECODE_STEPS`) tokens a row: choose, record, read, repeat."""
+  decoder = nnx.merge(graph, weights).decoder
+
+  def unfinished(state):
+    step, _, _, finished = state
+    return (step < num_steps) & ~finished.all()
+
+  def one_token(state):
+    step, tokens, reading, finished = state
+    token = sample(reading.logits, jax.random.fold_in(key, step), temperature, top_p)
+    tokens = tokens.at[:, step].set(jnp.where(finished, _NO_TOKEN, token))
+    # A stop token is read, too: the next turn of a chat follows it.
+    num_read = 1 - finished.astype(jnp.int32)
+    hidden, cache = decoder.extend(decoder.embed(token[:, None]), reading.cache, num_read)
+    finished = finished | (token[:, None] == stop_ids).any(axis=-1)
+    return step + 1, tokens, Reading(cache, decoder.logits(hidden[:, 0])), finished
+
+  tokens = jnp.full((len(finished), _DECODE_STEPS), _NO_TOKEN, jnp.int32)
+  state = (0, tokens, reading, finished)
+  _, tokens, reading, finished = jax.lax.while_loop(unfinished, one_token, state)
+  return tokens, reading, finished

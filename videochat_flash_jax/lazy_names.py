@@ -1,0 +1,26 @@
+"""Names that a package offers but imports only when they are first used (PEP 562)."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def lazy_names(
+  package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+  """Makes `__getattr__`, `__dir__` and `__all__` for a package's `__init__.py`.
+
+  Args:
+    package: the package's `__name__`.
+    homes: public name -> module that defines it, relative to the package. A name that is its own
+      home is a submodule: with `{"Fruit": "garden.tree", "garden": "garden"}`, `package.Fruit` is
+      a class of `package/garden/tree.py` and `package.garden` is the folder.
+  """
+
+  def fetch(name: str) -> Any:
+    if name not in homes:
+      raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{package}.{homes[name]}")
+    return module if homes[name] == name else getattr(module, name)
+
+  return fetch, lambda: sorted(homes), list(homes)

@@ -1,0 +1,21 @@
+"""What the model is: the modules of the paper's figure, in the order in which data meets them.
+
+  UMT              video encoder: clips of 4 frames to patch tokens
+  Connector        clip-level compression: token merging, then an MLP into the decoder's width
+  Qwen2            decoder
+  VideoChatFlash   all of it: encode, compress, splice, decode
+
+Each name is imported when it is first used: `data` reads `models.config` without importing JAX.
+"""
+
+from videochat_flash_jax.lazy_names import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+  __name__,
+  {
+    "UMT": "umt",
+    "Connector": "connector",
+    "Qwen2": "qwen2",
+    "VideoChatFlash": "videochat_flash",
+  },
+)

@@ -1,0 +1,181 @@
+"""What a model is made of: frozen dataclasses, and one constructor per released checkpoint."""
+
+import dataclasses
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """A video ViT: joint space-time attention over the patches of one clip.
+
+  `depth` counts the blocks that run: the original reads the last but one of its blocks, so
+  UMT-L (24 blocks) has depth 23 here. Fixed sinusoid positions are laid out for
+  `position_frames` frames of `position_grid` x `position_grid` patches and resampled to the
+  size at hand.
+  """
+
+  kind: str  # "umt" or "internvideo2"
+  image_size: int  # pixels, height = width
+  patch_size: int  # pixels
+  width: int  # E
+  depth: int
+  num_heads: int  # N
+  mlp_width: int  # M
+  clip_frames: int = 4
+  position_frames: int = 4
+  position_grid: int = 14
+
+  @property
+  def grid_size(self) -> int:
+    """Patches along one side of a frame."""
+    return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorConfig:
+  """Clip-level HiCo: token merging (ToMe) to a fixed number of tokens, then an MLP."""
+
+  clip_tokens: int = 64  # V of one clip, and of one image tile
+  merge_heads: int = 16  # similarity is measured on features averaged over these heads
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """A Qwen2 decoder."""
+
+  vocab_size: int
+  width: int  # D
+  depth: int  # L
+  num_heads: int  # N
+  num_kv_heads: int  # K
+  head_size: int  # H
+  mlp_width: int  # M
+  rope_theta: float = 1e6
+  norm_eps: float = 1e-6
+  tied_embeddings: bool = False
+  max_positions: int = 32768
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How many frames a video gives at inference: one a second, within bounds.
+
+  T = max(min_frames, min(local_frames * floor(seconds / local_frames), max_frames)).
+  """
+
+  min_frames: int = 64
+  max_frames: int = 512
+  local_frames: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoChatFlashConfig:
+  """A whole model: encoder, connector, decoder, and how it samples frames."""
+
+  name: str
+  vision: VisionConfig
+  connector: ConnectorConfig
+  decoder: DecoderConfig
+  sampling: SamplingConfig = SamplingConfig()
+
+  @classmethod
+  def tiny(cls) -> "VideoChatFlashConfig":
+    """The small model that ships with the package, trained on the synthetic world."""
+    return cls(
+      name="tiny",
+      vision=VisionConfig(
+        kind="umt",
+        image_size=32,
+        patch_size=8,
+        width=96,
+        depth=3,
+        num_heads=4,
+        mlp_width=288,
+        position_grid=4,
+      ),
+      connector=ConnectorConfig(clip_tokens=16, merge_heads=4),
+      decoder=DecoderConfig(
+        vocab_size=768,
+        width=128,
+        depth=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=32,
+        mlp_width=320,
+        tied_embeddings=True,
+      ),
+      sampling=SamplingConfig(min_frames=4, max_frames=512, local_frames=4),
+    )
+
+  @classmethod
+  def qwen2_7b_res224(cls) -> "VideoChatFlashConfig":
+    """OpenGVLab/VideoChat-Flash-Qwen2-7B_res224."""
+    return cls("VideoChat-Flash-Qwen2-7B_res224", _umt_l(224), ConnectorConfig(), _qwen2_7b())
+
+  @classmethod
+  def qwen2_7b_res448(cls) -> "VideoChatFlashConfig":
+    """OpenGVLab/VideoChat-Flash-Qwen2-7B_res448, the overall best."""
+    return cls("VideoChat-Flash-Qwen2-7B_res448", _umt_l(448), ConnectorConfig(), _qwen2_7b())
+
+  @classmethod
+  def qwen2_5_2b_res448(cls) -> "VideoChatFlashConfig":
+    """OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448 (Qwen2.5-1.5B; its file stores the head)."""
+    decoder = DecoderConfig(
+      vocab_size=151936,
+      width=1536,
+      depth=28,
+      num_heads=12,
+      num_kv_heads=2,
+      head_size=128,
+      mlp_width=8960,
+    )
+    return cls("VideoChat-Flash-Qwen2_5-2B_res448", _umt_l(448), ConnectorConfig(), decoder)
+
+  @classmethod
+  def qwen2_5_7b_1m_res224(cls) -> "VideoChatFlashConfig":
+    """OpenGVLab/VideoChat-Flash-Qwen2_5-7B-1M_res224, a million positions."""
+    decoder = dataclasses.replace(
+      _qwen2_7b(), rope_theta=1e7, norm_eps=1e-5, max_positions=1_010_000
+    )
+    return cls("VideoChat-Flash-Qwen2_5-7B-1M_res224", _umt_l(224), ConnectorConfig(), decoder)
+
+  @classmethod
+  def qwen2_5_7b_internvideo2_1b(cls) -> "VideoChatFlashConfig":
+    """OpenGVLab/VideoChat-Flash-Qwen2_5-7B_InternVideo2-1B."""
+    vision = VisionConfig(
+      kind="internvideo2",
+      image_size=224,
+      patch_size=14,
+      width=1408,
+      depth=39,
+      num_heads=16,
+      mlp_width=6144,
+    )
+    name = "VideoChat-Flash-Qwen2_5-7B_InternVideo2-1B"
+    return cls(name, vision, ConnectorConfig(), _qwen2_7b())
+
+
+def _umt_l(image_size: int) -> VisionConfig:
+  return VisionConfig(
+    kind="umt",
+    image_size=image_size,
+    patch_size=16,
+    width=1024,
+    depth=23,
+    num_heads=16,
+    mlp_width=4096,
+  )
+
+
+def _qwen2_7b() -> DecoderConfig:
+  return DecoderConfig(
+    vocab_size=152064,
+    width=3584,
+    depth=28,
+    num_heads=28,
+    num_kv_heads=4,
+    head_size=128,
+    mlp_width=18944,
+  )

@@ -1,0 +1,1 @@
+"""Operations with one contract each; models name the contract only."""

@@ -1,0 +1,148 @@
+"""Softmax attention: one contract, two implementations.
+
+`dense` is the reference. `blockwise` visits one key/value head and a block of queries at a time,
+so that scores stay in the cache of a CPU and memory grows with the block, not with T x S.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from videochat_flash_jax.shapes import Array, Float, Int
+
+_DENSE_SCORES = 256 * 256  # up to this many scores a head, one dense product is faster
+_BLOCK_SCORES = 1 << 20  # scores of a block: 4 MiB in float32, about a core's cache
+_MASKED = -1e30  # finite, so that a row that sees nothing gives no NaN
+
+
+def attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  *,
+  causal: bool = False,
+  query_order: Int[Array, "B T"] | None = None,
+  query_segments: Int[Array, "B T"] | None = None,
+  key_segments: Int[Array, "B S"] | None = None,
+  implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+  """Attends with softmax(q k / sqrt(H)) v; query head n reads key/value head n // (N / K).
+
+  Args:
+    q: queries.
+    k: keys, with K dividing N (grouped-query attention).
+    v: values.
+    causal: a query sees only the keys whose index is at most its order.
+    query_order: index of each query among the keys, where it is not its own index (a chunk
+      that continues a cache). Only read when `causal`.
+    query_segments: with `key_segments`, a query sees only keys of its own segment (packing).
+    key_segments: see `query_segments`.
+    implementation: "dense", "blockwise", or None to choose by size.
+
+  Returns:
+    One vector per query and head, in the dtype of `q`. Scores and softmax are float32.
+  """
+  if implementation is None:
+    small = q.shape[1] == 1 or q.shape[1] * k.shape[1] <= _DENSE_SCORES
+    implementation = "dense" if small else "blockwise"
+  run = {"dense": _dense, "blockwise": _blockwise}[implementation]
+  return run(q, k, v, causal, query_order, query_segments, key_segments)
+
+
+def _visible(causal, query_order, key_order, query_segments, key_segments):
+  """Mask [B, T, S] of what each query sees, or None when it sees all."""
+  visible = None
+  if causal:
+    visible = query_order[:, :, None] >= key_order[None, None, :]
+  if query_segments is not None:
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    visible = same if visible is None else visible & same
+  return visible
+
+
+def _attend(q, k, v, visible):
+  """Attention of grouped queries [..., T, G, H] to keys [..., S, H]; mask [..., T, S]."""
+  *_, head_size = q.shape
+  q = q * jnp.asarray(head_size**-0.5, q.dtype)
+  scores = jnp.einsum("...tgh,...sh->...tgs", q, k, preferred_element_type=jnp.float32)
+  if visible is not None:
+    scores = jnp.where(visible[..., :, None, :], scores, _MASKED)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+  total = weights.sum(axis=-1, keepdims=True)
+  # Divided after the product: S times fewer divisions, and no second pass over the weights.
+  mixed = jnp.einsum(
+    "...tgs,...sh->...tgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+  )
+  return (mixed / total).astype(q.dtype)
+
+
+def _heads_first(q, k, v):
+  """Queries [B, K, T, G, H]; keys and values [B, K, S, H]."""
+  batch, length, num_heads, head_size = q.shape
+  num_kv_heads = k.shape[2]
+  q = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_size)
+  return q.transpose(0, 2, 1, 3, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+
+def _dense(q, k, v, causal, query_order, query_segments, key_segments):
+  shape = q.shape
+  if causal and query_order is None:
+    query_order = jnp.arange(shape[1])[None]
+  visible = _visible(causal, query_order, jnp.arange(k.shape[1]), query_segments, key_segments)
+  q, k, v = _heads_first(q, k, v)
+  out = _attend(q, k, v, None if visible is None else visible[:, None])
+  return out.transpose(0, 2, 1, 3, 4).reshape(shape)
+
+
+def _blockwise(q, k, v, causal, query_order, query_segments, key_segments):
+  batch, length, num_heads, _ = q.shape
+  num_keys, num_kv_heads = k.shape[1], k.shape[2]
+  rows_at_once = max(1, _BLOCK_SCORES // (num_keys * (num_heads // num_kv_heads)))
+  block = min(length, rows_at_once)
+  in_order = causal and query_order is None
+  query_order = jnp.arange(length)[None] if in_order else query_order
+  q, k, v = _heads_first(q, k, v)
+
+  # Queries in array order never look beyond themselves, so a stretch of them needs only the
+  # keys up to its end. Eight stretches save 7/16 of the products.
+  stretch = -(-length // (8 * block)) * block if in_order else length
+  out = []
+  for start in range(0, length, stretch):
+    rows = slice(start, min(start + stretch, length))
+    keys = slice(0, min(rows.stop, num_keys) if in_order else num_keys)
+    visible = _visible(
+      causal,
+      None if query_order is None else query_order[:, rows],
+      jnp.arange(keys.stop),
+      None if query_segments is None else query_segments[:, rows],
+      None if key_segments is None else key_segments[:, keys],
+    )
+    if visible is not None:
+      visible = jnp.broadcast_to(visible, (batch, *visible.shape[1:]))
+    out.append(_map_blocks(q[:, :, rows], k[:, :, keys], v[:, :, keys], visible, block))
+  out = jnp.concatenate(out, axis=2)
+  return out.transpose(0, 2, 1, 3, 4).reshape(batch, length, num_heads, -1)
+
+
+def _map_blocks(q, k, v, visible, block):
+  """`_attend` over q [B, K, T, G, H], one key/value head and `block` queries at a time."""
+  batch, num_kv_heads, length, group, head_size = q.shape
+  padding = -length % block
+  q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
+  q = q.reshape(batch * num_kv_heads, -1, block, group, head_size)
+  k = k.reshape(batch * num_kv_heads, *k.shape[2:])
+  v = v.reshape(batch * num_kv_heads, *v.shape[2:])
+  if visible is not None:
+    visible = jnp.pad(visible, ((0, 0), (0, padding), (0, 0)))
+    visible = visible.reshape(batch, -1, block, visible.shape[-1])
+
+  def one_head(operands):
+    q_blocks, k_head, v_head, row = operands
+    # Recomputed in the backward pass, else every block's weights would be kept.
+    attend = jax.checkpoint(lambda q_block, seen: _attend(q_block, k_head, v_head, seen))
+    if visible is None:
+      return jax.lax.map(lambda q_block: attend(q_block, None), q_blocks)
+    return jax.lax.map(lambda pair: attend(*pair), (q_blocks, visible[row]))
+
+  rows = jnp.arange(batch * num_kv_heads) // num_kv_heads
+  out = jax.lax.map(one_head, (q, k, v, rows))
+  return out.reshape(batch, num_kv_heads, -1, group, head_size)[:, :, :length]

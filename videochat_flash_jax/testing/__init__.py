@@ -1,0 +1,1 @@
+"""Small stand-ins, public so that users' tests can be fast, too: `testing.dummy`."""

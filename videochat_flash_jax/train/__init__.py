@@ -1,0 +1,1 @@
+"""The step is pure; the loop owns side effects."""

@@ -1,0 +1,62 @@
+"""One training step as a pure function: state and batch to state and metrics."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import optax
+from flax import nnx
+
+from videochat_flash_jax.shapes import Array
+
+Loss = Callable[[nnx.Module, dict[str, Array]], tuple[Array, dict[str, Array]]]
+
+
+class TrainState(NamedTuple):
+  """All that a step reads and changes; weights are nested dicts of arrays.
+
+  Attributes:
+    trained: weights that the optimiser changes.
+    frozen: all other weights.
+    optimizer: state of the optimiser.
+  """
+
+  trained: dict
+  frozen: dict
+  optimizer: optax.OptState
+
+
+def split_state(
+  module: nnx.Module, parts: Sequence[str], optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, TrainState]:
+  """Takes a module apart for training.
+
+  Args:
+    module: a model, or a model with heads.
+    parts: names of the submodules to train, as they occur in the paths of weights ("vision").
+    optimizer: whose state to start.
+  """
+
+  def is_trained(path, _):
+    return any(part in path for part in parts)
+
+  graph, trained, frozen = nnx.split(module, is_trained, ...)
+  trained, frozen = nnx.to_pure_dict(trained), nnx.to_pure_dict(frozen)
+  # Copies, because a step gives its state's memory to the next one.
+  trained = jax.tree.map(lambda array: array.copy(), trained)
+  return graph, TrainState(trained, frozen, optimizer.init(trained))
+
+
+def make_step(graph: nnx.GraphDef, loss: Loss, optimizer: optax.GradientTransformation):
+  """Returns the jitted `step(state, batch) -> (state, metrics)`; it consumes the state."""
+
+  def step(state: TrainState, batch: dict[str, Array]):
+    def objective(trained):
+      return loss(nnx.merge(graph, trained, state.frozen), batch)
+
+    (value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.trained)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    return TrainState(trained, state.frozen, optimizer_state), {"loss": value, **metrics}
+
+  return jax.jit(step, donate_argnums=0)
