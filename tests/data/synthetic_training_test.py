@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from videochat_flash_jax.data import synthetic_training
-from videochat_flash_jax.data.conversation import IGNORE_LABEL, inference_prompt
+from videochat_flash_jax.data.conversation import inference_prompt
 from videochat_flash_jax.data.packing import lay_out
 from videochat_flash_jax.data.synthetic_render import COLOURS
 from videochat_flash_jax.data.synthetic_shapes import KINDS
@@ -27,12 +27,18 @@ def conversation(tokenizer, seed, frames=(8, 32), max_tokens=512, weights=ALL_KI
   return synthetic_training.draw_conversation(rng, CONFIG, tokenizer, frames, max_tokens, weights)
 
 
+def answer_starts(example):
+  """Where answers begin: at what is learnt and is the token itself, right before its end."""
+  own = (example["labels"] >= 0) & (example["labels"] == example["token_ids"])
+  return np.flatnonzero(own[:-1] & own[1:])
+
+
 def test_patch_labels_name_the_thing_that_covers_the_patch():
   clips = synthetic_training.draw_clips(np.random.default_rng(0), CONFIG, 16)
   grid, patch = CONFIG.vision.grid_size, CONFIG.vision.patch_size
   assert clips["frames"].shape == (16, 4, 32, 32, 3)
   assert clips["kinds"].shape == clips["colours"].shape == (16, 4 * grid * grid)
-  patches = clips["frames"].reshape(16, 4, grid, patch, grid, patch, 3).transpose(0, 1, 2, 4, 3, 5, 6)
+  patches = clips["frames"].reshape(16, 4, grid, patch, grid, patch, 3).swapaxes(3, 4)
   patches = patches.reshape(16, -1, patch * patch, 3).astype(int)
   shown = (clips["colours"] >= 0) & (clips["colours"] < len(COLOURS))
   assert (shown == ((clips["kinds"] >= 0) & (clips["kinds"] < len(KINDS)))).all()
@@ -53,25 +59,38 @@ def test_the_first_question_is_written_as_at_inference(tokenizer):
   for seed in range(5):
     example = conversation(tokenizer, seed)
     num_frames = 4 * len(example["frames"])
-    first_answer = int(np.flatnonzero(example["labels"] >= 0)[0])
+    first_answer = answer_starts(example)[0]
     prompt = example["token_ids"][:first_answer]
     text = tokenizer.decode(prompt[example["visual_index"][:first_answer] < 0])
     question = text.split("from it. ")[1].removesuffix("\nassistant\n")
     ids = inference_prompt(question, tokenizer, num_frames, float(num_frames))
-    expected_ids, expected_index = lay_out(ids, [len(example["frames"]) * 16])
+    num_visual = len(example["frames"]) * CONFIG.connector.clip_tokens
+    expected_ids, expected_index = lay_out(ids, [num_visual])
     np.testing.assert_array_equal(prompt, expected_ids)
     np.testing.assert_array_equal(example["visual_index"][:first_answer], expected_index)
 
 
-def test_only_answers_and_their_ends_are_learnt(tokenizer):
+def test_answers_and_their_ends_are_learnt(tokenizer):
   answers = {*COLOURS, *KINDS, "yes", "no"}
   for seed in range(5):
     example = conversation(tokenizer, seed)
-    learnt = example["labels"][example["labels"] != IGNORE_LABEL]
-    assert {tokenizer.decode([token]) for token in learnt[::2]} <= answers
-    assert (learnt[1::2] == tokenizer.im_end_id).all()
-    where = example["labels"] != IGNORE_LABEL
-    np.testing.assert_array_equal(example["token_ids"][where], learnt)
+    starts = answer_starts(example)
+    assert {tokenizer.decode([token]) for token in example["labels"][starts]} <= answers
+    for name in ("labels", "token_ids"):
+      assert (example[name][starts + 1] == tokenizer.im_end_id).all()
+    np.testing.assert_array_equal(example["labels"][starts], example["token_ids"][starts])
+
+
+def test_an_answer_is_also_asked_for_behind_the_name_of_its_thing_and_nowhere_else(tokenizer):
+  names = [tokenizer.encode(f" {kind}") for kind in KINDS]
+  for seed in range(5):
+    example = conversation(tokenizer, seed)
+    starts = answer_starts(example)
+    early = set(np.flatnonzero(example["labels"] >= 0)) - set(starts) - set(starts + 1)
+    assert len(early) == len(starts)
+    for place, start in zip(sorted(early), starts, strict=True):
+      assert place < start and example["labels"][place] == example["labels"][start]
+      assert [example["token_ids"][place - 1]] in names
 
 
 def test_a_conversation_keeps_to_the_limit_by_asking_less(tokenizer):

@@ -29,9 +29,11 @@ def write_video(
   pixels: str = "yuv420p",
   stamps: list[int] | None = None,
   muxer: dict | None = None,
+  title: str = "",
 ) -> Path:
   """Encodes frames, shown at a steady rate or at `stamps` in milliseconds."""
   with av.open(str(path), "w", options=muxer or {}) as container:
+    container.metadata["title"] = title
     stream = container.add_stream(codec, rate=fps, options=options or {})
     stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
     if stamps:

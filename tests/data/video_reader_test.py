@@ -166,6 +166,16 @@ def test_a_name_with_a_colon_is_a_file(tmp_path):
     assert video.info.num_frames == 3
 
 
+def test_a_title_that_is_not_utf8_does_no_harm(tmp_path):
+  path = tmp_path / "v.mkv"
+  write_video(path, pictures(3), title="caf\u00e9")
+  data = path.read_bytes()
+  assert "caf\u00e9".encode() in data
+  path.write_bytes(data.replace("caf\u00e9".encode(), b"caf\xe9\xe9"))
+  with open_video(path) as video:
+    assert video.info.num_frames == 3
+
+
 def test_a_frame_that_does_not_exist_is_an_index_error(tmp_path):
   path = write_video(tmp_path / "v.mp4", pictures(3))
   with open_video(path) as video:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import Golden, assert_close
 
+from tests.conftest import Golden, assert_close
 from videochat_flash_jax.models.token_merging import (
   match_tokens,
   merge_schedule,

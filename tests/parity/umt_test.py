@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+
 from tests.conftest import Golden, assert_close
 from tests.parity.golden_models import RecordedLayers, load_golden, pixels_of, vision_config
-
 from videochat_flash_jax.models.config import VisionConfig
 from videochat_flash_jax.models.umt import UMT, position_table
 

@@ -10,10 +10,6 @@ from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.train import losses
 
 
-def test_ignored_label_is_that_of_conversations():
-  assert losses.IGNORE_LABEL == IGNORE_LABEL
-
-
 def test_cross_entropy_is_the_mean_over_learnt_positions():
   logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [5.0, 0.0, 0.0]])
   labels = jnp.array([0, 2, IGNORE_LABEL])

@@ -58,7 +58,7 @@ class WeightFiles:
       )
     try:
       shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise InputError(f"{index}: no index of shards ({error}); fetch it again") from error
     missing = [name for name in shards if not (self.directory / name).is_file()]
     if missing:
@@ -160,8 +160,11 @@ def save_weights(weights: Mapping[str, np.ndarray], directory: Path) -> None:
     array = array if tensor.layer is None else array[tensor.layer]
     stored[name] = np.ascontiguousarray(tensor.layout.to_hub(array))
   partial = directory / f".{_ONE_FILE}.partial"
-  save_file(stored, partial, metadata={"format": "pt"})
-  partial.rename(directory / _ONE_FILE)
+  try:
+    save_file(stored, partial, metadata={"format": "pt"})
+    partial.rename(directory / _ONE_FILE)
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def load_model(

@@ -53,7 +53,7 @@ def read_config(directory: Path) -> VideoChatFlashConfig:
   if not isinstance(fields, dict):
     raise InputError(f"{path}: holds no JSON object; fetch the checkpoint again")
   own = fields.get(_OWN, {})
-  for field in ("rope_scaling", "mm_llm_compress"):
+  for field in ("rope_scaling", "mm_llm_compress", "use_sliding_window"):
     if fields.get(field):
       raise InputError(f"{path}: field '{field}' is set; it is not supported yet, set it to null")
   try:

@@ -65,8 +65,8 @@ def _examples(draw, seed):
 def _finish_row(clip_tokens: int, row: Example) -> Example:
   """Counts visual tokens over the whole row, and marks the padding.
 
-      visual_index   [0 1 -1 | 0 1 -1 | 0]     segments 1, 2, padding; 2 visual tokens a clip
-      becomes        [0 1 -1 | 2 3 -1 | -1]
+  Two segments and padding, two visual tokens a clip: visual_index [0 1 -1 | 0 1 -1 | 0] becomes
+  [0 1 -1 | 2 3 -1 | -1].
   """
   segments, frame_segments = row["token_ids_segment_ids"], row["frames_segment_ids"]
   # Clips lie in the order of their segments, so a segment's first clip is found by bisection.

@@ -65,10 +65,9 @@ class Question:
 
 
 def draw_scene(rng: np.random.Generator, num_seconds: int) -> Scene:
-  """Draws a random scene of `num_seconds`, with one event in two to eight seconds (at most 12)."""
-  least = min(MAX_EVENTS, max(1, -(-num_seconds // MAX_EVENT_SECONDS)))
-  most = min(MAX_EVENTS, max(1, num_seconds // 2))
-  num_events = int(rng.integers(min(max(least, 2), most), most + 1))
+  """Draws a random scene of `num_seconds`, with one event in three to eight seconds, at most 12."""
+  most = min(MAX_EVENTS, max(2, num_seconds // 3))
+  num_events = int(rng.integers(min(most, max(2, num_seconds // 8)), most + 1))
   lengths = rng.integers(1, MAX_EVENT_SECONDS + 1, num_events)
   while lengths.sum() > num_seconds:
     lengths[rng.choice(np.flatnonzero(lengths > 1))] -= 1

@@ -79,13 +79,33 @@ def draw_conversation(
       break
   token_ids, visual_index = lay_out(text.ids, [visual_tokens])
   labels = np.full(len(token_ids), IGNORE_LABEL, np.int32)
-  labels[visual_index < 0] = text.labels[text.ids >= 0]
+  labels[visual_index < 0] = _ask_early(text.ids, text.labels, tokenizer)[text.ids >= 0]
   return {
     "frames": clips,
     "token_ids": token_ids[:max_tokens],
     "labels": labels[:max_tokens],
     "visual_index": visual_index[:max_tokens],
   }
+
+
+def _ask_early(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+  """Labels that ask for each answer also right behind the name of the thing it is about.
+
+      ids     What colour is the star  ?   ... assistant red <end>
+      labels  -    -      -  -   -     red ... -         red <end>
+
+  There the answer is one look-up away. Asked at the end of the question alone, a decoder needs
+  more than twice the steps before it finds the way there.
+  """
+  names = [np.array(tokenizer.encode(f" {kind}")) for kind in KINDS]
+  labels = labels.copy()
+  starts = np.flatnonzero((labels[1:] >= 0) & (labels[:-1] < 0)) + 1
+  for previous, start in zip([0, *starts[:-1]], starts, strict=True):
+    for end in range(start - 1, previous, -1):
+      if any(np.array_equal(ids[max(end - len(name), 0) : end], name) for name in names):
+        labels[end] = ids[start]
+        break
+  return labels
 
 
 def vocabulary_lines(num_scenes: int = 200, seed: int = 0) -> list[str]:
@@ -112,13 +132,13 @@ def _film(rng, scene: Scene, config: VideoChatFlashConfig):
 
 def _deal(rng, scene: Scene, weights: Mapping[str, float]) -> list[synthetic.Question]:
   """Mixes questions: each next one is of a kind drawn by weight, until one kind runs out."""
-  decks = {kind: synthetic.ask(scene, rng, kind) for kind in weights}
-  decks = {kind: deck for kind, deck in decks.items() if deck}
-  chances = np.array([weights[kind] for kind in decks])
-  dealt = []
-  while all(decks.values()):
-    dealt.append(decks[rng.choice(list(decks), p=chances / chances.sum())].pop())
-  return dealt
+  kinds = list(weights)
+  chances = np.array([weights[kind] for kind in kinds])
+  decks = {kind: synthetic.ask(scene, rng, kind) for kind in kinds}
+  dealt: list[synthetic.Question] = []
+  while deck := decks[kinds[rng.choice(len(kinds), p=chances / chances.sum())]]:
+    dealt.append(deck.pop())
+  return dealt or synthetic.ask(scene, rng, "attribute")
 
 
 def _turns(scene: Scene, questions: list[synthetic.Question]) -> list[Turn]:

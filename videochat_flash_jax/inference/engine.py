@@ -16,7 +16,7 @@ from flax import nnx
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.sampler import Sampling, sample
-from videochat_flash_jax.models.qwen2 import KVCache
+from videochat_flash_jax.models.kv_cache import KVCache
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.shapes import Array, Float, Int, UInt8
 
@@ -44,7 +44,7 @@ class Reading(NamedTuple):
   @property
   def num_slots(self) -> int:
     """Tokens that fit into a row of the cache."""
-    return self.cache.k.shape[2]
+    return self.cache.num_slots
 
 
 def bucket(size: int, smallest: int = 64) -> int:
@@ -121,9 +121,8 @@ class Engine:
       return _prefill(self._graph, self._weights, *arguments, num_slots=num_slots)
     cache = after.cache
     if after.num_slots < num_slots:
-      room = [(0, 0), (0, 0), (0, num_slots - after.num_slots), (0, 0), (0, 0)]
-      cache = cache._replace(k=jnp.pad(cache.k, room), v=jnp.pad(cache.v, room))
-    self._announce("extend", len(prompts), num_tokens, cache.k.shape[2])
+      cache = cache.widened(num_slots)
+    self._announce("extend", len(prompts), num_tokens, cache.num_slots)
     return _extend(self._graph, self._weights, cache, *arguments)
 
   def write(

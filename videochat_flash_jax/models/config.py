@@ -95,7 +95,7 @@ class VideoChatFlashConfig:
         mlp_width=288,
         position_grid=4,
       ),
-      connector=ConnectorConfig(clip_tokens=16, merge_heads=4),
+      connector=ConnectorConfig(clip_tokens=24, merge_heads=4),
       decoder=DecoderConfig(
         vocab_size=768,
         width=128,

@@ -1,31 +1,17 @@
 """The Qwen2 decoder: grouped-query attention with biases on q, k, v; RoPE; SwiGLU; RMSNorm."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from videochat_flash_jax.models.config import DecoderConfig
-from videochat_flash_jax.models.layer_stack import LayerStack
+from videochat_flash_jax.models.kv_cache import KVCache
+from videochat_flash_jax.models.layer_stack import LayerList, LayerStack
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.norms import RMSNorm
 from videochat_flash_jax.ops.rope import apply_rope, rope_table
+from videochat_flash_jax.ops.row_blocks import map_row_blocks
 from videochat_flash_jax.shapes import Array, Float, Int
-
-
-class KVCache(NamedTuple):
-  """Keys and values of the tokens read so far; row b uses its first `length[b]` slots."""
-
-  k: Float[Array, "L B S K H"]
-  v: Float[Array, "L B S K H"]
-  length: Int[Array, "B"]
-
-  @classmethod
-  def empty(cls, config: DecoderConfig, batch: int, num_slots: int, dtype=jnp.float32) -> "KVCache":
-    """A cache for `num_slots` tokens a row."""
-    shape = (config.depth, batch, num_slots, config.num_kv_heads, config.head_size)
-    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
 
 
 class Qwen2(nnx.Module):
@@ -91,7 +77,8 @@ class Qwen2(nnx.Module):
     Returns:
       Hidden states after the last norm, and the cache.
     """
-    cache = KVCache.empty(self.config, x.shape[0], num_slots, x.dtype)
+    apart = isinstance(self.layers, LayerList)
+    cache = KVCache.empty(self.config, x.shape[0], num_slots, apart=apart, dtype=x.dtype)
     hidden, cache = self._read(x, cache, new_only=True)
     return hidden, cache._replace(length=length.astype(jnp.int32))
 
@@ -116,21 +103,19 @@ class Qwen2(nnx.Module):
     rope = rope_table(order, self.config.head_size, self.config.rope_theta)
 
     def apply(layer, index, carry):
-      x, keys, values = carry
+      x, cache = carry
 
       def attend(q, k, v):
-        nonlocal keys, values
-        keys = _write(keys, k, index, cache.length)
-        values = _write(values, v, index, cache.length)
+        nonlocal cache
+        cache = cache.write(index, k, v)
         if new_only:  # nothing stands before, and attention in array order is cheaper
           return attention(q, k, v, causal=True)
-        return attention(q, keys[index], values[index], causal=True, query_order=order)
+        return attention(q, *cache.read(index), causal=True, query_order=order)
 
-      x = layer(x, rope, attend)
-      return x, keys, values
+      return layer(x, rope, attend), cache
 
-    x, keys, values = self.layers.run(apply, (x, cache.k, cache.v))
-    return self.norm(x), KVCache(keys, values, cache.length)
+    x, cache = self.layers.run(apply, (x, cache))
+    return self.norm(x), cache
 
   def embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Looks up text tokens; ids below zero (visual slots, padding) read token 0."""
@@ -149,7 +134,7 @@ class DecoderLayer(nnx.Module):
   """Attention and SwiGLU, each behind a norm and beside a residual."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype):
-    self.head_size = config.head_size
+    self.head_size, self.mlp_width = config.head_size, config.mlp_width
     queries = config.num_heads * config.head_size
     keys = config.num_kv_heads * config.head_size
 
@@ -180,16 +165,9 @@ class DecoderLayer(nnx.Module):
     k = apply_rope(self.k_proj(h).reshape(heads), *rope)
     v = self.v_proj(h).reshape(heads)
     x = x + self.o_proj(attend(q, k, v).reshape(*x.shape[:-1], -1))
+    rows = x.reshape(-1, x.shape[-1])
+    return x + map_row_blocks(self._mlp, rows, self.mlp_width).reshape(x.shape)
+
+  def _mlp(self, x):
     h = self.post_attention_norm(x)
-    return x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))
-
-
-def _write(slots, new, layer, start):
-  """Writes `new` [B, T, K, H] into layer `layer` of `slots`, from slot `start[b]` of row b."""
-  zero = jnp.zeros((), jnp.int32)
-  layer = jnp.asarray(layer, jnp.int32)
-  for row in range(new.shape[0]):  # in place, where one scatter over rows would copy the cache
-    slots = jax.lax.dynamic_update_slice(
-      slots, new[None, row : row + 1].astype(slots.dtype), (layer, row, start[row], zero, zero)
-    )
-  return slots
+    return self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))

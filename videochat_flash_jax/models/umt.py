@@ -12,6 +12,7 @@ from videochat_flash_jax.models.config import VisionConfig
 from videochat_flash_jax.models.layer_stack import LayerStack
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.norms import LayerNorm
+from videochat_flash_jax.ops.row_blocks import map_row_blocks
 from videochat_flash_jax.shapes import Array, Float
 
 _BLOCK_NORM_EPS = 1e-6
@@ -43,7 +44,10 @@ class UMT(nnx.Module):
     num_frames, grid = pixels.shape[1], pixels.shape[2] // self.config.patch_size
     table = position_table(self.config, num_frames=num_frames, grid=grid)
     x = x + jnp.asarray(table, x.dtype)
-    (x,) = self.blocks.run(lambda block, _, carry: (block(carry[0]),), (x,))
+    values_per_clip = x.shape[1] * self.config.mlp_width
+    (x,) = self.blocks.run(
+      lambda block, _, carry: (map_row_blocks(block, carry[0], values_per_clip),), (x,)
+    )
     return self.norm(x)
 
 

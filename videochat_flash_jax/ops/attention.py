@@ -61,18 +61,20 @@ def _visible(causal, query_order, key_order, query_segments, key_segments):
 
 def _attend(q, k, v, visible):
   """Attention of grouped queries [..., T, G, H] to keys [..., S, H]; mask [..., T, S]."""
-  *_, head_size = q.shape
-  q = q * jnp.asarray(head_size**-0.5, q.dtype)
-  scores = jnp.einsum("...tgh,...sh->...tgs", q, k, preferred_element_type=jnp.float32)
+  shape = (*_, length, group, head_size) = q.shape
+  # Queries and group share an axis: with two, XLA on the CPU would transpose all keys first.
+  q = q.reshape(*shape[:-3], length * group, head_size) * jnp.asarray(head_size**-0.5, q.dtype)
+  scores = jnp.einsum("...qh,...sh->...qs", q, k, preferred_element_type=jnp.float32)
   if visible is not None:
-    scores = jnp.where(visible[..., :, None, :], scores, _MASKED)
+    visible = jnp.repeat(visible, group, axis=-2)
+    scores = jnp.where(visible, scores, _MASKED)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
   total = weights.sum(axis=-1, keepdims=True)
   # Divided after the product: S times fewer divisions, and no second pass over the weights.
   mixed = jnp.einsum(
-    "...tgs,...sh->...tgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    "...qs,...sh->...qh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
   )
-  return (mixed / total).astype(q.dtype)
+  return (mixed / total).astype(q.dtype).reshape(shape)
 
 
 def _heads_first(q, k, v):

@@ -30,27 +30,38 @@ _log = logging.getLogger("videochat_flash_jax")
 
 
 class RunLog:
-  """Writes what happens to `train_log.jsonl`, and a readable line to the logger."""
+  """Writes what happens to `train_log.jsonl`, for programs, and to `train_log.txt`, for people."""
 
-  def __init__(self, path: Path):
-    self._file = path.open("w", buffering=1)
+  def __init__(self, workdir: Path):
+    # Line by line, so that a run can be followed.
+    self._records = (workdir / "train_log.jsonl").open("w", buffering=1)
+    self._text = (workdir / "train_log.txt").open("w", buffering=1)
     self._start = time.perf_counter(), time.process_time()
+
+  def __enter__(self) -> "RunLog":
+    return self
+
+  def __exit__(self, *_):
+    self._records.close()
+    self._text.close()
 
   def write(self, **fields: Any):
     """Adds wall and CPU seconds since the start of the run to `fields` and writes them."""
     wall, cpu = self._start
     fields["wall_seconds"] = round(time.perf_counter() - wall, 1)
     fields["cpu_seconds"] = round(time.process_time() - cpu, 1)
-    self._file.write(json.dumps(fields) + "\n")
-    _log.info("  ".join(f"{name} {value}" for name, value in fields.items()))
+    self._records.write(json.dumps(fields) + "\n")
+    line = "  ".join(f"{name} {value}" for name, value in fields.items())
+    self._text.write(line + "\n")
+    _log.info(line)
 
 
 def train(config: ConfigDict, workdir: Path):
   """Trains a model stage by stage and exports it.
 
-  Writes to `workdir`: `train_log.jsonl` as it goes, `checkpoints/` (Orbax) after each stage, and,
-  when all is done, `export/`: a checkpoint directory in the released layout. `export` appears
-  whole or not at all.
+  Writes to `workdir`: `train_log.jsonl` and `.txt` as it goes, `checkpoints/` (Orbax) after each
+  stage, and, when all is done, `export/`: a checkpoint directory in the released layout, which
+  appears whole or not at all.
 
   Raises:
     InputError: `workdir` already holds a finished run.
@@ -60,23 +71,19 @@ def train(config: ConfigDict, workdir: Path):
     raise InputError(f"{export} exists: give another --workdir, or remove that directory first")
   partial = workdir / "export.partial"
   partial.mkdir(parents=True, exist_ok=True)
-  log = RunLog(workdir / "train_log.jsonl")
-  log.write(
-    event="start",
-    version=videochat_flash_jax.__version__,
-    jax=jax.__version__,
-    config=config.to_dict(),
-  )
-  tokenizer = train_sentencepiece(
-    synthetic_training.vocabulary_lines(), partial / "tokenizer.model", config.vocab_size
-  )
-  model_config = VideoChatFlashConfig.tiny()
-  model = VideoChatFlash(model_config, rngs=nnx.Rngs(config.seed))
-  for number, name in enumerate(config.stages):
-    train_stage(model, tokenizer, name, config[name], config.seed + number, log)
-    save_checkpoint(workdir / "checkpoints", number, nnx.to_pure_dict(nnx.state(model)))
-  save_model(model, model_config, partial)
-  log.write(event="end")
+  with RunLog(workdir) as log:
+    version = videochat_flash_jax.__version__
+    log.write(event="start", version=version, jax=jax.__version__, config=config.to_dict())
+    tokenizer = train_sentencepiece(
+      synthetic_training.vocabulary_lines(), partial / "tokenizer.model", config.vocab_size
+    )
+    model_config = VideoChatFlashConfig.tiny()
+    model = VideoChatFlash(model_config, rngs=nnx.Rngs(config.seed))
+    for number, name in enumerate(config.stages):
+      train_stage(model, tokenizer, name, config[name], config.seed + number, log)
+      save_checkpoint(workdir / "checkpoints", number, nnx.to_pure_dict(nnx.state(model)))
+    save_model(model, model_config, partial)
+    log.write(event="end")
   partial.rename(export)
 
 
@@ -107,7 +114,7 @@ def train_stage(
       means = {key: round(float(sum(m[key] for m in recent)) / len(recent), 4) for key in metrics}
       log.write(stage=name, step=number, **means)
       recent = []
-  nnx.update(module, state.trained)
+  nnx.update(module, state.trained, state.frozen)
 
 
 def _batches(model_config, tokenizer, stage, seed):

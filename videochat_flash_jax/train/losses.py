@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.models.token_merging import merge_groups, similarity_features, sum_groups
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.shapes import Array, Float, Int
-
-IGNORE_LABEL = -100  # as in data.conversation: a position that is not learnt
 
 Metrics = dict[str, Array]
 
@@ -44,21 +44,39 @@ def cross_entropy(
 
 
 def patch_loss(probe: PatchProbe, batch: dict[str, Array]) -> tuple[Array, Metrics]:
-  """How badly the heads of a probe name what patches show.
+  """How badly the heads of a probe name what patches show, before and after they are merged.
+
+  Each patch is named twice: from its own feature, and from the merged token that it ends in. Where
+  a token holds patches of a thing and bare ones, only the former are asked: the token is to tell
+  of the thing, however few its patches are.
 
   Args:
     probe: encoder and heads.
     batch: `frames [C, F, S, S, 3]`, and labels `[C, P]` for every head; the last class is
-      "nothing". It fills most of a picture, so it weighs half in the loss, and not in the metrics.
+      "nothing".
+
+  Returns:
+    The loss, and for each head the share of right answers about patches that show something,
+    after merging.
   """
+  connector = probe.model.connector
   features = probe.model.encode_patches(batch["frames"])
+  metric = jax.lax.stop_gradient(similarity_features(features, connector.config.merge_heads))
+  group = merge_groups(metric, target=connector.config.clip_tokens)
+  merged = jnp.take_along_axis(connector.merge(features), group[..., None], axis=1)
   total, metrics = jnp.zeros(()), {}
   for name, head in probe.heads.items():
-    logits, labels = head(features), batch[name]
-    nothing = labels == logits.shape[-1] - 1
-    loss_shown, metrics[name] = cross_entropy(logits, jnp.where(nothing, IGNORE_LABEL, labels))
-    loss_nothing, _ = cross_entropy(logits, jnp.where(nothing, labels, IGNORE_LABEL))
-    total += loss_shown + 0.5 * loss_nothing
+    labels, nothing = batch[name], head.out_features - 1
+    shown = jnp.where(labels == nothing, IGNORE_LABEL, labels)
+    num_shown = sum_groups(1.0 * (shown >= 0)[..., None], group, connector.config.clip_tokens)
+    beside = jnp.take_along_axis(num_shown[..., 0], group, axis=1) > 0
+    bare = jnp.where(labels == nothing, labels, IGNORE_LABEL)
+    bare_alone = jnp.where(beside, IGNORE_LABEL, bare)
+    for x, without in ((features, bare), (merged, bare_alone)):
+      logits = head(x)
+      loss, metrics[name] = cross_entropy(logits, shown)
+      # Bare patches fill most of a picture: half the weight for them together.
+      total += 0.5 * loss + 0.25 * cross_entropy(logits, without)[0]
   return total, metrics
 
 

@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
 def split_state(
   module: nnx.Module, parts: Sequence[str], optimizer: optax.GradientTransformation
 ) -> tuple[nnx.GraphDef, TrainState]:
-  """Takes a module apart for training.
+  """Takes a module apart for training; steps consume its arrays, so put the last state back.
 
   Args:
     module: a model, or a model with heads.
@@ -42,8 +42,6 @@ def split_state(
 
   graph, trained, frozen = nnx.split(module, is_trained, ...)
   trained, frozen = nnx.to_pure_dict(trained), nnx.to_pure_dict(frozen)
-  # Copies, because a step gives its state's memory to the next one.
-  trained = jax.tree.map(lambda array: array.copy(), trained)
   return graph, TrainState(trained, frozen, optimizer.init(trained))
 
 
