@@ -16,7 +16,12 @@ class Connector(nnx.Module):
   """Token merging, then Linear, GELU, Linear."""
 
   def __init__(
-    self, config: ConnectorConfig, width: int, out_width: int, *, rngs: nnx.Rngs,
+    self,
+    config: ConnectorConfig,
+    width: int,
+    out_width: int,
+    *,
+    rngs: nnx.Rngs,
     param_dtype=jnp.float32,
   ):
     self.config = config

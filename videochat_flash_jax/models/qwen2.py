@@ -20,7 +20,10 @@ class Qwen2(nnx.Module):
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     self.config = config
     self.embed_tokens = nnx.Embed(
-      config.vocab_size, config.width, param_dtype=param_dtype, rngs=rngs,
+      config.vocab_size,
+      config.width,
+      param_dtype=param_dtype,
+      rngs=rngs,
       embedding_init=nnx.initializers.normal(config.width**-0.5),
     )
     self.layers = LayerStack(
@@ -55,9 +58,7 @@ class Qwen2(nnx.Module):
 
     def apply(layer, _, carry):
       def attend(q, k, v):
-        return attention(
-          q, k, v, causal=True, query_segments=segment_ids, key_segments=segment_ids
-        )
+        return attention(q, k, v, causal=True, query_segments=segment_ids, key_segments=segment_ids)
 
       return (layer(carry[0], rope, attend),)
 

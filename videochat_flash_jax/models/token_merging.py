@@ -57,9 +57,7 @@ def match_tokens(features: Float[Array, "C P H"], num_removed: int) -> Int[Array
   norm = jnp.sqrt(jnp.sum(jnp.square(features), axis=-1, keepdims=True))
   features = features / jnp.maximum(norm, 1e-30)  # a zero vector is similar to nothing
   sources, destinations = features[:, ::2], features[:, 1::2]
-  scores = jnp.einsum(
-    "cah,cbh->cab", sources, destinations, precision=jax.lax.Precision.HIGHEST
-  )
+  scores = jnp.einsum("cah,cbh->cab", sources, destinations, precision=jax.lax.Precision.HIGHEST)
   best = scores.max(axis=-1)
   # The first best destination: argmax, which XLA on the CPU runs on one core, without vectors.
   places = jnp.arange(destinations.shape[1])

@@ -30,7 +30,10 @@ class VideoChatFlash(nnx.Module):
     self.config = config
     self.vision = _ENCODERS[config.vision.kind](config.vision, rngs=rngs, param_dtype=param_dtype)
     self.connector = Connector(
-      config.connector, config.vision.width, config.decoder.width, rngs=rngs,
+      config.connector,
+      config.vision.width,
+      config.decoder.width,
+      rngs=rngs,
       param_dtype=param_dtype,
     )
     self.decoder = Qwen2(config.decoder, rngs=rngs, param_dtype=param_dtype)

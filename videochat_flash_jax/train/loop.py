@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-import videochat_flash_jax
+from videochat_flash_jax import __version__
 from videochat_flash_jax.checkpoints.convert import save_model
 from videochat_flash_jax.checkpoints.manager import save_checkpoint
 from videochat_flash_jax.data import synthetic_training
@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: Path):
   partial = workdir / "export.partial"
   partial.mkdir(parents=True, exist_ok=True)
   with RunLog(workdir) as log:
-    version = videochat_flash_jax.__version__
+    version = __version__
     log.write(event="start", version=version, jax=jax.__version__, config=config.to_dict())
     tokenizer = train_sentencepiece(
       synthetic_training.vocabulary_lines(), partial / "tokenizer.model", config.vocab_size
