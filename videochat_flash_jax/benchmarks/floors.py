@@ -1,23 +1,22 @@
-"""What the machine could do at best: its matrix products and its memory, measured.
+"""What the machine can do at best: its matrix products and its memory, measured.
 
-A floor is the time that work takes if all its flops run at the rate of a matrix product that stays
-in the cache, or if all its bytes travel at the rate of a copy, whichever is longer. Only work that
-no implementation can avoid is counted: inputs and weights read once, outputs written once.
+The floor of some work is the time that its flops take at the rate of a matrix product that stays in
+the cache, or its bytes at the rate of a copy in memory, whichever is longer. Only what cannot be
+avoided counts as work: inputs and weights read once, outputs written once.
 """
 
-import os
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from videochat_flash_jax.benchmarks.timing import Seconds, time_in_turns
-
-_PRODUCT_SIZE = 1536  # three such matrices fit into the last cache of a CPU
-_COPY_VALUES = 1 << 26  # 256 MiB, far beyond any cache
+from videochat_flash_jax.benchmarks.timing import Seconds
 
 FLOAT_BYTES = 4
+_PRODUCT_SIZE = 1536  # three such matrices fit into the last cache of a CPU
+_COPY_VALUES = 1 << 26  # 256 MiB, far more than any cache
+_PASSES = 10  # products, and copies, in a run: long enough to share the fate of what they bound
 
 
 class Work(NamedTuple):
@@ -27,57 +26,38 @@ class Work(NamedTuple):
   bytes: float
 
 
-class Side(NamedTuple):
-  """One phase of a benchmark: who does the work, how often it is done in a run, how much it is."""
+class Limits(NamedTuple):
+  """Rates that the machine reached."""
 
-  ours: Callable[[], object]
-  work: Work
-  peer: Callable[[], object] | None = None
-  count: int = 1
+  flops_per_second: float
+  bytes_per_second: float
+
+  def floor(self, work: Work) -> tuple[float, str]:
+    """The least seconds that the work can take, and what binds: "flops" or "bytes"."""
+    computing, moving = work.flops / self.flops_per_second, work.bytes / self.bytes_per_second
+    return max((computing, "flops"), (moving, "bytes"))
 
 
-def compare(
-  name: str,
-  shapes: Mapping[str, int],
-  phases: Mapping[str, Side],
-  repeats: int,
-  peer: str | None,
-  note: str | None = None,
-) -> dict[str, Any]:
-  """Measures phases, their peers and the machine's limits in turns; returns a report.
+def limit_pieces() -> dict[str, Callable[[], object]]:
+  """A large square matrix product and a copy, to be timed beside what is compared with them."""
+  # Entries that a product of two such matrices gives again.
+  matrix = jnp.full((_PRODUCT_SIZE, _PRODUCT_SIZE), 1 / _PRODUCT_SIZE)
+  multiply = jax.jit(lambda matrix: jax.lax.fori_loop(0, _PASSES, lambda _, x: x @ matrix, matrix))
+  # Each value is read and written back where it was: fresh pages would cost more than the copy.
+  copy = jax.jit(lambda x: x + 1, donate_argnums=0)
+  values = [jnp.ones(_COPY_VALUES)]
 
-  Args:
-    name: of the benchmark.
-    shapes: what was measured, for the reader.
-    phases: in the order in which they have to run.
-    repeats: rounds of which medians are taken.
-    peer: who the peers are, or None.
-    note: what a reader should know, such as why there is no peer.
-  """
-  sides = {}
-  for phase, side in phases.items():
-    sides[phase, "ours"] = side.ours
-  for phase, side in phases.items():
-    if side.peer is not None:
-      sides[phase, "peer"] = side.peer
-  times = time_in_turns(sides | _limits(), repeats)
-  matmul_rate = 2 * _PRODUCT_SIZE**3 / times["matmul"].best
-  copy_rate = 2 * _COPY_VALUES * FLOAT_BYTES / times["copy"].best
-  return {
-    "name": name,
-    "device": jax.devices()[0].device_kind,
-    "dtype": "float32",
-    "threads": num_threads(),
-    "shapes": dict(shapes),
-    "repeats": repeats,
-    "matmul_flops_per_second": matmul_rate,
-    "copy_bytes_per_second": copy_rate,
-    "peer": peer,
-    "note": note,
-    "phases": {
-      phase: _phase_report(
-        side, times[phase, "ours"], times.get((phase, "peer")), matmul_rate, copy_rate
-      )
-      for phase, side in phases.items()
-    },
-  }
+  def copy_in_place():
+    for _ in range(_PASSES):
+      values[0] = copy(values[0])
+    return values[0]
+
+  return {"product": lambda: multiply(matrix), "copy": copy_in_place}
+
+
+def measured_limits(times: Mapping[str, Seconds]) -> Limits:
+  """Rates from the best times of `limit_pieces`."""
+  return Limits(
+    _PASSES * 2 * _PRODUCT_SIZE**3 / times["product"].best,
+    _PASSES * 2 * _COPY_VALUES * FLOAT_BYTES / times["copy"].best,
+  )

@@ -1,0 +1,138 @@
+"""Benchmarks at sizes that take no time. What they measure is not asserted, only what they say."""
+
+import functools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from videochat_flash_jax.benchmarks import decode, merge, vit
+from videochat_flash_jax.benchmarks.floors import Limits, Work
+from videochat_flash_jax.benchmarks.timing import Seconds, time_in_turns
+from videochat_flash_jax.cli import bench
+from videochat_flash_jax.cli.main import main
+from videochat_flash_jax.models.config import VideoChatFlashConfig
+from videochat_flash_jax.models.qwen2 import Qwen2
+from videochat_flash_jax.models.umt import UMT
+
+TINY = VideoChatFlashConfig.tiny()
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+  monkeypatch.setattr("videochat_flash_jax.benchmarks.floors._PRODUCT_SIZE", 32)
+  monkeypatch.setattr("videochat_flash_jax.benchmarks.floors._COPY_VALUES", 1024)
+
+
+def assert_well_formed(report, phases):
+  assert json.loads(json.dumps(report)) == report
+  assert report["dtype"] == "float32" and report["threads"] >= 1
+  assert all(rate > 0 for rate in report["limits"].values())
+  assert list(report["phases"]) == phases
+  for phase in report["phases"].values():
+    assert phase["seconds"] >= phase["best_seconds"] > 0
+    assert phase["floor_bound_by"] in ("flops", "bytes")
+    assert phase["ratio_to_floor"] == phase["seconds"] / phase["floor_seconds"]
+    assert (phase["peer_seconds"] is None) == (report["peer"] is None)
+    if report["peer"] is not None:
+      assert phase["ratio_to_peer"] == phase["seconds"] / phase["peer_seconds"]
+  assert report["peer"] is not None or report["note"] or report["name"] != "decode"
+  assert len(bench.summary(report).splitlines()) == 1 + len(phases)
+
+
+def test_merge_reports():
+  report = merge.run(2, clips=2, tokens=16, target=4, width=8, num_heads=2)
+  assert_well_formed(report, ["merge"])
+
+
+def test_vit_reports():
+  assert_well_formed(vit.run(1, clips=1, config=TINY.vision), ["encode"])
+
+
+def test_decode_reports():
+  report = decode.run(1, prompt_tokens=8, new_tokens=3, config=TINY.decoder)
+  assert_well_formed(report, ["prefill", "decode_token"])
+
+
+def test_every_benchmark_of_the_command_line_has_a_module():
+  assert {"merge": merge, "vit": vit, "decode": decode}.keys() == bench.BENCHMARKS.keys()
+
+
+def test_the_floor_is_what_takes_longer():
+  limits = Limits(flops_per_second=10.0, bytes_per_second=2.0)
+  assert limits.floor(Work(flops=50, bytes=4)) == (5.0, "flops")
+  assert limits.floor(Work(flops=50, bytes=40)) == (20.0, "bytes")
+
+
+def test_merging_is_counted_as_similarities_and_sums():
+  # 6 -> 4 tokens of width 8 in 2 heads: one round of 3 x 3 similarities of 4 channels.
+  assert merge.clip_work(6, 4, 8, 2) == Work(2 * 3 * 3 * 4 + 2 * 6 * 8, (6 + 4) * 8 * 4)
+
+
+def assert_counted_like_the_compiler(flops, function, *arguments):
+  """The compiler counts norms and activations, too, which are a tenth at these sizes."""
+  counted = jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+  assert flops <= counted <= 1.15 * flops
+
+
+def test_flops_of_the_encoder_agree_with_the_compiler():
+  model = UMT(TINY.vision, rngs=nnx.Rngs(0))
+  model.blocks = model.blocks.unstack()  # of a scan, one step would be counted
+  graph, weights = nnx.split(model)
+  assert_counted_like_the_compiler(
+    vit.work(TINY.vision, clips=2, num_weights=0).flops,
+    lambda weights, pixels: nnx.merge(graph, weights)(pixels),
+    weights,
+    jnp.ones((2, 4, 32, 32, 3)),
+  )
+
+
+def test_flops_of_the_decoder_agree_with_the_compiler():
+  config, tokens, num_slots = TINY.decoder, 64, 80
+  model = Qwen2(config, rngs=nnx.Rngs(0))
+  model.layers = model.layers.unstack()
+  graph, weights = nnx.split(model)
+
+  def prefill(weights, x):
+    return nnx.merge(graph, weights).prefill(x, jnp.array([tokens]), num_slots)
+
+  def extend(weights, x, cache):
+    return nnx.merge(graph, weights).extend(x, cache, jnp.array([1]))
+
+  prompt = jnp.ones((1, tokens, config.width))
+  _, cache = jax.eval_shape(prefill, weights, prompt)
+  assert_counted_like_the_compiler(
+    decode.prefill_work(config, tokens).flops, prefill, weights, prompt
+  )
+  assert_counted_like_the_compiler(
+    decode.decode_work(config, num_slots).flops, extend, weights, prompt[:, :1], cache
+  )
+
+
+def test_the_round_that_compiles_does_not_count():
+  runs = []
+  times = time_in_turns({"a": lambda: runs.append("a"), "b": lambda: runs.append("b")}, repeats=2)
+  assert runs == ["a", "b"] * 3
+  assert times["a"].best <= times["a"].median
+  assert Seconds(6.0, 3.0).of_each(3) == Seconds(2.0, 1.0)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_command_prints_its_report(monkeypatch, capsys, as_json):
+  monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+  monkeypatch.setattr(merge, "run", functools.partial(merge.run, 1, clips=1, tokens=8, target=2))
+  arguments = ["bench", "merge", "--json"] if as_json else ["bench", "merge"]
+  assert main(arguments) == 0
+  printed = capsys.readouterr().out
+  if as_json:
+    assert json.loads(printed)["name"] == "merge"
+  else:
+    assert printed.startswith("merge (float32,") and "x floor" in printed
+
+
+def test_an_unknown_benchmark_is_one_line_and_code_2(capsys):
+  assert main(["bench", "merg"]) == 2
+  assert "merg" in capsys.readouterr().err

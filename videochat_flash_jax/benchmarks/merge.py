@@ -1,0 +1,45 @@
+"""`vcflash bench merge`: token merging of clips, the first half of the connector."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from videochat_flash_jax.benchmarks.comparison import Phase, compare
+from videochat_flash_jax.benchmarks.floors import FLOAT_BYTES, Work
+from videochat_flash_jax.models.token_merging import merge_schedule, merge_tokens
+
+
+def run(
+  repeats: int = 10,
+  *,
+  clips: int = 16,
+  tokens: int = 784,
+  target: int = 64,
+  width: int = 1024,
+  num_heads: int = 16,
+) -> dict[str, Any]:
+  """Merges random tokens [clips, tokens, width]; the defaults are UMT-L's at 224 pixels."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((clips, tokens, width), np.float32))
+  merge = jax.jit(lambda x: merge_tokens(x, target=target, num_heads=num_heads))
+  work = clip_work(tokens, target, width, num_heads)
+  phases = {"merge": Phase(lambda: merge(x), Work(clips * work.flops, clips * work.bytes))}
+  shapes = {
+    "clips": clips, "tokens": tokens, "target": target, "width": width, "num_heads": num_heads,
+  }  # fmt: skip
+  return compare("merge", phases, shapes=shapes, repeats=repeats)
+
+
+def clip_work(tokens: int, target: int, width: int, num_heads: int) -> Work:
+  """Work of one clip: similarities of every round, and each token added up twice.
+
+  The sums are additions; that ours are matrix products is our choice and does not count.
+  """
+  flops, left = 2 * tokens * width, tokens
+  for removed in merge_schedule(tokens, target):
+    destinations = left // 2
+    flops += 2 * (left - destinations) * destinations * (width // num_heads)
+    left -= removed
+  return Work(flops, (tokens + target) * width * FLOAT_BYTES)

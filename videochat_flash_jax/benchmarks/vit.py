@@ -1,0 +1,43 @@
+"""`vcflash bench vit`: the video encoder, from pixels to features."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from videochat_flash_jax.benchmarks.comparison import Phase, compare, random_weights
+from videochat_flash_jax.benchmarks.floors import FLOAT_BYTES, Work
+from videochat_flash_jax.models.config import VideoChatFlashConfig, VisionConfig
+from videochat_flash_jax.models.umt import UMT
+
+UMT_L = VideoChatFlashConfig.qwen2_7b_res224().vision
+
+
+def run(repeats: int = 3, *, clips: int = 2, config: VisionConfig = UMT_L) -> dict[str, Any]:
+  """Encodes random clips with random weights."""
+  graph, weights = random_weights(lambda: UMT(config, rngs=nnx.Rngs(0)))
+  size = config.image_size
+  rng = np.random.default_rng(0)
+  pixels = jnp.asarray(rng.standard_normal((clips, config.clip_frames, size, size, 3), np.float32))
+  encode = jax.jit(lambda weights, pixels: nnx.merge(graph, weights)(pixels))
+  num_weights = sum(leaf.size for leaf in jax.tree.leaves(weights))
+  phases = {"encode": Phase(lambda: encode(weights, pixels), work(config, clips, num_weights))}
+  shapes = {
+    "clips": clips, "frames": config.clip_frames, "image_size": size, "depth": config.depth,
+    "width": config.width, "num_heads": config.num_heads, "mlp_width": config.mlp_width,
+  }  # fmt: skip
+  return compare("vit", phases, shapes=shapes, repeats=repeats)
+
+
+def work(config: VisionConfig, clips: int, num_weights: int) -> Work:
+  """Matrix products of all patches, and attention within each clip."""
+  patches = config.clip_frames * config.grid_size**2
+  patch_values = 3 * config.patch_size**2
+  products = config.depth * config.width * (4 * config.width + 2 * config.mlp_width)
+  products += patch_values * config.width
+  attention = config.depth * 2 * patches * config.width  # scores and mixing, for one patch
+  flops = 2 * clips * patches * (products + attention)
+  values = num_weights + clips * patches * (patch_values + config.width)
+  return Work(flops, values * FLOAT_BYTES)
