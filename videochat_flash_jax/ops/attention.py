@@ -11,6 +11,7 @@ from videochat_flash_jax.shapes import Array, Float, Int
 
 _DENSE_SCORES = 256 * 256  # up to this many scores a head, one dense product is faster
 _BLOCK_SCORES = 1 << 20  # scores of a block: 4 MiB in float32, about a core's cache
+_BLOCK_QUERIES = 32  # queries of a block at least, lest the products wait for the keys
 _MASKED = -1e30  # finite, so that a row that sees nothing gives no NaN
 
 
@@ -48,13 +49,16 @@ def attention(
   return run(q, k, v, causal, query_order, query_segments, key_segments)
 
 
-def _visible(causal, query_order, key_order, query_segments, key_segments):
-  """Mask [B, T, S] of what each query sees, or None when it sees all."""
+def _visible(query_order, num_keys, query_segments, key_segments):
+  """Mask [..., T, S] of what each query sees, or None when it sees all.
+
+  Order and segments of queries are [..., T], or None; segments of keys are [..., S].
+  """
   visible = None
-  if causal:
-    visible = query_order[:, :, None] >= key_order[None, None, :]
+  if query_order is not None:
+    visible = query_order[..., :, None] >= jnp.arange(num_keys)
   if query_segments is not None:
-    same = query_segments[:, :, None] == key_segments[:, None, :]
+    same = query_segments[..., :, None] == key_segments[..., None, :]
     visible = same if visible is None else visible & same
   return visible
 
@@ -89,7 +93,7 @@ def _dense(q, k, v, causal, query_order, query_segments, key_segments):
   shape = q.shape
   if causal and query_order is None:
     query_order = jnp.arange(shape[1])[None]
-  visible = _visible(causal, query_order, jnp.arange(k.shape[1]), query_segments, key_segments)
+  visible = _visible(query_order if causal else None, k.shape[1], query_segments, key_segments)
   q, k, v = _heads_first(q, k, v)
   out = _attend(q, k, v, None if visible is None else visible[:, None])
   return out.transpose(0, 2, 1, 3, 4).reshape(shape)
@@ -98,10 +102,14 @@ def _dense(q, k, v, causal, query_order, query_segments, key_segments):
 def _blockwise(q, k, v, causal, query_order, query_segments, key_segments):
   batch, length, num_heads, _ = q.shape
   num_keys, num_kv_heads = k.shape[1], k.shape[2]
-  rows_at_once = max(1, _BLOCK_SCORES // (num_keys * (num_heads // num_kv_heads)))
+  rows_at_once = max(_BLOCK_QUERIES, _BLOCK_SCORES // (num_keys * (num_heads // num_kv_heads)))
   block = min(length, rows_at_once)
   in_order = causal and query_order is None
-  query_order = jnp.arange(length)[None] if in_order else query_order
+  if in_order:
+    query_order = jnp.arange(length)[None]
+  if causal:
+    query_order = jnp.broadcast_to(query_order, (batch, length))
+  about_queries = (query_order if causal else None, query_segments)
   q, k, v = _heads_first(q, k, v)
 
   # Queries in array order never look beyond themselves, so a stretch of them needs only the
@@ -111,39 +119,48 @@ def _blockwise(q, k, v, causal, query_order, query_segments, key_segments):
   for start in range(0, length, stretch):
     rows = slice(start, min(start + stretch, length))
     keys = slice(0, min(rows.stop, num_keys) if in_order else num_keys)
-    visible = _visible(
-      causal,
-      None if query_order is None else query_order[:, rows],
-      jnp.arange(keys.stop),
-      None if query_segments is None else query_segments[:, rows],
-      None if key_segments is None else key_segments[:, keys],
+    out.append(
+      _map_blocks(
+        q[:, :, rows],
+        k[:, :, keys],
+        v[:, :, keys],
+        jax.tree.map(lambda of_queries, rows=rows: of_queries[:, rows], about_queries),
+        None if key_segments is None else key_segments[:, keys],
+        block,
+      )
     )
-    if visible is not None:
-      visible = jnp.broadcast_to(visible, (batch, *visible.shape[1:]))
-    out.append(_map_blocks(q[:, :, rows], k[:, :, keys], v[:, :, keys], visible, block))
   out = jnp.concatenate(out, axis=2)
   return out.transpose(0, 2, 1, 3, 4).reshape(batch, length, num_heads, -1)
 
 
-def _map_blocks(q, k, v, visible, block):
-  """`_attend` over q [B, K, T, G, H], one key/value head and `block` queries at a time."""
+def _map_blocks(q, k, v, about_queries, key_segments, block):
+  """Attention of q [B, K, T, G, H], one key/value head and `block` queries at a time.
+
+  `about_queries` holds order and segments, [B, T] each, or None. Masks are made for one block at a
+  time; whole, they would take more memory than a long video's keys.
+  """
   batch, num_kv_heads, length, group, head_size = q.shape
   padding = -length % block
   q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
   q = q.reshape(batch * num_kv_heads, -1, block, group, head_size)
   k = k.reshape(batch * num_kv_heads, *k.shape[2:])
   v = v.reshape(batch * num_kv_heads, *v.shape[2:])
-  if visible is not None:
-    visible = jnp.pad(visible, ((0, 0), (0, padding), (0, 0)))
-    visible = visible.reshape(batch, -1, block, visible.shape[-1])
+  about_queries = jax.tree.map(
+    lambda x: jnp.pad(x, ((0, 0), (0, padding))).reshape(batch, -1, block), about_queries
+  )
 
   def one_head(operands):
     q_blocks, k_head, v_head, row = operands
+
+    def one_block(operands):
+      q_block, (order, segments) = operands
+      segments_of_keys = None if key_segments is None else key_segments[row]
+      visible = _visible(order, len(k_head), segments, segments_of_keys)
+      return _attend(q_block, k_head, v_head, visible)
+
+    about_blocks = jax.tree.map(lambda x: x[row], about_queries)
     # Recomputed in the backward pass, else every block's weights would be kept.
-    attend = jax.checkpoint(lambda q_block, seen: _attend(q_block, k_head, v_head, seen))
-    if visible is None:
-      return jax.lax.map(lambda q_block: attend(q_block, None), q_blocks)
-    return jax.lax.map(lambda pair: attend(*pair), (q_blocks, visible[row]))
+    return jax.lax.map(jax.checkpoint(one_block), (q_blocks, about_blocks))
 
   rows = jnp.arange(batch * num_kv_heads) // num_kv_heads
   out = jax.lax.map(one_head, (q, k, v, rows))

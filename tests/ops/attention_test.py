@@ -1,0 +1,144 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import assert_close
+from videochat_flash_jax.ops import attention as module
+from videochat_flash_jax.ops.attention import attention
+
+BATCH, QUERIES, KEYS, HEAD_SIZE = 2, 37, 53, 8
+
+
+def random(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def operands(num_heads=4, num_kv_heads=2, queries=QUERIES, keys=KEYS):
+  q = random(BATCH, queries, num_heads, HEAD_SIZE)
+  k = random(BATCH, keys, num_kv_heads, HEAD_SIZE, seed=1)
+  return q, k, random(BATCH, keys, num_kv_heads, HEAD_SIZE, seed=2)
+
+
+def one_by_one(q, k, v, sees):
+  """Attention in float64, a query and a head at a time; `sees(row, query, key)` is the mask."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.zeros(q.shape)
+  group = q.shape[2] // k.shape[2]
+  for row, query, head in np.ndindex(q.shape[:3]):
+    keys = [key for key in range(k.shape[1]) if sees(row, query, key)]
+    scores = k[row, keys, head // group] @ q[row, query, head] / np.sqrt(q.shape[3])
+    weights = np.exp(scores - scores.max())
+    out[row, query, head] = weights @ v[row, keys, head // group] / weights.sum()
+  return out
+
+
+ORDER = jnp.stack([jnp.arange(QUERIES) + 9, jnp.arange(QUERIES)])
+SEGMENTS_OF_QUERIES = jnp.asarray(np.arange(QUERIES)[None] // np.array([[20], [9]]))
+SEGMENTS_OF_KEYS = jnp.asarray(np.arange(KEYS)[None] // np.array([[20], [9]]))
+SEGMENTS = {"query_segments": SEGMENTS_OF_QUERIES, "key_segments": SEGMENTS_OF_KEYS}
+
+
+def same_segment(row, query, key):
+  return SEGMENTS_OF_QUERIES[row, query] == SEGMENTS_OF_KEYS[row, key]
+
+
+CASES = {
+  "all": ({}, lambda row, query, key: True),
+  "causal": ({"causal": True}, lambda row, query, key: key <= query),
+  "continued": (
+    {"causal": True, "query_order": ORDER},
+    lambda row, query, key: key <= ORDER[row, query],
+  ),
+  "one order for all rows": (
+    {"causal": True, "query_order": ORDER[:1]},
+    lambda row, query, key: key <= ORDER[0, query],
+  ),
+  "order without causal": ({"query_order": ORDER}, lambda row, query, key: True),
+  "packed": (SEGMENTS, same_segment),
+  "packed, causal": (
+    {"causal": True, **SEGMENTS},
+    lambda row, query, key: key <= query and same_segment(row, query, key),
+  ),
+}
+
+
+@pytest.fixture(params=["dense", "blockwise"])
+def implementation(request, monkeypatch):
+  # Several blocks and several stretches, the last of each not full.
+  monkeypatch.setattr(module, "_BLOCK_SCORES", 1)
+  monkeypatch.setattr(module, "_BLOCK_QUERIES", 3)
+  return request.param
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_is_a_softmax_over_what_a_query_sees(implementation, case):
+  arguments, sees = CASES[case]
+  q, k, v = operands()
+  out = attention(q, k, v, implementation=implementation, **arguments)
+  assert_close(out, one_by_one(q, k, v, sees), relative=1e-6)
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(1, 1), (3, 3), (6, 3), (6, 1)])
+def test_query_heads_share_key_heads_in_order(implementation, num_heads, num_kv_heads):
+  q, k, v = operands(num_heads, num_kv_heads)
+  out = attention(q, k, v, implementation=implementation)
+  assert_close(out, one_by_one(q, k, v, CASES["all"][1]), relative=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 23, 24, 25, 48, 49])
+def test_no_length_is_too_odd(implementation, length):
+  q, k, v = operands(queries=length, keys=length)
+  out = attention(q, k, v, causal=True, implementation=implementation)
+  assert_close(out, one_by_one(q, k, v, CASES["causal"][1]), relative=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_both_implementations_agree(monkeypatch, case):
+  monkeypatch.setattr(module, "_BLOCK_SCORES", 1)
+  monkeypatch.setattr(module, "_BLOCK_QUERIES", 5)
+  arguments, _ = CASES[case]
+  weights = random(BATCH, QUERIES, 4, HEAD_SIZE, seed=3)
+
+  def gradients(implementation):
+    def loss(*qkv):
+      return jnp.sum(weights * attention(*qkv, implementation=implementation, **arguments))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*operands())
+
+  for blockwise, dense in zip(gradients("blockwise"), gradients("dense"), strict=True):
+    assert_close(blockwise, dense, relative=2e-6)
+
+
+def test_the_implementation_is_chosen_by_size(monkeypatch):
+  chosen = []
+  for name in ("_dense", "_blockwise"):
+    monkeypatch.setattr(module, name, lambda q, *_, name=name: chosen.append(name))
+  for queries, keys in [(1, 100_000), (256, 256), (256, 257)]:
+    q, k = jnp.zeros((1, queries, 1, 1)), jnp.zeros((1, keys, 1, 1))
+    attention(q, k, k)
+  assert chosen == ["_dense", "_dense", "_blockwise"]
+
+
+def test_a_query_that_sees_nothing_gives_finite_numbers(implementation):
+  q, k, v = operands()
+  apart = {
+    "query_segments": jnp.zeros((BATCH, QUERIES), jnp.int32),
+    "key_segments": jnp.ones((BATCH, KEYS), jnp.int32),
+  }
+  assert jnp.isfinite(attention(q, k, v, implementation=implementation, **apart)).all()
+
+
+def test_large_scores_do_not_overflow(implementation):
+  q, k, v = operands()
+  out = attention(100 * q, 100 * k, v, implementation=implementation)
+  assert_close(out, one_by_one(100 * q, 100 * k, v, CASES["all"][1]), relative=1e-4)
+
+
+def test_bfloat16_is_summed_in_float32(implementation):
+  # 256 + 1 is 256 in bfloat16: sums of equal weights and values would stop there.
+  q = jnp.zeros((1, 1, 1, 2), jnp.bfloat16)
+  k, v = jnp.zeros((1, 4096, 1, 2), jnp.bfloat16), jnp.ones((1, 4096, 1, 2), jnp.bfloat16)
+  out = attention(q, k, v, implementation=implementation)
+  assert out.dtype == jnp.bfloat16
+  assert_close(out, np.ones(out.shape), absolute=0.0)
