@@ -24,7 +24,6 @@ setup(
   package_data={"videochat_flash_jax": ["assets/**/*"]},
   install_requires=[
     f"jax{JAX}",
-    "absl-py>=2.5,<3",
     "av>=18.1,<20",
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
@@ -37,7 +36,6 @@ setup(
     "pillow>=13,<14",
     "safetensors>=0.8,<0.9",
     "sentencepiece>=0.2.3,<0.3",
-    "tensorstore>=0.1.86,<0.2",
     "tokenizers>=0.23,<0.24",
     "tqdm>=4.70,<5",
   ],

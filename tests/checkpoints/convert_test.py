@@ -112,6 +112,14 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named_at_once(checkpoi
   )
 
 
+def test_weights_that_are_no_floating_point_numbers_are_named(checkpoint):
+  def edit(tensors):
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+
+  edit_weights(checkpoint, edit)
+  assert_refused(checkpoint, str(checkpoint), "of another dtype", "model.norm.weight (is I8)")
+
+
 def test_a_layer_too_many_is_unexpected(checkpoint):
   config = dataclasses.replace(
     CONFIG, decoder=dataclasses.replace(CONFIG.decoder, depth=CONFIG.decoder.depth - 1)
@@ -165,7 +173,9 @@ def test_a_tensor_in_two_shards_is_refused(checkpoint):
   assert_refused(checkpoint, names[1], f"tensor '{min(tensors)}' is in another shard, too")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}'])
+@pytest.mark.parametrize(
+  "text", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 5}}', "[" * 100_000]
+)
 def test_an_index_that_is_none_is_refused(checkpoint, text):
   shard(checkpoint)
   (checkpoint / "model.safetensors.index.json").write_text(text)

@@ -60,6 +60,11 @@ def test_the_released_7b_config_is_read(tmp_path):
   assert config == dataclasses.replace(expected, name=tmp_path.name)
 
 
+def test_a_number_may_be_written_without_its_point(tmp_path):
+  config = read(tmp_path, RELEASED_FIELDS | {"rope_theta": 1000000})
+  assert config == read(tmp_path, RELEASED_FIELDS)
+
+
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 def test_a_written_config_is_read_back(tmp_path, constructor):
   config = dataclasses.replace(getattr(VideoChatFlashConfig, constructor)(), name=tmp_path.name)
@@ -89,13 +94,87 @@ def test_an_unknown_part_is_named_beside_the_known_ones(tmp_path, field, value, 
 @pytest.mark.parametrize(
   "field, value",
   [
+    ("hidden_act", "gelu"),
+    ("hidden_act", None),
     ("rope_scaling", {"type": "yarn", "factor": 4.0}),
-    ("mm_llm_compress", True),
     ("use_sliding_window", True),
+    ("mm_llm_compress", True),
+    ("mm_local_num_frames", 8),
+    ("mm_vision_select_layer", -1),
+    ("mm_patch_merge_type", "flat"),
+    ("mm_newline_position", "grid"),
+    ("vision_encode_type", "image"),
   ],
 )
 def test_what_is_not_supported_is_refused(tmp_path, field, value):
-  assert_refused(tmp_path, RELEASED_FIELDS | {field: value}, f"'{field}' is set", "not supported")
+  assert_refused(tmp_path, RELEASED_FIELDS | {field: value}, f"'{field}' is {value!r}", "only")
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "use_sliding_window", "mm_llm_compress"])
+@pytest.mark.parametrize("off", [None, False, {}])
+def test_what_is_switched_off_in_any_way_is_accepted(tmp_path, field, off):
+  read(tmp_path, RELEASED_FIELDS | {field: off})
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("hidden_size", "abc"),
+    ("vocab_size", None),
+    ("num_hidden_layers", -1),
+    ("num_hidden_layers", 2.5),
+    ("num_attention_heads", 0),
+    ("num_key_value_heads", True),
+    ("head_dim", 0),
+    ("rope_theta", -1.0),
+    ("rope_theta", float("inf")),
+    ("rope_theta", 10**400),
+    ("rms_norm_eps", float("nan")),
+    ("tie_word_embeddings", "no"),
+    ("mm_vision_tower", ["a"]),
+    ("mm_projector_type", None),
+    ("videochat_flash_jax", []),
+    ("videochat_flash_jax", None),
+  ],
+)
+def test_a_value_that_cannot_be_is_refused(tmp_path, field, value):
+  assert_refused(tmp_path, RELEASED_FIELDS | {field: value}, f"field '{field}' is ")
+
+
+@pytest.mark.parametrize(
+  "section, field, value",
+  [
+    ("sampling", "local_frames", 0),
+    ("vision", "image_size", "32"),
+    ("vision", "kind", 3),
+    ("connector", "clip_tokens", None),
+  ],
+)
+def test_a_value_of_our_section_that_cannot_be_is_refused(tmp_path, section, field, value):
+  own = {section: dataclasses.asdict(getattr(CONFIG, section)) | {field: value}}
+  fields = RELEASED_FIELDS | {"videochat_flash_jax": own}
+  assert_refused(tmp_path, fields, f"field 'videochat_flash_jax.{section}.{field}' is {value!r}")
+
+
+@pytest.mark.parametrize("section", ["vision", "connector", "sampling"])
+@pytest.mark.parametrize("value", [None, [], 3])
+def test_a_part_of_our_section_that_is_no_object_is_refused(tmp_path, section, value):
+  fields = RELEASED_FIELDS | {"videochat_flash_jax": {section: value}}
+  assert_refused(tmp_path, fields, f"field 'videochat_flash_jax.{section}' is no JSON object")
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    ({"num_key_value_heads": 5}, "'num_key_value_heads': 28 has to be a multiple of 5"),
+    ({"head_dim": 127}, "'head_dim', given or by default: 127 has to be a multiple of 2"),
+    ({"hidden_size": 28 * 127}, "'head_dim', given or by default: 127 has to be a multiple of 2"),
+    ({"hidden_size": 3585}, "'hidden_size' is no multiple of 'num_attention_heads'"),
+    ({"videochat_flash_jax": {"connector": {"merge_heads": 7}}}, "'connector.merge_heads'"),
+  ],
+)
+def test_sizes_that_do_not_divide_are_refused(tmp_path, change, words):
+  assert_refused(tmp_path, RELEASED_FIELDS | change, words)
 
 
 def test_all_missing_fields_are_named(tmp_path):
@@ -104,7 +183,10 @@ def test_all_missing_fields_are_named(tmp_path):
   assert_refused(tmp_path, fields, "fields missing: hidden_size, rope_theta")
 
 
-@pytest.mark.parametrize("text, words", [("{", "not valid JSON"), ("[]", "no JSON object")])
+@pytest.mark.parametrize(
+  "text, words",
+  [("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("[]", "no JSON object")],
+)
 def test_a_file_that_is_no_config_is_refused(tmp_path, text, words):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(InputError, match=words):
@@ -113,4 +195,4 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, words):
 
 @pytest.mark.parametrize("own", [{"vision": {"depht": 3}}, {"sampling": {"fps": 1}}])
 def test_a_misspelt_field_of_our_section_is_refused(tmp_path, own):
-  assert_refused(tmp_path, RELEASED_FIELDS | {"videochat_flash_jax": own}, "'videochat_flash_jax'")
+  assert_refused(tmp_path, RELEASED_FIELDS | {"videochat_flash_jax": own}, "does not fit", *own)

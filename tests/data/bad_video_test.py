@@ -65,6 +65,12 @@ def audio_with_a_cover_picture(path):
     write_sound()
 
 
+def unknown_codec(path):
+  data = write_video(path.with_suffix(".mkv"), pictures(4)).read_bytes()
+  assert b"V_MPEG4/ISO/AVC" in data
+  path.write_bytes(data.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/XYZ"))
+
+
 def folder_without_pictures(path):
   path.mkdir()
   (path / "notes.txt").write_text("no picture")
@@ -85,6 +91,7 @@ BAD_INPUT = [
   (header_only, "not a video, or one cut short"),
   (audio_only, "audio only"),
   (audio_with_a_cover_picture, "audio only"),
+  (unknown_codec, "codec of its video is not supported"),
   (folder_without_pictures, r"no \.jpg or \.png"),
   (folder_of_a_broken_picture, "not a readable picture"),
 ]
@@ -142,3 +149,58 @@ def test_a_damaged_end_is_noticed_when_it_is_reached(tmp_path):
     assert video.read(range(20)).shape[0] == 20
     with pytest.raises(InputError, match=r"only 2\d of its 40 frames can be read"):
       video.read([39])
+
+
+def test_a_text_file_is_not_filmed(tmp_path):
+  path = tmp_path / "notes.txt"  # by this name FFmpeg would
+  text_file(path)
+  with pytest.raises(InputError, match="a text file, not a video; "):
+    open_video(path)
+
+
+@pytest.mark.parametrize(
+  "path, message",
+  [
+    ("", "no path of a video; "),
+    ("a" * 300 + ".mp4", "there is no such video"),
+    ("a\0b", "there is no such video"),
+  ],
+)
+def test_a_path_that_no_file_can_have_is_refused(path, message):
+  with pytest.raises(InputError, match=message):
+    open_video(path)
+
+
+def test_a_frame_that_the_decoder_gives_up_on_is_refused_by_number(tmp_path):
+  path = write_video(tmp_path / "v.gif", pictures(8), **FILES["picture.gif"])
+  data = bytearray(path.read_bytes())
+  with av.open(str(path)) as container:
+    packet = [bytes(packet) for packet in container.demux(video=0) if packet.size][5]
+  picture = data.index(packet) + packet.index(b"\x2c", 8)  # past the eight bytes of its timing
+  flags = data[picture + 9]
+  palette_size = 3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0
+  data[picture + 10 + palette_size] = 99  # bits of a code, at most 12
+  path.write_bytes(data)
+  with open_video(path) as video:
+    assert video.read(range(5)).shape[0] == 5
+    with pytest.raises(InputError, match=r"v\.gif: frame 5 cannot be decoded .*; copy"):
+      video.read([5])
+
+
+def test_frames_that_stand_in_for_damaged_ones_are_told_once(tmp_path, caplog):
+  path = write_video(tmp_path / "v.mp4", pictures(40), options=SHORT_GROUPS)
+  with open_video(path) as video:
+    video.read(range(40))
+  assert not caplog.records
+  with av.open(str(path)) as container:
+    packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+  data = bytearray(path.read_bytes())
+  for position, size in packets[14:16] + packets[28:30]:
+    data[position : position + size] = bytes(size)
+  path.write_bytes(data)
+  with open_video(path) as video:
+    assert video.read(range(38)).shape[0] == 38
+    video.read([0, 20])
+  (record,) = caplog.records
+  assert record.levelname == "WARNING"
+  assert str(path) in record.getMessage()

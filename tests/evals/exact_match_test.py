@@ -16,10 +16,12 @@ def row(video="a.mp4", question="<image>\nWho?", answer="red", **more):
 class FakeChat:
   """Answers every question with the name of the video, and counts what it watches."""
 
-  def __init__(self):
+  def __init__(self, folder):
+    self.folder = folder
     self.watched = []
 
   def watch(self, path, max_frames, progress):
+    assert path.parent == self.folder
     self.watched.append(path.name)
     self.name = path.stem
     return self
@@ -36,8 +38,8 @@ def test_rows_are_counted_by_kind_and_each_video_is_watched_once(tmp_path):
   rows = [row("red.mp4", kind="x"), row("blue.mp4", kind="y"), row("red.mp4", answer="blue")]
   file = tmp_path / "rows.json"
   file.write_text(json.dumps(rows))
-  chat, answers = FakeChat(), []
-  scores = evaluate(chat, file, on_answer=lambda *told: answers.append(told))
+  chat, answers = FakeChat(tmp_path), []
+  scores = evaluate(chat, read_rows(file), tmp_path, on_answer=lambda *told: answers.append(told))
   assert {kind: (s.rows, s.right) for kind, s in scores.items()} == {
     "all": (3, 1),
     "x": (1, 1),
@@ -57,6 +59,11 @@ def test_rows_are_counted_by_kind_and_each_video_is_watched_once(tmp_path):
     (json.dumps([{"conversations": []}]), "row 0 has no field 'video'"),
     (json.dumps([row(), {"video": "a.mp4"}]), "conversations"),
     (json.dumps([{"video": "a", "conversations": [{"from": "gpt", "value": "x"}]}]), "row 0 needs"),
+    (json.dumps([row(), row(kind=7)]), r"rows\.json: row 1: field 'kind' is no text"),
+    (json.dumps([row(kind=None)]), r"rows\.json: row 0: field 'kind' is no text"),
+    (json.dumps([row(question="<image>\n")]), r"rows\.json: row 0: the question .* is empty"),
+    (json.dumps([row(answer=3)]), r"rows\.json: row 0: row 'a\.mp4': conversations\[1\]"),
+    ("[" * 100_000, r"rows\.json: not valid JSON"),
   ],
 )
 def test_unusable_annotations_are_named(tmp_path, text, said):

@@ -91,6 +91,21 @@ def test_a_stream_left_early_spoils_nothing(chat, path):
   assert ask(video, QUESTIONS[0]) == ask(chat.watch(path), QUESTIONS[0])
 
 
+def test_an_overtaken_stream_is_refused_and_spoils_nothing(chat, path):
+  video = chat.watch(path)
+  streams = [video.ask(question, stream=True, max_new_tokens=40) for question in QUESTIONS]
+  with pytest.raises(InputError, match="overtaken"):
+    next(streams[0])
+  stream = video.ask(QUESTIONS[0], stream=True, max_new_tokens=40)
+  next(stream)
+  later = ask(video, QUESTIONS[1])
+  with pytest.raises(InputError, match="overtaken"):
+    list(stream)
+  assert video.history == [(QUESTIONS[1], later)]
+  video.reset()
+  assert ask(video, QUESTIONS[1]) == later == ask(chat.watch(path), QUESTIONS[1])
+
+
 def test_a_refused_question_spoils_nothing(chat, path):
   video = chat.watch(path)
   expected = ask(chat.watch(path), QUESTIONS[0])
@@ -100,6 +115,8 @@ def test_a_refused_question_spoils_nothing(chat, path):
     video.ask("star " * 3000)
   with pytest.raises(InputError, match="max_new_tokens"):
     video.ask("Why?", max_new_tokens=0)
+  with pytest.raises(InputError, match="UTF-8"):
+    video.ask("caf\udce9?")
   assert ask(video, QUESTIONS[0]) == expected
 
 

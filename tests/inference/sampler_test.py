@@ -45,7 +45,18 @@ def test_a_row_draws_the_same_alone_and_in_company():
   np.testing.assert_array_equal(draws[0][:2], draws[1])
 
 
-@pytest.mark.parametrize("bad", [Sampling(temperature=-1), Sampling(top_p=0), Sampling(top_p=1.5)])
+@pytest.mark.parametrize(
+  "bad",
+  [
+    Sampling(temperature=-1),
+    Sampling(temperature=float("nan")),
+    Sampling(temperature=float("inf")),
+    Sampling(top_p=0),
+    Sampling(top_p=1.5),
+    Sampling(seed=-1),
+    Sampling(seed=1 << 40),
+  ],
+)
 def test_values_out_of_range_are_refused(bad):
-  with pytest.raises(InputError, match=r"temperature|top_p"):
+  with pytest.raises(InputError, match=r"temperature|top_p|seed"):
     bad.check()

@@ -9,14 +9,14 @@ WIDTH = 32
 
 
 def random(*shape, seed=0):
-  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def norm_with_weights(kind, eps, param_dtype=jnp.float32):
   norm = kind(WIDTH, eps, param_dtype=param_dtype)
-  norm.scale[...] = jnp.asarray(random(WIDTH, seed=1), param_dtype)
+  norm.scale[...] = random(WIDTH, seed=1).astype(param_dtype)
   if kind is LayerNorm:
-    norm.bias[...] = jnp.asarray(random(WIDTH, seed=2), param_dtype)
+    norm.bias[...] = random(WIDTH, seed=2).astype(param_dtype)
   return norm
 
 
@@ -45,14 +45,14 @@ def test_a_large_mean_does_not_drown_the_variance():
 @pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
 def test_constant_and_zero_rows_are_finite(kind):
   norm = norm_with_weights(kind, 1e-6)
-  x = np.stack([np.zeros(WIDTH), np.full(WIDTH, 3.0)]).astype(np.float32)
+  x = jnp.stack([jnp.zeros(WIDTH), jnp.full(WIDTH, 3.0)])
   assert_close(norm(x), exactly(norm, x), relative=1e-6)
 
 
 @pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
 def test_statistics_of_bfloat16_are_float32(kind):
   norm = norm_with_weights(kind, 1e-6, jnp.bfloat16)
-  x = jnp.asarray(random(4, WIDTH), jnp.bfloat16)
+  x = random(4, WIDTH).astype(jnp.bfloat16)
   out = norm(x)
   assert out.dtype == jnp.bfloat16
   assert_close(out, exactly(norm, x), relative=1e-2)

@@ -22,6 +22,7 @@ from videochat_flash_jax.models.config import VideoChatFlashConfig
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_FLOATING = ("F64", "F32", "F16", "BF16")  # 8 bits and less need scales that no rule here knows
 
 
 class WeightFiles:
@@ -58,9 +59,9 @@ class WeightFiles:
       )
     try:
       shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      missing = [name for name in shards if not (self.directory / name).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
       raise InputError(f"{index}: no index of shards ({error}); fetch it again") from error
-    missing = [name for name in shards if not (self.directory / name).is_file()]
     if missing:
       raise InputError(f"{index}: shards missing: {', '.join(missing)}; fetch them")
     return [self.directory / name for name in shards]
@@ -73,6 +74,10 @@ class WeightFiles:
   def shape(self, name: str) -> tuple[int, ...]:
     """Shape of a tensor, without reading it."""
     return tuple(self._file_of[name].get_slice(name).get_shape())
+
+  def dtype(self, name: str) -> str:
+    """Element type of a tensor as safetensors writes it, `BF16` and so on, without reading it."""
+    return self._file_of[name].get_slice(name).get_dtype()
 
   def read(self, name: str) -> np.ndarray:
     """Reads one tensor."""
@@ -96,7 +101,8 @@ def load_weights(
     dtype: of the arrays returned.
 
   Raises:
-    InputError: names all missing, unexpected and misshapen tensors at once.
+    InputError: names all missing, unexpected and misshapen tensors at once, and those that hold
+      no floating-point numbers.
   """
   tensors = hub_tensors(dict(shapes))
   _check(files, tensors)
@@ -117,12 +123,18 @@ def _check(files: WeightFiles, tensors: Mapping[str, HubTensor]):
     for name in files.names
     if name in tensors and files.shape(name) != tensors[name].shape
   ]
+  not_floating = [
+    f"{name} (is {files.dtype(name)})"
+    for name in files.names
+    if name in tensors and files.dtype(name) not in _FLOATING
+  ]
   problems = [
     f"{what}: {', '.join(_fold_layers(found))}"
     for what, found in (
       ("missing", missing),
       ("unexpected", unexpected),
       ("of another shape", misshapen),
+      (f"of another dtype than {', '.join(_FLOATING)}", not_floating),
     )
     if found
   ]

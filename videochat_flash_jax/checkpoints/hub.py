@@ -1,6 +1,7 @@
 """From the name of a model to the directory that holds it."""
 
 import difflib
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -27,9 +28,8 @@ def checkpoint_directory(name: str | Path) -> Path:
   """
   if name == TINY:
     return Path(str(resources.files("videochat_flash_jax"))) / "assets" / TINY
-  path = Path(name)
-  if path.is_dir():
-    return path
+  if os.path.isdir(name):  # Path.is_dir raises for a name too long, and takes "" for "."
+    return Path(name)
   known = {TINY: TINY}
   for released in RELEASED:
     known |= {released: released, released.split("/")[1]: released}
@@ -38,7 +38,7 @@ def checkpoint_directory(name: str | Path) -> Path:
   lowered = {spelling.lower(): spelling for spelling in known}
   near = difflib.get_close_matches(str(name).lower(), lowered, n=3, cutoff=0.4)
   suggestion = ", ".join(lowered[spelling] for spelling in near) or ", ".join((TINY, *RELEASED))
-  raise InputError(f"{name}: no such model or directory; did you mean {suggestion}?")
+  raise InputError(f"{str(name)[:100]!r}: no such model or directory; did you mean {suggestion}?")
 
 
 def _fetch(repository):

@@ -38,9 +38,10 @@ def summary(report: dict) -> str:
   decode (float32, 2 threads, cpu), median of 3; peer: transformers 5.23.0, torch 2.13.0
     prefill        8.52 s     1.05 x floor (flops)    0.81 x peer (10.5 s)
   """
+  peer = f"peer: {report['peer']}" if report["peer"] else report["note"] or "no peer"
   lines = [
     f"{report['name']} ({report['dtype']}, {report['threads']} threads, {report['device']}), "
-    f"median of {report['repeats']}; {report['note'] or 'peer: ' + str(report['peer'])}"
+    f"median of {report['repeats']}; {peer}"
   ]
   for name, phase in report["phases"].items():
     line = f"  {name:<14}{phase['seconds']:8.4g} s   "

@@ -26,7 +26,12 @@ def run(args: argparse.Namespace) -> None:
   """Watches the video, then answers."""
   if args.question is not None and not args.question.strip():
     raise InputError("--question is empty; ask something, or leave it out for a prompt")
+  if args.max_new_tokens < 1:
+    raise InputError(f"--max-new-tokens is {args.max_new_tokens}; give at least 1")
   from videochat_flash_jax.inference.chat import VideoChat
+  from videochat_flash_jax.inference.sampler import Sampling
+
+  Sampling(args.temperature, args.top_p, args.seed).check()  # before a long video is watched
 
   logging.basicConfig(format="%(message)s")
   logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
   if args.question is not None:
     return answer(args.question)
-  print("Ask about the video; an empty line ends.")
+  print("Ask about the video; an empty line, quit or exit ends.")
   while question := _next_question():
     try:
       answer(question)
@@ -57,7 +62,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _next_question():
+  """What is typed next, or "" at the end."""
   try:
-    return input("> ").strip()
+    question = input("> ").strip()
   except EOFError:
     return ""
+  return "" if question.lower() in ("quit", "exit") else question

@@ -1,9 +1,12 @@
 """`vcflash demo`: the embedded model watches a film made on the spot, and is asked about it."""
 
 import argparse
-import json
 import logging
+import os
+import sys
 from pathlib import Path
+
+from videochat_flash_jax.errors import InputError
 
 EXAMPLE = "vcflash demo"
 
@@ -18,15 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Makes the film, watches it, asks three questions; exit code 1 if an answer is wrong."""
+  from videochat_flash_jax.data.conversation import PLACEHOLDER, turns_of_row
   from videochat_flash_jax.data.synthetic import write_dataset
+  from videochat_flash_jax.evals.exact_match import read_rows
   from videochat_flash_jax.inference.chat import VideoChat
 
   logging.basicConfig(format="%(message)s")
   logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
   annotations = args.out / "annotations.json"
-  if not annotations.exists():
+  if not os.path.exists(annotations):
     write_dataset(args.out, 1, (_SECONDS, _SECONDS), _SEED, questions_per_video=3)
-  rows = json.loads(annotations.read_text())
+  rows = read_rows(annotations)
+  if len({row["video"] for row in rows}) > 1:
+    raise InputError(f"{annotations}: not written by `vcflash demo`; give another --out")
   path = args.out / rows[0]["video"]
 
   print("Times include compiling, where it is announced.")
@@ -37,13 +44,13 @@ def run(args: argparse.Namespace) -> int:
   )
   num_right = 0
   for row in rows:
-    question, truth = (turn["value"] for turn in row["conversations"])
-    question = question.split("\n")[-1]
+    question, truth = (turn.text for turn in turns_of_row(row))
+    question = question.replace(PLACEHOLDER, "").strip()
     answer = video.ask(question)
     num_right += answer == truth
     print(f"\n  question  {question}\n  answer    {answer}\n  truth     {truth}")
     prefill, decoding = 1000 * video.prefill_seconds, 1000 * video.decode_seconds
     print(f"  prefill {prefill:.0f} ms, decoding {decoding:.0f} ms")
   print(f"\n{num_right} of {len(rows)} right. Ask it yourself:")
-  print(f'  .venv/bin/vcflash chat --model tiny --video {path} --question "{question}"')
+  print(f'  {sys.argv[0]} chat --model tiny --video {path} --question "{question}"')
   return 0 if num_right == len(rows) else 1

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
   from videochat_flash_jax.evals.exact_match import evaluate, read_rows
   from videochat_flash_jax.inference.chat import VideoChat
 
-  read_rows(args.annotations)  # a bad file is told before the model is loaded
+  rows = read_rows(args.annotations)  # a bad file is told before the model is loaded
   wrong = []
 
   def note(row, answer, right):
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
       wrong.append({"id": row.get("id"), "answer": answer})
 
   chat = VideoChat.from_pretrained(args.model)
-  scores = evaluate(chat, args.annotations, args.max_frames, note)
+  scores = evaluate(chat, rows, args.annotations.parent, args.max_frames, note)
   report = {
     kind: {"rows": score.rows, "right": score.right, "accuracy": score.accuracy}
     for kind, score in scores.items()

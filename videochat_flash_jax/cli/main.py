@@ -17,8 +17,10 @@ other failure is a fault of this package and keeps its traceback.
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -48,11 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   Args:
     argv: arguments after the program's name, by default the process's own.
   """
+  # Programs compiled once are kept for the next command; JAX reads this when it is imported.
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "vcflash"))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
   try:
     return _run_verb(list(sys.argv[1:] if argv is None else argv))
   except InputError as error:
-    print(f"vcflash: {error}", file=sys.stderr)
+    print(f"vcflash: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return 2
+  except BrokenPipeError:  # the reader of our output has gone, as in `vcflash ... | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
   except KeyboardInterrupt:
     print("vcflash: interrupted", file=sys.stderr)
     return 130

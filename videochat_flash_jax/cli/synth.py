@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
   """Writes `videos/*.mp4` and `annotations.json`, and says how many."""
-  for name in ("videos", "questions_per_video"):
-    if getattr(args, name) < 1:
+  for name, least in (("videos", 1), ("questions_per_video", 1), ("seed", 0)):
+    if getattr(args, name) < least:
       flag = name.replace("_", "-")
-      raise InputError(f"--{flag} is {getattr(args, name)}: give 1 or more")
+      raise InputError(f"--{flag} is {getattr(args, name)}: give {least} or more")
   num_rows = synthetic.write_dataset(
     args.out,
     args.videos,

@@ -34,24 +34,35 @@ def run(args: argparse.Namespace):
   logging.basicConfig(format="%(message)s")
   logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
 
-  from videochat_flash_jax.train.loop import train  # Imports JAX: not before input is checked.
+  from videochat_flash_jax.train.loop import train  # Imports JAX: not for a mistyped option.
 
   train(config, args.workdir)
   print(f"the trained model is in {args.workdir / 'export'}")
 
 
 def load_config(path: Path) -> ConfigDict:
-  """Returns what `get_config()` of a config file gives."""
+  """Returns what `get_config()` of a config file gives.
+
+  Raises:
+    InputError: there is no such file, it fails, or it gives no ConfigDict.
+  """
   if not path.is_file():
     raise InputError(f"--config {path}: no such file; give one such as configs/tiny.py")
   spec = importlib.util.spec_from_file_location("config", path)
   if spec is None:
     raise InputError(f"--config {path}: no Python file; give one such as configs/tiny.py")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise InputError(f"--config {path}: defines no get_config(); see configs/tiny.py for one")
-  return module.get_config()
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config() if hasattr(module, "get_config") else None
+  except Exception as error:  # Whatever the user's code raises.
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise InputError(f"--config {path}: fails ({reason}); mend the file") from error
+  if not isinstance(config, ConfigDict):
+    raise InputError(
+      f"--config {path}: no get_config() that returns a ConfigDict; see configs/tiny.py for one"
+    )
+  return config
 
 
 def apply_override(config: ConfigDict, override: str):

@@ -10,6 +10,7 @@ can name one of them:
 
 import itertools
 import json
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path as FilePath
@@ -236,29 +237,33 @@ def write_dataset(
     The number of rows.
 
   Raises:
-    InputError: `out` already holds annotations, or a range or a kind is unusable.
+    InputError: `out` already holds annotations or cannot be written, or a range or a kind is
+      unusable.
   """
   annotations = out / "annotations.json"
-  if annotations.exists():
+  if os.path.exists(annotations):  # unlike Path's own, it takes a path that is too long, too
     raise InputError(f"{annotations} exists: give another --out, or remove that directory first")
   # Whatever cannot be used is found before anything is written.
   rng = np.random.default_rng(seed)
   for kind in question_kinds:
     ask(draw_scene(rng, draw_num_frames(rng, *frames)), rng, kind)
-  (out / "videos").mkdir(parents=True, exist_ok=True)
-  rows = []
-  for index in tqdm(range(num_videos), desc="writing videos", unit="video"):
-    rng = np.random.default_rng([seed, index])
-    scene = draw_scene(rng, draw_num_frames(rng, *frames))
-    name = f"videos/{index:04d}.mp4"
-    write_video(scene, out / name)
-    decks = [ask(scene, rng, kind) for kind in question_kinds]
-    dealt = [deck[turn] for turn in range(MAX_EVENTS * 2) for deck in decks if turn < len(deck)]
-    for number, question in enumerate(dealt[:questions_per_video]):
-      rows.append(_row(f"{index:04d}-{number}", name, question))
-  partial = annotations.with_suffix(".partial")
-  partial.write_text(json.dumps(rows, indent=1) + "\n")
-  partial.rename(annotations)
+  try:
+    (out / "videos").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in tqdm(range(num_videos), "writing videos", unit="video", leave=False, disable=None):
+      rng = np.random.default_rng([seed, index])
+      scene = draw_scene(rng, draw_num_frames(rng, *frames))
+      name = f"videos/{index:04d}.mp4"
+      write_video(scene, out / name)
+      decks = [ask(scene, rng, kind) for kind in question_kinds]
+      dealt = [deck[turn] for turn in range(MAX_EVENTS * 2) for deck in decks if turn < len(deck)]
+      for number, question in enumerate(dealt[:questions_per_video]):
+        rows.append(_row(f"{index:04d}-{number}", name, question))
+    partial = annotations.with_suffix(".partial")
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    partial.rename(annotations)
+  except OSError as error:  # FFmpeg's errors of writing are some, too
+    raise InputError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
   return len(rows)
 
 

@@ -214,6 +214,9 @@ def _draw_event(frames: np.ndarray, event: Event, seconds: np.ndarray) -> np.nda
   x, y = _local(seconds, size, centre.astype(np.float32), angle)
   radius = radius[:, None, None]
   distance = signed_distance(event.kind, x / radius, y / radius) * radius
+  # All things lie within 1.5 radii. Further off, while one is still tiny, its own distance is
+  # rounded away, and its outline would cross the whole picture.
+  distance = np.maximum(distance, np.hypot(x, y) - 1.5 * radius)
   cover = np.clip(0.5 - (distance - OUTLINE) * size, 0, 1)
   _paint(frames, cover, event.outline)
   shade = 1.0 - 0.15 * y / radius  # A little lighter at the top.

@@ -11,6 +11,7 @@ For rising frame numbers, no stretch between key frames is decoded twice, or wit
 
 import dataclasses
 import itertools
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from videochat_flash_jax.data.preprocessing import resize
 from videochat_flash_jax.data.video_timeline import read_timeline, truncated
 from videochat_flash_jax.errors import InputError
 
+_logger = logging.getLogger("videochat_flash_jax")
 _PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 # A title that is not UTF-8 must not stop us; from PyAV 19 on it never does.
 _LENIENT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -46,10 +48,12 @@ def open_video(path: str | Path, picture_fps: float = 1.0) -> "VideoReader":
   Raises:
     InputError: there is no such file, or no frame can be read from it.
   """
+  if not str(path):
+    raise InputError("no path of a video; give a video file or a folder of pictures")
   path = Path(path)
-  if path.is_dir():
+  if os.path.isdir(path):  # unlike Path's own, it takes a path that is too long, too
     return _PictureFolder(path, picture_fps)
-  if not path.exists():
+  if not os.path.exists(path):
     raise InputError(f"{path}: there is no such video file or folder; check the path")
   if path.stat().st_size == 0:
     raise InputError(f"{path}: the file is empty; copy or download it again")
@@ -81,7 +85,8 @@ class VideoReader:
         more than one frame of the video's own size is held.
 
     Raises:
-      InputError: the file ends early, or its frames differ in size and no `image_size` is given.
+      InputError: the file ends early or cannot be decoded, or its frames differ in size and no
+        `image_size` is given.
       IndexError: there is no such frame.
     """
     size = (self.info.height, self.info.width)
@@ -147,11 +152,12 @@ class _VideoFile(VideoReader):
 
   def __init__(self, path: Path):
     self.path = path
+    self._warned = False
     try:
       self._open()
       self._timeline = read_timeline(self._container, self._stream, path)
       self._start_decoding(0)
-      height, width = self._frame(0).shape[:2]
+      height, width = self._decode_frame(0).shape[:2]
     except av.FFmpegError as error:
       raise InputError(
         f"{path}: not a video, or one cut short before its index ({error.strerror}); "
@@ -166,12 +172,18 @@ class _VideoFile(VideoReader):
   def _open(self) -> None:
     # "file:" keeps a colon in a name from being read as a protocol.
     self._container = av.open(f"file:{self.path}", **_LENIENT)
+    if self._container.format.name == "tty":  # FFmpeg would film the text
+      raise InputError(f"{self.path}: a text file, not a video; give a video")
     # An audio file's cover picture is a video stream, too.
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in self._container.streams.video if not s.disposition & cover]
     if not streams:
       raise InputError(f"{self.path}: the file has no video stream (audio only?); give a video")
     self._stream = streams[0]
+    if self._stream.codec_context is None:  # a codec that FFmpeg has no decoder for
+      raise InputError(
+        f"{self.path}: the codec of its video is not supported; re-encode it as H.264 mp4"
+      )
     self._stream.thread_type = "AUTO"
     # Every thread holds whole frames and works ahead, in vain before a jump: a few are best.
     self._stream.codec_context.thread_count = min(4, os.cpu_count() or 1)
@@ -196,19 +208,32 @@ class _VideoFile(VideoReader):
 
   def _decode(self, packets: Iterable[av.Packet]) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yields (frame number, frame) in presentation order."""
-    count = itertools.count()
+    count, damaged = itertools.count(), False
     for packet in packets:
       try:
         frames = packet.decode()
       except av.error.InvalidDataError:
-        continue  # damaged: the frame after it stands in
+        damaged = True  # the frame after it stands in
+        continue
       for frame in frames:
+        if damaged and not self._warned:
+          _logger.warning("%s is damaged: later frames stand in for unreadable ones", self.path)
+          self._warned = True
         stamps = self._timeline.number_of_stamp
         number = stamps.get(frame.pts) if stamps else next(count)
         if number is not None:
           yield number, frame
 
   def _frame(self, index: int) -> np.ndarray:
+    try:
+      return self._decode_frame(index)
+    except av.FFmpegError as error:
+      raise InputError(
+        f"{self.path}: frame {index} cannot be decoded ({error.strerror}); "
+        "copy the file again or re-encode it, e.g. as H.264 mp4"
+      ) from error
+
+  def _decode_frame(self, index: int) -> np.ndarray:
     key_frame = self._timeline.key_frame_before(index)
     if index < self._position or key_frame > self._position + 1:
       self._start_decoding(key_frame)

@@ -1,1 +1,1 @@
-"""Scores on annotation files, by the public API only."""
+"""Scores on annotation files."""

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,7 +28,8 @@ class Score:
 
 def evaluate(
   chat: VideoChat,
-  annotations: Path,
+  rows: Sequence[dict],
+  folder: Path,
   max_frames: int | None = None,
   on_answer: Callable[[dict, str, bool], None] = lambda row, answer, right: None,
 ) -> dict[str, Score]:
@@ -36,8 +37,8 @@ def evaluate(
 
   Args:
     chat: the model.
-    annotations: a JSON list of LLaVA rows with one question and one answer each; `video` is
-      relative to the file. A row's `kind`, if any, gets a score of its own.
+    rows: LLaVA rows as `read_rows` gives them. A row's `kind`, if any, gets a score of its own.
+    folder: what a row's `video` is relative to: the folder of the annotation file.
     max_frames: the most frames to look at.
     on_answer: told each row, the model's answer, and whether it is right.
 
@@ -45,18 +46,18 @@ def evaluate(
     The score of each kind, and of "all".
 
   Raises:
-    InputError: the file or a row cannot be used.
+    InputError: a video cannot be used.
   """
   scores = defaultdict(Score)
-  rows = sorted(read_rows(annotations), key=lambda row: row["video"])  # watch each video once
   path, video = None, None
-  for row in tqdm(rows, "answering", unit="row", leave=False, disable=None):
+  by_video = sorted(rows, key=lambda row: row["video"])  # watch each video once
+  for row in tqdm(by_video, "answering", unit="row", leave=False, disable=None):
     if row["video"] != path:
       path = row["video"]
-      video = chat.watch(annotations.parent / path, max_frames, progress=False)
+      video = chat.watch(folder / path, max_frames, progress=False)
     video.reset()
     question, truth = (turn.text for turn in turns_of_row(row))
-    answer = video.ask(question.replace(PLACEHOLDER, "").strip())
+    answer = video.ask(_without_placeholder(question))
     right = _normalise(answer) == _normalise(truth)
     for kind in {"all", row.get("kind", "all")}:
       scores[kind].rows += 1
@@ -68,26 +69,44 @@ def evaluate(
 def read_rows(annotations: Path) -> list[dict]:
   """Reads and checks an annotation file.
 
+  Args:
+    annotations: a JSON list of LLaVA rows with one question and one answer each; `video` is
+      relative to the file.
+
   Raises:
-    InputError: it is missing, is no JSON list, is empty, or a row has no video or not exactly one
-      question with its answer.
+    InputError: it is missing, is no JSON list, is empty, or a row has no video, a `kind` that is
+      no text, or not exactly one question with its answer.
   """
   try:
     rows = json.loads(annotations.read_text("utf-8"))
   except OSError as error:
     raise InputError(f"{annotations}: cannot be read ({error.strerror}); check the path") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(f"{annotations}: not valid JSON ({error}); mend the file") from error
   if not isinstance(rows, list) or not rows:
     raise InputError(f"{annotations}: holds no list of rows; write one with `vcflash synth`")
   for number, row in enumerate(rows):
-    if not isinstance(row, dict) or not isinstance(row.get("video"), str):
-      raise InputError(f"{annotations}: row {number} has no field 'video'; add the file's path")
-    if [turn.role for turn in turns_of_row(row)] != ["human", "gpt"]:
-      raise InputError(
-        f"{annotations}: row {number} needs one question and one answer in 'conversations'"
-      )
+    _check_row(row, f"{annotations}: row {number}")
   return rows
+
+
+def _check_row(row, where):
+  if not isinstance(row, dict) or not isinstance(row.get("video"), str):
+    raise InputError(f"{where} has no field 'video'; add the file's path")
+  if not isinstance(row.get("kind", ""), str):
+    raise InputError(f"{where}: field 'kind' is no text; write one or leave it out")
+  try:
+    turns = turns_of_row(row)
+  except InputError as error:
+    raise InputError(f"{where}: {error}") from error
+  if [turn.role for turn in turns] != ["human", "gpt"]:
+    raise InputError(f"{where} needs one question and one answer in 'conversations'")
+  if not _without_placeholder(turns[0].text):
+    raise InputError(f"{where}: the question in 'conversations' is empty; write what to ask")
+
+
+def _without_placeholder(question):
+  return question.replace(PLACEHOLDER, "").strip()
 
 
 def _normalise(text):

@@ -131,6 +131,7 @@ class WatchedVideo:
     self.prefill_seconds = self.decode_seconds = 0.0
     self._chat = chat
     self._visual_tokens = visual_tokens
+    self._turn: object | None = None  # the question that is being answered
     self._reading: Reading | None = None
     self._known = np.zeros((2, 0), np.int32)  # token ids and visual index of what was read
 
@@ -160,15 +161,19 @@ class WatchedVideo:
     if max_new_tokens < 1:
       raise InputError(f"max_new_tokens is {max_new_tokens}; give at least 1")
     sampling = Sampling(temperature, top_p, seed).check()
+    if any("\ud800" <= letter <= "\udfff" for letter in question):
+      raise InputError("the question is not valid UTF-8 text; type it again")
     ids = inference_prompt(
       question, self._chat.tokenizer, self.num_frames, self.seconds, self.history
     )
-    pieces = self._answer(question, ids, max_new_tokens, sampling)
+    self._turn = turn = object()
+    pieces = self._answer(turn, question, ids, max_new_tokens, sampling)
     return pieces if stream else "".join(pieces)
 
   def reset(self) -> None:
     """Begins a new conversation about the same video; nothing is encoded again."""
     self.history = []
+    self._turn = None
 
   def extend(self, frames: np.ndarray, fps: float = 1.0) -> None:
     """Appends frames of a stream that goes on; what was encoded and read before stays.
@@ -187,24 +192,34 @@ class WatchedVideo:
       )
     if len(frames) % clip_frames or not len(frames):
       raise InputError(f"{len(frames)} frames were given; give a multiple of {clip_frames}")
+    if not fps > 0:
+      raise InputError(f"fps is {fps}; give a number above 0")
+    self._turn = None
     frames = resize(frames, self._chat.config.vision.image_size)
     new_tokens = self._chat.engine.encode(frames.reshape(-1, clip_frames, *frames.shape[1:]))
     self._visual_tokens = jnp.concatenate([self._visual_tokens, new_tokens])
     self.num_frames += len(frames)
     self.seconds += len(frames) / fps
 
-  def _answer(self, question, ids, max_new_tokens, sampling):
+  def _answer(self, turn, question, ids, max_new_tokens, sampling):
     """Yields the answer in pieces, then adds question and answer to the history."""
     stop_ids = self._chat.tokenizer.stop_ids
-    new_ids = (t for t in self._write(ids, max_new_tokens, sampling) if t not in stop_ids)
+    new_ids = (t for t in self._write(turn, ids, max_new_tokens, sampling) if t not in stop_ids)
     answer = ""
     for piece in stream_text(self._chat.tokenizer, new_ids):
       answer += piece
       yield piece
+    self._check_turn(turn)
     self.history.append((question, answer))
 
-  def _write(self, ids, max_new_tokens, sampling):
+  def _check_turn(self, turn):
+    """A stream that was overtaken must not go on: the cache holds another question by now."""
+    if self._turn is not turn:
+      raise InputError("this answer was overtaken by a later call; finish a stream before the next")
+
+  def _write(self, turn, ids, max_new_tokens, sampling):
     """Yields the token ids of an answer; keeps `_reading` and `_known` true at every yield."""
+    self._check_turn(turn)
     engine = self._chat.engine
     sequence = np.stack(lay_out(ids, [len(self._visual_tokens)]))
     start = time.perf_counter()
@@ -214,8 +229,7 @@ class WatchedVideo:
     if num_known:  # slots behind the part that is still true are simply written again
       length = jnp.full((1,), num_known, jnp.int32)
       before = self._reading._replace(cache=self._reading.cache._replace(length=length))
-    self._reading, self._known = None, sequence[:, :0]
-    reading = engine.read([prompt], max_new_tokens, after=before)
+    reading = engine.read([prompt], max_new_tokens, after=before)  # may refuse: nothing is lost
     self._reading, self._known = jax.block_until_ready(reading), sequence
     self.prefill_seconds = time.perf_counter() - start
     self.decode_seconds = 0.0
@@ -226,6 +240,7 @@ class WatchedVideo:
       self._known = np.concatenate([self._known, [new, np.full_like(new, -1)]], axis=1)
       self.decode_seconds += time.perf_counter() - start
       yield from new.tolist()
+      self._check_turn(turn)
       start = time.perf_counter()
 
   def _num_known(self, sequence):

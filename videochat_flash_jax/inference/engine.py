@@ -1,7 +1,7 @@
 """Runs a model on prompts: encode clips in groups, prefill, decode; every shape from a bucket.
 
-A bucket is a padded size. Each new one is compiled once, which is logged, and JAX's persistent
-cache keeps it for the next process if `JAX_COMPILATION_CACHE_DIR` is set.
+A bucket is a padded size. Each new one is compiled once, which is logged. JAX's persistent cache
+keeps it for the next process if `JAX_COMPILATION_CACHE_DIR` is set, as `vcflash` does.
 """
 
 import functools
@@ -40,11 +40,6 @@ class Reading(NamedTuple):
 
   cache: KVCache
   logits: Float[Array, "B vocab"]
-
-  @property
-  def num_slots(self) -> int:
-    """Tokens that fit into a row of the cache."""
-    return self.cache.num_slots
 
 
 def bucket(size: int, smallest: int = 64) -> int:
@@ -120,7 +115,7 @@ class Engine:
       self._announce("prefill", len(prompts), num_tokens, num_slots)
       return _prefill(self._graph, self._weights, *arguments, num_slots=num_slots)
     cache = after.cache
-    if after.num_slots < num_slots:
+    if cache.num_slots < num_slots:
       cache = cache.widened(num_slots)
     self._announce("extend", len(prompts), num_tokens, cache.num_slots)
     return _extend(self._graph, self._weights, cache, *arguments)
@@ -141,7 +136,7 @@ class Engine:
     key = jax.random.key(sampling.check().seed)
     finished = jnp.zeros(reading.logits.shape[:1], bool)
     for start in range(0, max_new_tokens, _DECODE_STEPS):
-      self._announce("decode", len(finished), reading.num_slots)
+      self._announce("decode", len(finished), reading.cache.num_slots)
       num_steps = min(_DECODE_STEPS, max_new_tokens - start)
       tokens, reading, finished = _decode(
         self._graph,

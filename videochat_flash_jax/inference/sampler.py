@@ -1,5 +1,6 @@
 """Choosing the next token: greedily, or at random from the likely ones."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -28,10 +29,12 @@ class Sampling(NamedTuple):
     Raises:
       InputError: a value out of range.
     """
-    if self.temperature < 0:
+    if not 0 <= self.temperature < math.inf:
       raise InputError(f"temperature is {self.temperature}; use 0 for greedy answers, or more")
     if not 0 < self.top_p <= 1:
       raise InputError(f"top_p is {self.top_p}; use a value above 0 and at most 1")
+    if not 0 <= self.seed < 2**32:
+      raise InputError(f"seed is {self.seed}; use a whole number from 0 to {2**32 - 1}")
     return self
 
 

@@ -1,8 +1,10 @@
 """The training loop: it owns batches, logs and files; the step it calls is pure."""
 
+import dataclasses
 import functools
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from ml_collections import ConfigDict
 from videochat_flash_jax import __version__
 from videochat_flash_jax.checkpoints.convert import save_model
 from videochat_flash_jax.checkpoints.manager import save_checkpoint
-from videochat_flash_jax.data import synthetic_training
+from videochat_flash_jax.data import synthetic, synthetic_training
 from videochat_flash_jax.data.pipeline import clip_batches, packed_batches
 from videochat_flash_jax.data.synthetic_render import COLOURS
 from videochat_flash_jax.data.synthetic_shapes import KINDS
@@ -27,6 +29,17 @@ from videochat_flash_jax.train.optimizer import make_optimizer
 from videochat_flash_jax.train.step import make_step, split_state
 
 _log = logging.getLogger("videochat_flash_jax")
+
+_COUNTS = {  # Fields of a stage that hold positive integers, by its objective,
+  "patches": ("num_steps", "log_every", "videos", "clips_per_video"),
+  "answers": ("num_steps", "log_every", "rows", "tokens_per_row", "clips_per_row"),
+}
+_PARTS = {
+  "patches": ("vision", "heads"),
+  "answers": ("vision", "connector", "decoder"),
+}  # it reaches
+_LEAST_VOCABULARY = 305  # The chat tokens, 256 bytes, and the letters of the synthetic world.
+_TEXT_TOKENS = 64  # Enough for a question with all that stands around it: fewer than 55 as shipped.
 
 
 class RunLog:
@@ -56,6 +69,81 @@ class RunLog:
     _log.info(line)
 
 
+def check_config(config: ConfigDict):
+  """Refuses a config that cannot be trained, before anything is computed or written.
+
+  Raises:
+    InputError: names the first field that is missing or cannot be used, and what to give.
+  """
+  seed, vocab_size, stages = (config.get(name) for name in ("seed", "vocab_size", "stages"))
+  _require(_is_count(seed, 0) and seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
+  enough = _is_count(vocab_size, _LEAST_VOCABULARY)
+  _require(enough, "vocab_size", vocab_size, f"an integer of {_LEAST_VOCABULARY} or more")
+  _require(_are_names(stages), "stages", stages, 'names of stages, such as ("encoder",)')
+  for name in stages:
+    stage = config.get(name)
+    _require(isinstance(stage, ConfigDict), name, stage, "a ConfigDict, as config.stages names it")
+    _check_stage(name, stage)
+
+
+def _check_stage(name, stage):
+  objective, rate = stage.get("objective"), stage.get("peak_rate")
+  known = isinstance(objective, str) and objective in _COUNTS
+  _require(known, f"{name}.objective", objective, " or ".join(_COUNTS))
+  parts, trained = _PARTS[objective], stage.get("trained")
+  known = _are_names(trained) and set(trained) <= set(parts)
+  _require(known, f"{name}.trained", trained, f"names out of {parts}")
+  for field in _COUNTS[objective]:
+    _require(_is_count(stage.get(field)), f"{name}.{field}", stage.get(field), "a positive integer")
+  _require(_is_number(rate) and rate > 0, f"{name}.peak_rate", rate, "a positive number")
+  if objective == "answers":
+    _check_questions(f"{name}.questions", stage.get("questions"))
+    _check_frames(f"{name}.frames", stage)
+
+
+def _check_questions(name, questions):
+  kinds = synthetic.QUESTION_KINDS
+  known = isinstance(questions, ConfigDict) and set(questions) <= set(kinds)
+  _require(known, name, questions, f"a weight for each kind out of {kinds}")
+  weights = list(questions.values())
+  usable = all(_is_number(weight) and weight >= 0 for weight in weights) and sum(weights) > 0
+  _require(usable, name, questions, "weights from 0, one of them positive")
+
+
+def _check_frames(name, stage):
+  frames = stage.get("frames")
+  pair = isinstance(frames, tuple | list) and len(frames) == 2 and all(map(_is_count, frames))
+  _require(pair, name, frames, "the least and the most frames, such as (4, 16)")
+  clips = frames[1] // synthetic.CLIP_SECONDS
+  holds_clip = clips >= math.ceil(frames[0] / synthetic.CLIP_SECONDS)
+  _require(holds_clip, name, frames, "a range that holds a multiple of 4, such as (4, 16)")
+  fits = clips <= stage.clips_per_row
+  _require(fits, name, frames, f"clips of 4 that fit clips_per_row, which is {stage.clips_per_row}")
+  tokens = clips * VideoChatFlashConfig.tiny().connector.clip_tokens + _TEXT_TOKENS
+  fits = tokens <= stage.tokens_per_row
+  _require(fits, name, frames, f"fewer frames, or tokens_per_row of {tokens} or more")
+
+
+def _require(usable: bool, name: str, value: Any, remedy: str):
+  if not usable:
+    state = "is missing" if value is None else f"is {' '.join(repr(value).split())}"
+    raise InputError(f"config.{name} {state}: give {remedy}")
+
+
+def _is_count(value, least=1):
+  return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value):
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  return number and math.isfinite(value)
+
+
+def _are_names(value):
+  some = isinstance(value, tuple | list) and len(value) > 0
+  return some and all(isinstance(name, str) for name in value)
+
+
 def train(config: ConfigDict, workdir: Path):
   """Trains a model stage by stage and exports it.
 
@@ -64,20 +152,29 @@ def train(config: ConfigDict, workdir: Path):
   appears whole or not at all.
 
   Raises:
-    InputError: `workdir` already holds a finished run.
+    InputError: the config cannot be trained (see `check_config`), `workdir` cannot be written or
+      already holds a finished run, or a loss is no longer finite.
   """
-  export = workdir / "export"
-  if export.exists():
-    raise InputError(f"{export} exists: give another --workdir, or remove that directory first")
-  partial = workdir / "export.partial"
-  partial.mkdir(parents=True, exist_ok=True)
-  with RunLog(workdir) as log:
+  check_config(config)
+  export, partial = workdir / "export", workdir / "export.partial"
+  try:
+    if export.exists():
+      raise InputError(f"{export} exists: give another --workdir, or remove that directory first")
+    partial.mkdir(parents=True, exist_ok=True)
+    run_log = RunLog(workdir)
+  except OSError as error:
+    raise InputError(
+      f"--workdir {workdir}: cannot be written ({error.strerror}); give another directory"
+    ) from error
+  with run_log as log:
     version = __version__
     log.write(event="start", version=version, jax=jax.__version__, config=config.to_dict())
     tokenizer = train_sentencepiece(
       synthetic_training.vocabulary_lines(), partial / "tokenizer.model", config.vocab_size
     )
-    model_config = VideoChatFlashConfig.tiny()
+    tiny = VideoChatFlashConfig.tiny()
+    decoder = dataclasses.replace(tiny.decoder, vocab_size=config.vocab_size)
+    model_config = dataclasses.replace(tiny, decoder=decoder)
     model = VideoChatFlash(model_config, rngs=nnx.Rngs(config.seed))
     for number, name in enumerate(config.stages):
       train_stage(model, tokenizer, name, config[name], config.seed + number, log)
@@ -95,7 +192,11 @@ def train_stage(
   seed: int,
   log: RunLog,
 ):
-  """Trains the parts of a model that a stage names, in place."""
+  """Trains the parts of a model that a stage names, in place.
+
+  Raises:
+    InputError: the loss is not finite.
+  """
   if stage.objective == "patches":
     classes = {"kinds": len(KINDS) + 1, "colours": len(COLOURS) + 1}
     module, loss = PatchProbe(model, classes, rngs=nnx.Rngs(seed)), patch_loss
@@ -112,6 +213,11 @@ def train_stage(
     recent.append(metrics)
     if number % stage.log_every == 0 or number == stage.num_steps:
       means = {key: round(float(sum(m[key] for m in recent)) / len(recent), 4) for key in metrics}
+      if not math.isfinite(means["loss"]):
+        raise InputError(
+          f"stage {name}: the loss is {means['loss']} by step {number}; "
+          f"lower config.{name}.peak_rate, which is {stage.peak_rate}"
+        )
       log.write(stage=name, step=number, **means)
       recent = []
   nnx.update(module, state.trained, state.frozen)
