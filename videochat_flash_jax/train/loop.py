@@ -34,10 +34,10 @@ _COUNTS = {  # Fields of a stage that hold positive integers, by its objective,
   "patches": ("num_steps", "log_every", "videos", "clips_per_video"),
   "answers": ("num_steps", "log_every", "rows", "tokens_per_row", "clips_per_row"),
 }
-_PARTS = {
+_PARTS = {  # and the parts that its loss can train.
   "patches": ("vision", "heads"),
   "answers": ("vision", "connector", "decoder"),
-}  # it reaches
+}
 _LEAST_VOCABULARY = 305  # The chat tokens, 256 bytes, and the letters of the synthetic world.
 _TEXT_TOKENS = 64  # Enough for a question with all that stands around it: fewer than 55 as shipped.
 
