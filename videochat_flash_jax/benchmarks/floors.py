@@ -5,7 +5,7 @@ the cache, or its bytes at the rate of a copy in memory, whichever is longer. On
 avoided counts as work: inputs and weights read once, outputs written once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from videochat_flash_jax.benchmarks.timing import Seconds
 FLOAT_BYTES = 4
 _PRODUCT_SIZE = 1536  # three such matrices fit into the last cache of a CPU
 _COPY_VALUES = 1 << 26  # 256 MiB, far more than any cache
-_PASSES = 10  # products, and copies, in a run: long enough to share the fate of what they bound
+_TRIES = 10  # a round: short and many, so that some fall between a busy machine's other work
 
 
 class Work(NamedTuple):
@@ -38,26 +38,23 @@ class Limits(NamedTuple):
     return max((computing, "flops"), (moving, "bytes"))
 
 
-def limit_pieces() -> dict[str, Callable[[], object]]:
-  """A large square matrix product and a copy, to be timed beside what is compared with them."""
-  # Entries that a product of two such matrices gives again.
-  matrix = jnp.full((_PRODUCT_SIZE, _PRODUCT_SIZE), 1 / _PRODUCT_SIZE)
-  multiply = jax.jit(lambda matrix: jax.lax.fori_loop(0, _PASSES, lambda _, x: x @ matrix, matrix))
+def limit_pieces() -> dict[tuple[str, int], Callable[[], object]]:
+  """Tries of a large square matrix product and of a copy, to be timed beside what they bound."""
+  matrix = jnp.ones((_PRODUCT_SIZE, _PRODUCT_SIZE))
+  multiply = jax.jit(lambda x: x @ x)
   # Each value is read and written back where it was: fresh pages would cost more than the copy.
   copy = jax.jit(lambda x: x + 1, donate_argnums=0)
   values = [jnp.ones(_COPY_VALUES)]
 
   def copy_in_place():
-    for _ in range(_PASSES):
-      values[0] = copy(values[0])
+    values[0] = copy(values[0])
     return values[0]
 
-  return {"product": lambda: multiply(matrix), "copy": copy_in_place}
+  works = {"product": lambda: multiply(matrix), "copy": copy_in_place}
+  return {(name, number): work for name, work in works.items() for number in range(_TRIES)}
 
 
-def measured_limits(times: Mapping[str, Seconds]) -> Limits:
+def measured_limits(times: Mapping[Hashable, Seconds]) -> Limits:
   """Rates from the best times of `limit_pieces`."""
-  return Limits(
-    _PASSES * 2 * _PRODUCT_SIZE**3 / times["product"].best,
-    _PASSES * 2 * _COPY_VALUES * FLOAT_BYTES / times["copy"].best,
-  )
+  product, copy = (min(times[name, i].best for i in range(_TRIES)) for name in ("product", "copy"))
+  return Limits(2 * _PRODUCT_SIZE**3 / product, 2 * _COPY_VALUES * FLOAT_BYTES / copy)
