@@ -33,6 +33,9 @@ class StoredTensors:
   def shape(self, name):
     return self._tensors[name].shape
 
+  def dtype(self, name):
+    return {"float32": "F32"}[str(self._tensors[name].dtype)]
+
   def read(self, name):
     return self._tensors[name]
 
