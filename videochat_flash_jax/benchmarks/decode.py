@@ -65,7 +65,7 @@ class _Decoder:
     length, num_slots = jnp.array([prompt.shape[1]]), prompt.shape[1] + new_tokens
 
     def prefill(weights, prompt):
-      return nnx.merge(graph, weights).prefill(prompt, length, num_slots)[1]
+      return nnx.merge(graph, weights).prefill(prompt, length, num_slots)
 
     def decode(weights, cache):
       decoder = nnx.merge(graph, weights)
@@ -80,8 +80,9 @@ class _Decoder:
 
   def prefill(self):
     """Reads the prompt."""
-    self._cache = self._prefill(self._weights, self._prompt)
-    return self._cache
+    # The hidden states are asked for, too, else the compiler would leave out most of a layer.
+    hidden, self._cache = self._prefill(self._weights, self._prompt)
+    return hidden
 
   def decode(self):
     """Decodes after the prompt read last; once only."""
