@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
   short.trained = ("connector", "decoder")
   short.num_steps = 900
   short.peak_rate = 0.005
-  short.questions = {"attribute": 0.8, "absence": 0.1, "order": 0.1}
+  short.questions = {"attribute": 0.8, "absence": 0.2}
   short.frames = (4, 16)
   short.rows = 8
   short.tokens_per_row = 256

@@ -8,7 +8,6 @@ can name one of them:
   events    [ red star ][key][  ][ blue moon ...   "What colour is the key?" -> its colour
 """
 
-import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ MAX_EVENT_SECONDS = 8
 CLIP_SECONDS = 4  # Videos are a multiple of it long, so that every clip of four frames is full.
 VIDEO_SIZE = 192
 VIDEO_FPS = 8
-QUESTION_KINDS = ("attribute", "absence", "order")
+QUESTION_KINDS = ("attribute", "absence")
 
 _COLOUR_NAMES = tuple(COLOURS)
 _ATTRIBUTE_WORDINGS = (
@@ -52,8 +51,6 @@ _ABSENCE_WORDINGS = (
   "Does a {0} appear?",
   "Can you see a {0}?",
 )
-_AFTER_WORDINGS = ("What comes after the {0}?", "What appears right after the {0}?")
-_BEFORE_WORDINGS = ("What comes before the {0}?", "What appears right before the {0}?")
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str) -> list[Question]:
   """Returns all questions of a kind about a scene, in random order, each about another thing.
 
   "attribute" asks the colour of a thing shown, "absence" whether a kind is shown (as many "no" as
-  "yes", as far as there are kinds), "order" what comes right after or before a thing.
+  "yes", as far as there are kinds).
   """
   shown = [KINDS[event.kind] for event in scene.events]
   questions = []
@@ -177,12 +174,6 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str) -> list[Question]:
     for things, answer in ((shown, "yes"), (missing, "no")):
       for thing in rng.permutation(things)[:each]:
         add(_ABSENCE_WORDINGS, thing, answer)
-  elif kind == "order":
-    for first, second in itertools.pairwise(shown):
-      if rng.random() < 0.5:
-        add(_AFTER_WORDINGS, first, second)
-      else:
-        add(_BEFORE_WORDINGS, second, first)
   else:
     raise InputError(f"unknown question kind {kind!r}: choose from {', '.join(QUESTION_KINDS)}")
   rng.shuffle(questions)
