@@ -110,6 +110,11 @@ def test_what_is_not_supported_is_refused(tmp_path, field, value):
   assert_refused(tmp_path, RELEASED_FIELDS | {field: value}, f"'{field}' is {value!r}", "only")
 
 
+def test_a_misspelt_part_of_our_section_is_named(tmp_path):
+  own = {"videochat_flash_jax": {"visoin": {}}}
+  assert_refused(tmp_path, RELEASED_FIELDS | own, "'videochat_flash_jax' has no part visoin")
+
+
 @pytest.mark.parametrize("field", ["rope_scaling", "use_sliding_window", "mm_llm_compress"])
 @pytest.mark.parametrize("off", [None, False, {}])
 def test_what_is_switched_off_in_any_way_is_accepted(tmp_path, field, off):

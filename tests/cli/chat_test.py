@@ -47,8 +47,8 @@ def test_a_question_gets_an_answer(folder, capsys):
   assert answer
 
 
-def test_without_a_question_a_prompt_asks_until_an_empty_line(folder, capsys, monkeypatch):
-  typed = iter([QUESTION, "star " * 3000, "And then?", ""])
+def test_without_a_question_a_prompt_asks_until_told_to_quit(folder, capsys, monkeypatch):
+  typed = iter([QUESTION, "star " * 3000, "", "And then?", "quit"])
   monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
   assert chat(folder, question=None) == 0
   lines = capsys.readouterr().out.splitlines()

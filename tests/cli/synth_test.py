@@ -15,7 +15,7 @@ def test_synth_writes_videos_and_rows(tmp_path, capfd):
   assert {row["video"] for row in rows} == {"videos/0000.mp4", "videos/0001.mp4"}
   assert {row["kind"] for row in rows} == {"attribute"}
   output = capfd.readouterr()
-  assert output.out == f"2 videos and {len(rows)} questions written to {out}\n"
+  assert output.out == f"{out}: 2 video(s) and {len(rows)} question(s) written\n"
   assert output.err == ""  # a progress bar is for a terminal
 
 
@@ -23,6 +23,7 @@ def test_synth_writes_videos_and_rows(tmp_path, capfd):
   "arguments, complaint",
   [
     (["--frames", "5:7"], "no multiple of 4 lies in the range of frames 5:7"),
+    (["--frames", f"8:{10**30}"], "lasts over a day"),
     (["--frames", "8"], "--frames '8' is not MIN:MAX"),
     (["--videos", "0"], "--videos is 0"),
     (["--seed", "-1"], "--seed is -1"),

@@ -162,6 +162,8 @@ def test_a_text_file_is_not_filmed(tmp_path):
   "path, message",
   [
     ("", "no path of a video; "),
+    (None, "None is no path of a video; "),
+    ("https://example.org/a.mp4", "an address, not a file; download"),
     ("a" * 300 + ".mp4", "there is no such video"),
     ("a\0b", "there is no such video"),
   ],

@@ -47,7 +47,9 @@ def test_rows_are_counted_by_kind_and_each_video_is_watched_once(tmp_path):
   }
   assert scores["all"].accuracy == 1 / 3
   assert sorted(chat.watched) == ["blue.mp4", "red.mp4"]
-  assert len(answers) == 3
+  told = [(row["video"], *rest) for row, *rest in answers]
+  assert told[0] == ("blue.mp4", "Who?", " BLUE. ", "red", False)
+  assert [right for *_, right in told] == [False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ def test_the_same_video_and_question_give_the_same_answer(chat, checkpoint, path
   assert len(answers) == 1
 
 
+def test_chat_and_video_tell_what_they_are(chat, checkpoint, path):
+  assert repr(chat) == f"VideoChat({checkpoint.name!r}, dtype=float32)"
+  video = chat.watch(path, max_frames=8)
+  assert repr(video) == "WatchedVideo(8 frames of 24.0 s, 0 questions answered)"
+  ask(video, QUESTIONS[0])
+  assert "1 questions answered" in repr(video)
+
+
 def test_streamed_pieces_join_to_the_answer(chat, path):
   pieces = list(ask(chat.watch(path), QUESTIONS[0], stream=True))
   assert len(pieces) > 1
@@ -117,6 +125,8 @@ def test_a_refused_question_spoils_nothing(chat, path):
     video.ask("Why?", max_new_tokens=0)
   with pytest.raises(InputError, match="UTF-8"):
     video.ask("caf\udce9?")
+  with pytest.raises(InputError, match="the question is None; give a text"):
+    video.ask(None)
   assert ask(video, QUESTIONS[0]) == expected
 
 
@@ -141,6 +151,7 @@ def test_an_extended_video_answers_as_one_watched_whole(chat, path):
     (np.zeros((0, 8, 8, 3), np.uint8), "multiple of 4"),
     (np.zeros((4, 8, 8, 3), np.float32), "uint8"),
     (np.zeros((4, 8, 8), np.uint8), "uint8"),
+    ("a.mp4", "uint8"),
   ],
 )
 def test_frames_of_another_form_are_refused(chat, path, frames, said):

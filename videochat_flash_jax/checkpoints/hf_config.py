@@ -82,6 +82,9 @@ def read_config(directory: Path) -> VideoChatFlashConfig:
   own = fields.get(_OWN, {})
   if not isinstance(own, dict):
     raise InputError(f"{path}: field '{_OWN}' is no JSON object; leave it out, or mend it")
+  unknown = sorted(set(own) - {"vision", "connector", "sampling"})
+  if unknown:
+    raise InputError(f"{path}: section '{_OWN}' has no part {', '.join(unknown)}; mend its name")
   decoder = _decoder_config(path, fields)
   if "vision" in own:
     vision = _own_part(path, own, "vision", VisionConfig)

@@ -53,18 +53,22 @@ def run(args: argparse.Namespace) -> None:
 
   if args.question is not None:
     return answer(args.question)
-  print("Ask about the video; an empty line, quit or exit ends.")
-  while question := _next_question():
+  print("Ask about the video; quit, exit or Ctrl-D ends.")
+  for question in _questions():
     try:
       answer(question)
     except InputError as error:  # too long, say: the conversation goes on
       print(f"vcflash: {error}")
 
 
-def _next_question():
-  """What is typed next, or "" at the end."""
-  try:
-    question = input("> ").strip()
-  except EOFError:
-    return ""
-  return "" if question.lower() in ("quit", "exit") else question
+def _questions():
+  """What is typed, line by line, to the end; empty lines are passed over."""
+  while True:
+    try:
+      question = input("> ").strip()
+    except EOFError:
+      return
+    if question.lower() in ("quit", "exit"):
+      return
+    if question:
+      yield question

@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> None:
   rows = read_rows(args.annotations)  # a bad file is told before the model is loaded
   wrong = []
 
-  def note(row, answer, right):
+  def note(row, question, answer, truth, right):
     if not right:
-      wrong.append({"id": row.get("id"), "answer": answer})
+      wrong.append({"id": row.get("id"), "question": question, "answer": answer, "truth": truth})
 
   chat = VideoChat.from_pretrained(args.model)
   scores = evaluate(chat, rows, args.annotations.parent, args.max_frames, note)
@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> None:
     kind: {"rows": score.rows, "right": score.right, "accuracy": score.accuracy}
     for kind, score in scores.items()
   }
+  total = report.pop("all")
   if args.json:
-    total = report.pop("all")
     print(json.dumps({**total, "by_kind": report, "wrong": wrong}))
     return
-  for kind, score in sorted(report.items()):
+  for kind, score in (*sorted(report.items()), ("all", total)):
     print(f"{kind:12s} {score['right']:5d} of {score['rows']:5d} right  {score['accuracy']:.1%}")

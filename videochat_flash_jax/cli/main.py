@@ -37,6 +37,14 @@ VERBS = {
 }
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+  """Shows defaults, where there are some, and leaves the lines of the epilog as they are."""
+
+  def _get_help_string(self, action):
+    shown = action.default is not None and action.default is not False
+    return super()._get_help_string(action) if shown else action.help
+
+
 class _Parser(argparse.ArgumentParser):
   """An argument parser whose complaints are an `InputError`: one line, as for any bad input."""
 
@@ -80,7 +88,7 @@ def _run_verb(argv: list[str]) -> int:
       help=description,
       description=description,
       allow_abbrev=False,  # half an option is a mistake, as half a config field is
-      formatter_class=argparse.RawDescriptionHelpFormatter,
+      formatter_class=_Help,
     )
   if not argv or argv[0].startswith("-"):
     parser.parse_args(argv)  # exits after --help and --version

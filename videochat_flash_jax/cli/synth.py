@@ -45,7 +45,7 @@ def run(args: argparse.Namespace):
     tuple(args.questions.split(",")),
     args.questions_per_video,
   )
-  print(f"{args.videos} videos and {num_rows} questions written to {args.out}")
+  print(f"{args.out}: {args.videos} video(s) and {num_rows} question(s) written")
 
 
 def _frame_range(text: str) -> tuple[int, int]:

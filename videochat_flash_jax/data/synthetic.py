@@ -32,6 +32,7 @@ from videochat_flash_jax.errors import InputError
 
 MAX_EVENTS = 12
 MAX_EVENT_SECONDS = 8
+MAX_SECONDS = 24 * 60 * 60
 CLIP_SECONDS = 4  # Videos are a multiple of it long, so that every clip of four frames is full.
 VIDEO_SIZE = 192
 VIDEO_FPS = 8
@@ -182,6 +183,8 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str) -> list[Question]:
 
 def draw_num_frames(rng: np.random.Generator, least: int, most: int) -> int:
   """Draws a multiple of CLIP_SECONDS from `least` to `most`, both included."""
+  if most > MAX_SECONDS:
+    raise InputError(f"a video of {most} frames, one a second, lasts over a day; give fewer")
   low, high = -(-least // CLIP_SECONDS), most // CLIP_SECONDS
   if least < 1 or low > high:
     raise InputError(

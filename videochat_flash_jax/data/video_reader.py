@@ -48,8 +48,10 @@ def open_video(path: str | Path, picture_fps: float = 1.0) -> "VideoReader":
   Raises:
     InputError: there is no such file, or no frame can be read from it.
   """
-  if not str(path):
-    raise InputError("no path of a video; give a video file or a folder of pictures")
+  if not isinstance(path, str | os.PathLike) or not str(path):
+    raise InputError(f"{path!r} is no path of a video; give a video file or a folder of pictures")
+  if re.match(r"\w+://", str(path)):
+    raise InputError(f"{path}: an address, not a file; download the video first")
   path = Path(path)
   if os.path.isdir(path):  # unlike Path's own, it takes a path that is too long, too
     return _PictureFolder(path, picture_fps)
@@ -124,8 +126,12 @@ class _PictureFolder(VideoReader):
 
   def __init__(self, path: Path, fps: float):
     self.path = path
+    try:
+      files = list(path.iterdir())
+    except OSError as error:
+      raise InputError(f"{path}: cannot be read ({error.strerror}); check its rights") from error
     self._pictures = sorted(
-      (file for file in path.iterdir() if file.suffix.lower() in _PICTURE_SUFFIXES),
+      (file for file in files if file.suffix.lower() in _PICTURE_SUFFIXES),
       key=lambda file: [
         int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)
       ],

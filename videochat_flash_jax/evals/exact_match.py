@@ -31,7 +31,7 @@ def evaluate(
   rows: Sequence[dict],
   folder: Path,
   max_frames: int | None = None,
-  on_answer: Callable[[dict, str, bool], None] = lambda row, answer, right: None,
+  on_answer: Callable[[dict, str, str, str, bool], None] = lambda *_: None,
 ) -> dict[str, Score]:
   """Asks every row's question, each in a conversation of its own.
 
@@ -40,7 +40,7 @@ def evaluate(
     rows: LLaVA rows as `read_rows` gives them. A row's `kind`, if any, gets a score of its own.
     folder: what a row's `video` is relative to: the folder of the annotation file.
     max_frames: the most frames to look at.
-    on_answer: told each row, the model's answer, and whether it is right.
+    on_answer: told each row, its question, the model's answer, the truth, and whether they agree.
 
   Returns:
     The score of each kind, and of "all".
@@ -57,12 +57,13 @@ def evaluate(
       video = chat.watch(folder / path, max_frames, progress=False)
     video.reset()
     question, truth = (turn.text for turn in turns_of_row(row))
-    answer = video.ask(_without_placeholder(question))
+    question = _without_placeholder(question)
+    answer = video.ask(question)
     right = _normalise(answer) == _normalise(truth)
     for kind in {"all", row.get("kind", "all")}:
       scores[kind].rows += 1
       scores[kind].right += right
-    on_answer(row, answer, right)
+    on_answer(row, question, answer, truth, right)
   return dict(scores)
 
 

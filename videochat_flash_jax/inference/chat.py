@@ -45,6 +45,9 @@ class VideoChat:
     self.tokenizer = tokenizer
     self.engine = Engine(model, tokenizer.stop_ids)
 
+  def __repr__(self) -> str:
+    return f"VideoChat({self.config.name!r}, dtype={self.engine.dtype})"
+
   @classmethod
   def from_pretrained(cls, name: str | Path, dtype: jnp.dtype | None = None) -> "VideoChat":
     """Loads a checkpoint in the released layout.
@@ -135,6 +138,12 @@ class WatchedVideo:
     self._reading: Reading | None = None
     self._known = np.zeros((2, 0), np.int32)  # token ids and visual index of what was read
 
+  def __repr__(self) -> str:
+    return (
+      f"WatchedVideo({self.num_frames} frames of {self.seconds:.1f} s, "
+      f"{len(self.history)} questions answered)"
+    )
+
   def ask(
     self,
     question: str,
@@ -161,6 +170,8 @@ class WatchedVideo:
     if max_new_tokens < 1:
       raise InputError(f"max_new_tokens is {max_new_tokens}; give at least 1")
     sampling = Sampling(temperature, top_p, seed).check()
+    if not isinstance(question, str):
+      raise InputError(f"the question is {question!r}; give a text")
     if any("\ud800" <= letter <= "\udfff" for letter in question):
       raise InputError("the question is not valid UTF-8 text; type it again")
     ids = inference_prompt(
@@ -186,6 +197,7 @@ class WatchedVideo:
       InputError: another dtype, shape or number of frames.
     """
     clip_frames = self._chat.config.vision.clip_frames
+    frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
       raise InputError(
         f"frames are {frames.dtype} {frames.shape}; give uint8 [frames, height, width, 3]"

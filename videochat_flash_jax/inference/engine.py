@@ -68,6 +68,7 @@ class Engine:
       # XLA on the CPU copies scanned weights at every step (models/layer_stack.py).
       model.decoder.layers = model.decoder.layers.unstack()
     self._graph, self._weights = nnx.split(model)
+    self.dtype = jax.tree.leaves(self._weights)[0].dtype
     self._stop_ids = jnp.asarray(stop_ids, jnp.int32)
     self._compiled: set[tuple] = set()
 
@@ -111,13 +112,14 @@ class Engine:
     num_tokens = bucket(int(length.max()))
     num_slots = bucket(int(start.max()) + num_tokens + max_new_tokens)
     arguments = (*_pad_rows(prompts, num_tokens), jnp.asarray(length, jnp.int32))
+    num_visual = arguments[1].shape[1]
     if after is None:
-      self._announce("prefill", len(prompts), num_tokens, num_slots)
+      self._announce("prefill", len(prompts), num_tokens, num_visual, num_slots)
       return _prefill(self._graph, self._weights, *arguments, num_slots=num_slots)
     cache = after.cache
     if cache.num_slots < num_slots:
       cache = cache.widened(num_slots)
-    self._announce("extend", len(prompts), num_tokens, cache.num_slots)
+    self._announce("extend", len(prompts), num_tokens, num_visual, cache.num_slots)
     return _extend(self._graph, self._weights, cache, *arguments)
 
   def write(
