@@ -42,8 +42,20 @@ class ConnectorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class YarnConfig:
+  """Rotary positions stretched to `factor` times `original_positions` (Peng et al. 2023)."""
+
+  factor: float
+  original_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """A Qwen2 decoder."""
+  """A Qwen2 decoder.
+
+  `max_positions` is the most tokens of a prompt and its answer together; a longer prompt is
+  refused, never cut.
+  """
 
   vocab_size: int
   width: int  # D
@@ -56,6 +68,39 @@ class DecoderConfig:
   norm_eps: float = 1e-6
   tied_embeddings: bool = False
   max_positions: int = 32768
+  yarn: YarnConfig | None = None
+
+
+DROPOUT_KINDS = ("uniform", "attention", "uniform0_attention", "uniform1_attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class DropoutConfig:
+  """Video-level HiCo: visual tokens are dropped between decoder layers.
+
+  With `layers=(4, 18)` and `ratios=(1, 0.75, 0.25)`, layers 0 to 3 see all visual tokens of a row,
+  layers 4 to 17 three quarters of them, the rest a quarter. `kind` tells how those that stay are
+  chosen: evenly spaced (`uniform`); those that the text attends to most (`attention`); or evenly
+  at the first (`uniform0_attention`) or the first two (`uniform1_attention`) of `layers` and by
+  attention afterwards.
+  """
+
+  kind: str  # one of DROPOUT_KINDS
+  layers: tuple[int, ...]  # tokens are dropped before these layers, counted from 0
+  ratios: tuple[float, ...]  # of the visual tokens seen by each segment of layers; starts with 1
+
+  @classmethod
+  def model_card(cls) -> "DropoutConfig":
+    """The preset of the released model cards."""
+    return cls("uniform0_attention", layers=(4, 18), ratios=(1.0, 0.75, 0.25))
+
+
+@dataclasses.dataclass(frozen=True)
+class TilingConfig:
+  """How a single image is cut: at most `max_columns` x `max_rows` square tiles, and a base view."""
+
+  max_columns: int = 6
+  max_rows: int = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +117,18 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VideoChatFlashConfig:
-  """A whole model: encoder, connector, decoder, and how it samples frames."""
+  """A whole model: encoder, connector, decoder, and how it looks at videos and images.
+
+  `dropout` is off (None) in all released configs.
+  """
 
   name: str
   vision: VisionConfig
   connector: ConnectorConfig
   decoder: DecoderConfig
   sampling: SamplingConfig = SamplingConfig()
+  tiling: TilingConfig = TilingConfig()
+  dropout: DropoutConfig | None = None
 
   @classmethod
   def tiny(cls) -> "VideoChatFlashConfig":
