@@ -48,3 +48,26 @@ def test_far_positions_differ_in_bfloat16_too():
   exact = turned(x.astype(jnp.float32), jnp.array([[100_000, 100_001]]))
   assert_close(out, exact, absolute=1e-2)
   assert abs(out[0, 0] - out[0, 1]).max() > 0.3
+
+
+# cos and sin of transformers 5.23 (Qwen2, yarn): head size 32, theta 1e4, 2.5 x 2,048 positions;
+# channels 0, 5, 9 and 15, at position 511.
+YARN = {"stretch": 2.5, "original_positions": 2048}
+YARN_COSINES = (-0.514898, 0.456013, -0.077702, 1.090908)
+YARN_SINES = (0.962566, 0.991819, 1.088860, 0.039670)
+
+
+def test_yarn_turns_as_transformers_does():
+  cosines, sines = rope_table(jnp.array([[511]]), 32, THETA, **YARN)
+  assert_close(cosines[0, 0, [0, 5, 9, 15]], np.array(YARN_COSINES), absolute=2e-4)
+  assert_close(sines[0, 0, [0, 5, 9, 15]], np.array(YARN_SINES), absolute=2e-4)
+
+
+def test_yarn_keeps_fast_channels_and_slows_slow_ones_by_its_factor():
+  positions, factor = jnp.array([[40]]), 4.0
+  plain, _ = rope_table(positions, 128, 1e6)
+  slowed, _ = rope_table(positions // 4, 128, 1e6)
+  yarn, _ = rope_table(positions, 128, 1e6, stretch=factor, original_positions=32768)
+  scale = 0.1 * np.log(factor) + 1
+  assert_close(yarn[0, 0, :8], plain[0, 0, :8] * scale, absolute=1e-5)
+  assert_close(yarn[0, 0, 56:64], slowed[0, 0, 56:64] * scale, absolute=1e-5)

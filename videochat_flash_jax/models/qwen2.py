@@ -54,7 +54,7 @@ class Qwen2(nnx.Module):
     """
     if positions is None:
       positions = jnp.arange(x.shape[1])[None]
-    rope = rope_table(positions, self.config.head_size, self.config.rope_theta)
+    rope = self._rope(positions)
 
     def apply(layer, _, carry):
       def attend(q, k, v):
@@ -101,7 +101,7 @@ class Qwen2(nnx.Module):
 
   def _read(self, x, cache, new_only):
     order = cache.length[:, None] + jnp.arange(x.shape[1])[None]
-    rope = rope_table(order, self.config.head_size, self.config.rope_theta)
+    rope = self._rope(order)
 
     def apply(layer, index, carry):
       x, cache = carry
@@ -117,6 +117,12 @@ class Qwen2(nnx.Module):
 
     x, cache = self.layers.run(apply, (x, cache))
     return self.norm(x), cache
+
+  def _rope(self, positions):
+    config, yarn = self.config, {}
+    if config.yarn is not None:
+      yarn = {"stretch": config.yarn.factor, "original_positions": config.yarn.original_positions}
+    return rope_table(positions, config.head_size, config.rope_theta, **yarn)
 
   def embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Looks up text tokens; ids below zero (visual slots, padding) read token 0."""
