@@ -20,6 +20,7 @@ demo: $(INSTALLED)  ## watch a video with the embedded model and ask three quest
 
 test: $(INSTALLED)  ## the tests that take minutes in all
 	@$(PYTEST)
+	@XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) tests/multidevice
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	@$(PYTEST) -m slow

@@ -1,0 +1,109 @@
+"""Attention spread over a mesh is attention on one device, and so are its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import assert_close
+from videochat_flash_jax.ops import partial_attention
+from videochat_flash_jax.ops.attention import attention
+from videochat_flash_jax.ops.sharded_attention import self_attention
+from videochat_flash_jax.parallel.layout import Layout
+from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.zigzag import unzigzag_order, zigzag_order
+
+BATCH, HEAD_SIZE = 2, 8
+LENGTH = 16 * 5  # no power of two
+SEGMENTS = {  # of the two rows; the last segment of the first row is its padding
+  "one segment": [[LENGTH], [LENGTH]],
+  "packed": [[21, 40, 19], [1, 2, 77]],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  monkeypatch.setattr(partial_attention, "_BLOCK_SCORES", 7)
+  monkeypatch.setattr(partial_attention, "_BLOCK_QUERIES", 3)
+
+
+def random(*shape, seed):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def operands(num_kv_heads):
+  q, out_weights = (random(BATCH, LENGTH, 8, HEAD_SIZE, seed=seed) for seed in (0, 1))
+  k, v = (random(BATCH, LENGTH, num_kv_heads, HEAD_SIZE, seed=seed) for seed in (2, 3))
+  return q, k, v, out_weights
+
+
+def result_and_gradients(attend, q, k, v, out_weights):
+  def loss(q, k, v):
+    out = attend(q, k, v)
+    return jnp.sum(out * out_weights), out
+
+  (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+  return out, *gradients
+
+
+def spread(layout, segment_ids):
+  """Attention whose operands are put into the layout's order, and its result out of it."""
+  order = unordered = np.arange(LENGTH)
+  if layout.zigzag:
+    order = zigzag_order(LENGTH, layout.sequence_shards)
+    unordered = unzigzag_order(LENGTH, layout.sequence_shards)
+
+  def attend(q, k, v):
+    q, k, v, segments = (x[:, order] for x in (q, k, v, segment_ids))
+    return self_attention(q, k, v, segments, layout)[:, unordered]
+
+  return attend
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("zigzag", [False, True], ids=["in order", "zigzag"])
+@pytest.mark.parametrize("kind", ["ring", "all_gather"])
+@pytest.mark.parametrize(
+  "sizes",
+  [{"sequence": 2, "data": 2}, {"sequence": 4, "tensor": 2}, {"sequence": 8}],
+  ids=lambda sizes: " x ".join(f"{axis} {size}" for axis, size in sizes.items()),
+)
+def test_attention_on_a_mesh_is_dense_attention(sizes, kind, zigzag, segments):
+  num_devices = np.prod(list(sizes.values()))
+  mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[:num_devices])
+  layout = Layout(mesh, kind, zigzag)
+  lengths = SEGMENTS[segments]
+  segment_ids = jnp.stack([jnp.repeat(jnp.arange(len(row)), np.array(row)) for row in lengths])
+  arguments = operands(num_kv_heads=4)
+
+  def dense(q, k, v):
+    segmented = {"query_segments": segment_ids, "key_segments": segment_ids}
+    return attention(q, k, v, causal=True, implementation="dense", **segmented)
+
+  expected = result_and_gradients(dense, *arguments)
+  actual = result_and_gradients(spread(layout, segment_ids), *arguments)
+  for ours, theirs in zip(actual, expected, strict=True):
+    assert_close(ours, theirs, relative=1e-5)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
+def test_a_ring_serves_grouped_queries(num_kv_heads):
+  mesh = make_mesh(MeshConfig(sequence=8))
+  segment_ids = jnp.zeros((BATCH, LENGTH), jnp.int32)
+  arguments = operands(num_kv_heads)
+  expected = result_and_gradients(
+    lambda q, k, v: attention(q, k, v, causal=True, implementation="dense"), *arguments
+  )
+  actual = result_and_gradients(spread(Layout(mesh, zigzag=True), segment_ids), *arguments)
+  for ours, theirs in zip(actual, expected, strict=True):
+    assert_close(ours, theirs, relative=1e-5)
+
+
+def test_a_ring_computes_in_bfloat16_and_merges_in_float32():
+  mesh = make_mesh(MeshConfig(sequence=8))
+  segment_ids = jnp.zeros((BATCH, LENGTH), jnp.int32)
+  q, k, v, _ = (x.astype(jnp.bfloat16) for x in operands(4))
+  out = spread(Layout(mesh, zigzag=True), segment_ids)(q, k, v)
+  assert out.dtype == jnp.bfloat16
+  exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), causal=True)
+  assert_close(out.astype(jnp.float32), exact, relative=1e-2)

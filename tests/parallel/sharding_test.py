@@ -1,0 +1,74 @@
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.models.config import VideoChatFlashConfig
+from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.parallel.mesh import AXES
+from videochat_flash_jax.parallel.sharding import weight_shardings, weight_spec
+
+RELEASED = [
+  "qwen2_7b_res224",
+  "qwen2_7b_res448",
+  "qwen2_5_2b_res448",
+  "qwen2_5_7b_1m_res224",
+  "qwen2_5_7b_internvideo2_1b",
+]
+
+
+def weights_of(name):
+  config = getattr(VideoChatFlashConfig, name)()
+  model = nnx.eval_shape(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0)))
+  return nnx.to_pure_dict(nnx.state(model))
+
+
+def mesh(**sizes):
+  return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+
+
+@pytest.mark.parametrize(
+  "path, ndim, spec",
+  [
+    ("decoder.layers.stacked.up_proj.kernel", 3, (None, "fsdp", "tensor")),
+    ("decoder.layers.stacked.o_proj.kernel", 3, (None, "tensor", "fsdp")),
+    ("decoder.layers.stacked.q_proj.bias", 2, (None, "tensor")),
+    ("decoder.layers.stacked.input_norm.scale", 2, ()),
+    ("decoder.embed_tokens.embedding", 2, ("tensor", "fsdp")),
+    ("decoder.lm_head.kernel", 2, ("fsdp", "tensor")),
+    ("vision.blocks.stacked.qkv.kernel", 3, (None, None, "fsdp")),
+    ("connector.fc1.kernel", 2, (None, "fsdp")),
+  ],
+)
+def test_the_table_says_how_a_weight_is_split(path, ndim, spec):
+  assert weight_spec(path, ndim) == PartitionSpec(*spec)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_large_weight_of_a_released_model_is_split(name):
+  weights = weights_of(name)
+  shardings = weight_shardings(mesh(fsdp=16, tensor=2), weights)
+  pairs = zip(jax.tree.leaves(weights), jax.tree.leaves(shardings), strict=True)
+  local = {True: 0, False: 0}
+  for leaf, sharding in pairs:
+    split = np.prod(sharding.shard_shape(leaf.shape)) < np.prod(leaf.shape)
+    local[split] += np.prod(leaf.shape)
+  assert local[False] < 0.002 * local[True]
+
+
+def test_the_state_of_an_optimiser_is_split_as_its_weights_are():
+  weights = weights_of("qwen2_7b_res224")
+  state = jax.eval_shape(optax.adamw(1e-3).init, weights)
+  shardings = weight_shardings(mesh(fsdp=8), state)
+  expected = weight_shardings(mesh(fsdp=8), weights)
+  assert shardings[0].mu == shardings[0].nu == expected
+
+
+def test_a_split_that_cannot_be_is_refused_with_path_and_axis():
+  with pytest.raises(
+    InputError, match=r"decoder\.\S+ \(.*\): axis \d of \d+ cannot .* \(mesh\.tensor\)"
+  ):
+    weight_shardings(mesh(tensor=5), weights_of("qwen2_7b_res224"))

@@ -1,0 +1,82 @@
+"""Causal self-attention of a sequence that may be spread over a mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from videochat_flash_jax.ops.attention import attention
+from videochat_flash_jax.ops.ring_attention import ring_attention
+from videochat_flash_jax.parallel.layout import Layout
+from videochat_flash_jax.parallel.zigzag import unzigzag_order, zigzag_order
+from videochat_flash_jax.shapes import Array, Float, Int
+
+
+def self_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  segment_ids: Int[Array, "B T"] | None,
+  layout: Layout,
+) -> Float[Array, "B T N H"]:
+  """Attends as `attention(..., causal=True)` does, wherever the tokens are.
+
+  Rows are split over `data` and `fsdp`, tokens over `sequence`, heads over `tensor`.
+
+  Args:
+    q: queries.
+    k: keys of the same tokens.
+    v: values of the same tokens.
+    segment_ids: tokens see only their own segment; None for one segment.
+    layout: how the arrays lie, and whether keys are gathered or travel.
+  """
+  if layout.mesh is None:
+    return attention(q, k, v, causal=True, query_segments=segment_ids, key_segments=segment_ids)
+  if segment_ids is None:
+    segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+  if layout.sequence_shards == 1:
+    local = _one_shard
+  elif layout.sequence_parallel == "ring":
+    local = functools.partial(_ring, zigzag=layout.zigzag)
+  else:
+    local = functools.partial(_gathered, shards=layout.sequence_shards, zigzag=layout.zigzag)
+  heads, tokens = layout.spec("batch", "sequence", "heads"), layout.spec("batch", "sequence")
+  return jax.shard_map(
+    local,
+    mesh=layout.mesh,
+    in_specs=(heads, heads, heads, tokens),
+    out_specs=heads,
+    check_vma=False,  # `cond` and `scan` of the ring mix values that vary and that do not
+  )(q, k, v, segment_ids)
+
+
+def _one_shard(q, k, v, segment_ids):
+  return attention(q, k, v, causal=True, query_segments=segment_ids, key_segments=segment_ids)
+
+
+def _ring(q, k, v, segment_ids, zigzag):
+  return ring_attention(q, k, v, segment_ids, "sequence", zigzag)
+
+
+def _gathered(q, k, v, segment_ids, shards, zigzag):
+  def gather(x):
+    return jax.lax.all_gather(x, "sequence", axis=1, tiled=True)
+
+  k, v, key_segments = gather(k), gather(v), gather(segment_ids)
+  num_keys, length = k.shape[1], q.shape[1]
+  order = jnp.arange(num_keys)
+  if zigzag:
+    own = unzigzag_order(num_keys, shards)
+    k, v, key_segments = k[:, own], v[:, own], key_segments[:, own]
+    order = jnp.asarray(zigzag_order(num_keys, shards))
+  start = jax.lax.axis_index("sequence") * length
+  order = jax.lax.dynamic_slice_in_dim(order, start, length)
+  return attention(
+    q,
+    k,
+    v,
+    causal=True,
+    query_order=jnp.broadcast_to(order, q.shape[:2]),
+    query_segments=segment_ids,
+    key_segments=key_segments,
+  )

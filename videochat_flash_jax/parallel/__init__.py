@@ -1,0 +1,1 @@
+"""Many devices: the mesh, what is sharded over which of its axes, and the zigzag order."""

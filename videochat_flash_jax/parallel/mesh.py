@@ -1,0 +1,93 @@
+"""Devices in a grid with four named axes.
+
+| axis       | what is split along it                                             |
+|------------|--------------------------------------------------------------------|
+| `data`     | rows of the batch; weights are copied                              |
+| `fsdp`     | rows of the batch, and weights, which are gathered layer by layer  |
+| `sequence` | the tokens of a row                                                |
+| `tensor`   | heads, MLP and vocabulary                                          |
+
+Clips are independent until they are spliced, and split along all four.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from videochat_flash_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How many devices stand along each axis; -1 takes those that are left, once.
+
+  With several slices (pods joined by the data-centre network), `data` counts them first: its
+  neighbours are the only ones that talk over the slow network.
+  """
+
+  data: int = 1
+  fsdp: int = -1
+  sequence: int = 1
+  tensor: int = 1
+  num_slices: int = 1
+
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
+  """Sizes of the four axes for so many devices.
+
+  Raises:
+    InputError: the sizes do not multiply to the number of devices.
+  """
+  sizes = [getattr(config, axis) for axis in AXES]
+  for axis, size in zip(AXES, sizes, strict=True):
+    if size != -1 and size < 1:
+      raise InputError(f"mesh.{axis} is {size}: give a positive number, or -1 for what is left")
+  if sizes.count(-1) > 1:
+    raise InputError(f"mesh: {' and '.join(_free_axes(sizes))} are -1: leave only one axis free")
+  given = math.prod(size for size in sizes if size != -1)
+  if -1 in sizes and num_devices % given == 0:
+    sizes[sizes.index(-1)] = num_devices // given
+  if math.prod(sizes) != num_devices:
+    shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    raise InputError(
+      f"mesh: {shape} do not make the {num_devices} devices that are here; "
+      "change a size, or give -1 to one axis"
+    )
+  if config.num_slices < 1 or sizes[0] % config.num_slices:
+    raise InputError(
+      f"mesh.num_slices is {config.num_slices}, but mesh.data is {sizes[0]}: "
+      "give data a multiple of the slices"
+    )
+  return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Arranges devices (all of them by default) so that neighbours on an axis are linked.
+
+  Raises:
+    InputError: see `mesh_shape`.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  shape = mesh_shape(config, len(devices))
+  if config.num_slices > 1:
+    inside = (shape[0] // config.num_slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(
+      inside, (config.num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+  elif devices[0].platform == "tpu":
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    grid = np.array(devices).reshape(shape)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _free_axes(sizes):
+  return [axis for axis, size in zip(AXES, sizes, strict=True) if size == -1]

@@ -1,0 +1,88 @@
+"""What is split along which axis of the mesh: two small tables.
+
+`WEIGHTS` names the axes of every weight by its path; `MESH_AXES` says which axis of the mesh a
+named axis is split along. The state of an optimiser has its weights' paths in it, and follows them.
+
+  decoder.layers.stacked.up_proj.kernel  [L, D, M]  ->  layer, width, mlp  ->  -, fsdp, tensor
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from videochat_flash_jax.errors import InputError
+
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
+  "layer": None,  # visited one after another
+  "width": "fsdp",  # gathered when the layer's turn comes
+  "heads": "tensor",
+  "mlp": "tensor",
+  "vocabulary": "tensor",
+  "whole": None,
+  "batch": ("data", "fsdp"),
+  "sequence": "sequence",
+  "clips": ("data", "fsdp", "sequence", "tensor"),
+}
+
+# End of a path -> named axes of one layer's array; behind `stacked`, "layer" comes before them.
+# Clips are split along all axes, so the encoder and the connector split no product over `tensor`.
+WEIGHTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+  (r"embed_tokens\.embedding", ("vocabulary", "width")),
+  (r"lm_head\.kernel", ("width", "vocabulary")),
+  (r"decoder\..*\.[qkv]_proj\.kernel", ("width", "heads")),
+  (r"decoder\..*\.[qkv]_proj\.bias", ("heads",)),
+  (r"decoder\..*\.o_proj\.kernel", ("heads", "width")),
+  (r"decoder\..*\.(gate|up)_proj\.kernel", ("width", "mlp")),
+  (r"decoder\..*\.down_proj\.kernel", ("mlp", "width")),
+  (r"(vision|connector)\..*\.kernel", ("whole", "width")),
+  (r".*", ()),  # norms, biases, positions: small, and whole on every device
+)
+
+
+def weight_spec(path: str, ndim: int) -> PartitionSpec:
+  """How the array of a path is split, as a spec over the mesh's axes."""
+  names = next(names for ending, names in WEIGHTS if re.search(rf"(^|\.){ending}$", path))
+  if ".stacked." in path and names:
+    names = ("layer", *names)
+  if names and len(names) != ndim:
+    raise ValueError(f"{path} has {ndim} axes, but its rule names {len(names)}")
+  return PartitionSpec(*(MESH_AXES[name] for name in names))
+
+
+def weight_shardings(mesh: Mesh, weights: Any) -> Any:
+  """A sharding for every array of a tree whose paths end in those of weights.
+
+  Args:
+    mesh: from `make_mesh`.
+    weights: nested dicts (or an optimiser's state) of arrays or their shapes.
+
+  Raises:
+    InputError: an axis that cannot be split into as many parts, with its path.
+  """
+
+  def sharding(path, leaf):
+    dotted = ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    spec = weight_spec(dotted, leaf.ndim) if leaf.ndim else PartitionSpec()
+    check_divides(mesh, spec, leaf.shape, dotted)
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(sharding, weights)
+
+
+def check_divides(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], what: str):
+  """Refuses a split into unequal parts.
+
+  Raises:
+    InputError: names `what`, the axis, and the mesh axis that does not divide it.
+  """
+  for axis, (size, split) in enumerate(zip(shape, spec, strict=False)):
+    names = (split,) if isinstance(split, str) else split or ()
+    parts = math.prod(mesh.shape[name] for name in names)
+    if size % parts:
+      raise InputError(
+        f"{what} {shape}: axis {axis} of {size} cannot be split into {parts} equal parts "
+        f"(mesh.{' x mesh.'.join(names)}); change the mesh"
+      )
