@@ -3,13 +3,15 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+EXTRAS := test
 SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 # Numbers are compared in float32 on the CPU; compiled programs are kept for the next run.
 PYTEST := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 $(BIN)/python -m pytest --quiet
+EIGHT_DEVICES := XLA_FLAGS=--xla_force_host_platform_device_count=8
 
-.PHONY: help venv demo test test-slow lint
+.PHONY: help venv demo test test-slow test-convert test-torch test-tpu test-libtpu lint
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
 
@@ -18,12 +20,30 @@ venv: $(INSTALLED)  ## make .venv, or bring it up to date with setup.py
 demo: $(INSTALLED)  ## watch a video with the embedded model and ask three questions
 	@$(BIN)/vcflash demo
 
+# Two at a time, since compiling keeps one core busy; the tests of a file share what they compile.
+TWO := --numprocesses 2 --dist loadfile
 test: $(INSTALLED)  ## the tests that take minutes in all
-	@$(PYTEST)
-	@XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) tests/multidevice
+	@$(PYTEST) $(TWO)
+	@$(EIGHT_DEVICES) $(PYTEST) $(TWO) tests/multidevice
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	@$(PYTEST) -m slow
+	@$(EIGHT_DEVICES) $(PYTEST) -m slow tests/multidevice
+
+# This torch comes without gigabytes of libraries for GPUs.
+TORCH := --no-deps torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+test-convert:  ## the tests that need torch, in an environment of their own
+	@$(MAKE) --no-print-directory VENV=$(VENV)-convert EXTRAS=test,convert FIRST="$(TORCH)" test-torch
+
+test-torch: $(INSTALLED)
+	@$(PYTEST) -m torch
+
+test-tpu:  ## compile for TPUs, with none at hand, in an environment of its own
+	@$(MAKE) --no-print-directory VENV=$(VENV)-tpu EXTRAS=test,tpu test-libtpu
+
+# Programs for a TPU cannot be read back from the cache without one.
+test-libtpu: $(INSTALLED)
+	@JAX_ENABLE_COMPILATION_CACHE=false $(PYTEST) -m tpu
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	@$(BIN)/ruff check .
@@ -44,5 +64,9 @@ $(INSTALLED): setup.py
 	  $$candidate -m venv --clear $(VENV); \
 	fi; \
 	echo "Installing the package and what its tests need (a minute or two)"; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test]'; \
+	for packages in "$(FIRST)" "-e .[$(EXTRAS)]"; do \
+	  if [ -n "$$packages" ]; then \
+	    $(BIN)/python -m pip install -qq --disable-pip-version-check $$packages; \
+	  fi; \
+	done; \
 	touch $@

@@ -40,7 +40,7 @@ setup(
     "tqdm>=4.70,<5",
   ],
   extras_require={
-    "test": ["beartype>=0.23,<0.24", "pytest>=9.2,<10", "ruff==0.17.6"],
+    "test": ["beartype>=0.23,<0.24", "pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "ruff==0.17.6"],
     # Never bare libtpu: only jax knows which libtpu fits it.
     "tpu": [f"jax[tpu]{JAX}"],
     "convert": [TORCH],

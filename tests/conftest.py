@@ -1,5 +1,6 @@
 """Shared fixtures: where the golden numbers are, and float32 arithmetic at full precision."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,12 @@ import pytest
 from safetensors.numpy import load_file
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# For programs that take longer to compile than to run: the compiler is told not to try hard.
+quick_jit = functools.partial(
+  jax.jit,
+  compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+)
 
 # Needs 8 fake devices, from the start of the process: `make test` runs it in one of its own.
 collect_ignore = [] if jax.device_count() == 8 else ["multidevice"]

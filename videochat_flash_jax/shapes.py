@@ -13,6 +13,6 @@
 Lower-case in einsum strings (`btnh,bsnh->bnts`). Annotations are checked in tests only.
 """
 
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
-__all__ = ["Array", "Bool", "Float", "Int", "UInt8"]
+__all__ = ["Array", "Bool", "Float", "Int", "Shaped", "UInt8"]

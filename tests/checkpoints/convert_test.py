@@ -1,70 +1,31 @@
-import dataclasses
-import json
+"""Checkpoints in: what fits is read bit for bit, and what does not is named."""
 
+import dataclasses
+import functools
+import json
+import pickle
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from tests.models.small_models import CONFIG, fill_randomly
-from videochat_flash_jax.checkpoints import convert
+from tests.checkpoints.small_checkpoints import (
+  assert_refused,
+  assert_same_weights,
+  edit_weights,
+  make_model,
+  random_model,
+  rewrite,
+  shard,
+)
+from tests.models.small_models import CONFIG
+from videochat_flash_jax.checkpoints import weights
 from videochat_flash_jax.checkpoints.convert import flat_weights, load_model, save_model
-from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.models.videochat_flash import VideoChatFlash
-
-
-def make_model(config):
-  return VideoChatFlash(config, rngs=nnx.Rngs(0))
-
-
-def random_model(config=CONFIG, dtype=jnp.float32):
-  return fill_randomly(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0), param_dtype=dtype))
-
-
-def assert_same_weights(actual, expected):
-  actual, expected = (dict(flat_weights(nnx.state(model))) for model in (actual, expected))
-  assert actual.keys() == expected.keys()
-  for path, array in expected.items():
-    assert actual[path].dtype == array.dtype, path
-    assert np.asarray(actual[path]).tobytes() == np.asarray(array).tobytes(), path
-
-
-def shard(directory, num_shards=3):
-  """Splits the one file of a checkpoint into shards with an index; returns their names."""
-  tensors = load_file(directory / "model.safetensors")
-  (directory / "model.safetensors").unlink()
-  names = [f"model-{number:05}-of-{num_shards:05}.safetensors" for number in range(num_shards)]
-  home = {tensor: names[number % num_shards] for number, tensor in enumerate(tensors)}
-  for name in names:
-    save_file({tensor: tensors[tensor] for tensor in tensors if home[tensor] == name},
-              directory / name)  # fmt: skip
-  (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": home}))
-  return names
-
-
-def edit_weights(directory, edit):
-  tensors = load_file(directory / "model.safetensors")
-  edit(tensors)
-  save_file(tensors, directory / "model.safetensors")
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-  """A directory that holds a small model."""
-  directory = tmp_path / "small"
-  save_model(random_model(), CONFIG, directory)
-  return directory
-
-
-def assert_refused(directory, *words):
-  """Loading fails with one line that holds all of these words."""
-  with pytest.raises(InputError) as caught:
-    load_model(make_model, directory)
-  message = str(caught.value)
-  assert "\n" not in message
-  for word in words:
-    assert word in message, message
+from videochat_flash_jax.checkpoints.hf_config import write_config
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -124,7 +85,7 @@ def test_a_layer_too_many_is_unexpected(checkpoint):
   config = dataclasses.replace(
     CONFIG, decoder=dataclasses.replace(CONFIG.decoder, depth=CONFIG.decoder.depth - 1)
   )
-  convert.write_config(config, checkpoint, dtype="float32")
+  write_config(config, checkpoint, dtype="float32")
   last = CONFIG.decoder.depth - 1
   assert_refused(checkpoint, f"unexpected: model.layers.{last}.input_layernorm.weight")
 
@@ -192,15 +153,63 @@ def test_a_directory_without_config_is_refused(checkpoint):
   assert_refused(checkpoint, str(checkpoint / "config.json"), "no such file")
 
 
-def test_a_save_that_fails_leaves_what_was_there(checkpoint, monkeypatch):
-  before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+def test_a_pickle_is_told_from_a_broken_file_and_not_run(checkpoint):
+  class Trap:
+    def __reduce__(self):
+      return pytest.fail, ("unpickled",)
 
-  def fill_the_disk(tensors, path, metadata):
-    path.write_bytes(b"half of it")
-    raise OSError("No space left on device")
+  (checkpoint / "model.safetensors").write_bytes(pickle.dumps(Trap()))
+  assert_refused(checkpoint, "model.safetensors: a pickle under the name of a safetensors file")
 
-  monkeypatch.setattr(convert, "save_file", fill_the_disk)
-  other = dataclasses.replace(CONFIG, sampling=dataclasses.replace(CONFIG.sampling, min_frames=8))
-  with pytest.raises(OSError, match="No space"):
-    save_model(random_model(), other, checkpoint)
-  assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+def test_a_directory_of_pickles_is_refused(checkpoint):
+  (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+  assert_refused(checkpoint, str(checkpoint), "only pytorch_model.bin, which could run code")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_tensors_with_nan_or_infinity_are_all_named(checkpoint, value):
+  def edit(tensors):
+    tensors["model.norm.weight"][-1] = value
+    for layer in (0, 2):
+      tensors[f"model.layers.{layer}.mlp.up_proj.weight"][3, 1] = value
+
+  edit_weights(checkpoint, edit)
+  names = "NaN or infinity in model.layers.{0,2}.mlp.up_proj.weight, model.norm.weight;"
+  assert_refused(checkpoint, f"{checkpoint}: {names}")
+  out = checkpoint.with_name("out")
+  assert_refused(checkpoint, f"{checkpoint}: {names}", load=lambda path: rewrite(path, out))
+  assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+def test_a_number_too_large_for_the_dtype_is_infinity(checkpoint):
+  edit_weights(checkpoint, lambda tensors: tensors["model.norm.weight"].__setitem__(0, 1e6))
+  assert_refused(
+    checkpoint,
+    "NaN or infinity in model.norm.weight;",
+    load=functools.partial(load_model, make_model, dtype=jnp.float16),
+  )
+
+
+@pytest.mark.parametrize(
+  "group_bytes", [1, 2 * 4 * CONFIG.decoder.width * CONFIG.decoder.mlp_width]
+)
+def test_stacks_of_layers_are_filled_a_few_layers_at_a_time(checkpoint, monkeypatch, group_bytes):
+  monkeypatch.setattr(weights, "_GROUP_BYTES", group_bytes)
+  assert_same_weights(load_model(make_model, checkpoint), random_model())
+
+
+@pytest.mark.parametrize("group_bytes", [1, 2**20])
+def test_every_array_goes_where_its_path_says(checkpoint, monkeypatch, group_bytes):
+  monkeypatch.setattr(weights, "_GROUP_BYTES", group_bytes)
+  mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
+
+  def sharding_of(path, shape):
+    cut = path.endswith(("kernel", "embedding"))
+    spec = (None, "fsdp") if "stacked" in path else ("fsdp",)
+    return NamedSharding(mesh, PartitionSpec(*spec) if cut else PartitionSpec())
+
+  loaded = load_model(make_model, checkpoint, sharding_of=sharding_of)
+  assert_same_weights(loaded, random_model())
+  for path, array in flat_weights(nnx.state(loaded)):
+    assert array.sharding.is_equivalent_to(sharding_of(path, array.shape), array.ndim), path

@@ -12,6 +12,7 @@ from videochat_flash_jax.errors import InputError
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 LASTS = "The video lasts for 2.00 seconds, and 4 frames are uniformly sampled"
+OPENING = conversation.video_opening(4, 2.0)
 ROW = {
   "id": "row-7",
   "video": "a.mp4",
@@ -196,7 +197,7 @@ def test_the_long_time_message_names_every_frame():
 
 def test_a_video_prompt_tells_the_time_in_its_first_turn_only(tokenizer):
   history = [("What colour is the star?", "Red."), ("Sure?", "")]
-  ids = conversation.inference_prompt("And the circle?", tokenizer, 4, 2.0, history)
+  ids = conversation.inference_prompt("And the circle?", tokenizer, OPENING, history)
   assert text_of(ids, tokenizer) == (
     f"{SYSTEM}<|im_start|>user\n<image>\n{LASTS} from it. What colour is the star?<|im_end|>\n"
     "<|im_start|>assistant\nRed.<|im_end|>\n"
@@ -206,9 +207,18 @@ def test_a_video_prompt_tells_the_time_in_its_first_turn_only(tokenizer):
 
 
 def test_a_later_prompt_starts_with_the_earlier_one(tokenizer):
-  first = conversation.inference_prompt("Who?", tokenizer, 4, 2.0)
-  second = conversation.inference_prompt("Why?", tokenizer, 4, 2.0, [("Who?", "I.")])
+  first = conversation.inference_prompt("Who?", tokenizer, OPENING)
+  second = conversation.inference_prompt("Why?", tokenizer, OPENING, [("Who?", "I.")])
   assert second[: len(first)] == first
+
+
+def test_an_image_prompt_has_a_placeholder_on_a_line_of_its_own_for_each(tokenizer):
+  opening = conversation.image_opening(2)
+  ids = conversation.inference_prompt("Which is bigger?", tokenizer, opening)
+  assert text_of(ids, tokenizer) == (
+    f"{SYSTEM}<|im_start|>user\n<image>\n<image>\nWhich is bigger?<|im_end|>\n"
+    "<|im_start|>assistant\n"
+  )
 
 
 def test_a_text_prompt_is_the_rendered_one(tokenizer):
@@ -218,7 +228,7 @@ def test_a_text_prompt_is_the_rendered_one(tokenizer):
 
 
 def test_a_placeholder_that_the_model_wrote_is_text(tokenizer):
-  ids = conversation.inference_prompt("Why?", tokenizer, 4, 2.0, [("Who?", "The <image>.")])
+  ids = conversation.inference_prompt("Why?", tokenizer, OPENING, [("Who?", "The <image>.")])
   assert ids.count(VISUAL_SLOT) == 1
   assert "The <image>." in text_of(ids, tokenizer)
 
@@ -229,7 +239,7 @@ def test_a_placeholder_that_the_model_wrote_is_text(tokenizer):
 )
 def test_an_unusable_question_is_an_error(tokenizer, question, message):
   with pytest.raises(InputError, match=message):
-    conversation.inference_prompt(question, tokenizer, 4, 2.0)
+    conversation.inference_prompt(question, tokenizer, OPENING)
 
 
 def test_batches_are_as_long_as_their_longest_row_and_no_longer_than_the_most():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from videochat_flash_jax.data import synthetic_training
-from videochat_flash_jax.data.conversation import inference_prompt
+from videochat_flash_jax.data.conversation import inference_prompt, video_opening
 from videochat_flash_jax.data.packing import lay_out
 from videochat_flash_jax.data.synthetic_render import COLOURS
 from videochat_flash_jax.data.synthetic_shapes import KINDS
@@ -63,7 +63,7 @@ def test_the_first_question_is_written_as_at_inference(tokenizer):
     prompt = example["token_ids"][:first_answer]
     text = tokenizer.decode(prompt[example["visual_index"][:first_answer] < 0])
     question = text.split("from it. ")[1].removesuffix("\nassistant\n")
-    ids = inference_prompt(question, tokenizer, num_frames, float(num_frames))
+    ids = inference_prompt(question, tokenizer, video_opening(num_frames, float(num_frames)))
     num_visual = len(example["frames"]) * CONFIG.connector.clip_tokens
     expected_ids, expected_index = lay_out(ids, [num_visual])
     np.testing.assert_array_equal(prompt, expected_ids)

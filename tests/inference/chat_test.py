@@ -6,6 +6,7 @@ import pytest
 from videochat_flash_jax.data.video_reader import open_video
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.chat import VideoChat
+from videochat_flash_jax.models.config import DropoutConfig, YarnConfig
 from videochat_flash_jax.testing.dummy import write_dummy_checkpoint, write_dummy_video
 
 QUESTIONS = ("What colour is the star?", "Where does it go?")
@@ -48,6 +49,36 @@ def test_chat_and_video_tell_what_they_are(chat, checkpoint, path):
   assert repr(video) == "WatchedVideo(8 frames of 24.0 s, 0 questions answered)"
   ask(video, QUESTIONS[0])
   assert "1 questions answered" in repr(video)
+
+
+def test_the_context_can_be_set_and_stretched(checkpoint):
+  own = VideoChat.from_pretrained(checkpoint).config.decoder
+  short = VideoChat.from_pretrained(checkpoint, context=100)
+  with pytest.raises(InputError, match="holds 100"):
+    short.ask("star " * 60)
+  stretched = VideoChat.from_pretrained(checkpoint, yarn=4.0).config.decoder
+  assert stretched.max_positions == 4 * own.max_positions
+  assert stretched.yarn == YarnConfig(4.0, own.max_positions)
+  both = VideoChat.from_pretrained(checkpoint, yarn=4.0, context=9000).config.decoder
+  assert (both.max_positions, both.yarn.factor) == (9000, 4.0)
+
+
+def test_a_stretched_context_gives_other_answers(checkpoint, chat):
+  stretched = VideoChat.from_pretrained(checkpoint, yarn=8.0)
+  assert ask(stretched, "star " * 40) != ask(chat, "star " * 40)
+
+
+@pytest.mark.parametrize(
+  "setting, said",
+  [
+    ({"context": 0}, "context is 0"),
+    ({"yarn": 0.5}, "yarn is 0.5"),
+    ({"dropout": DropoutConfig.model_card()}, "dropout.layers is"),
+  ],
+)
+def test_a_setting_that_cannot_be_is_refused(checkpoint, setting, said):
+  with pytest.raises(InputError, match=said):
+    VideoChat.from_pretrained(checkpoint, **setting)
 
 
 def test_streamed_pieces_join_to_the_answer(chat, path):

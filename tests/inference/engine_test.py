@@ -70,10 +70,10 @@ def test_a_prompt_read_in_two_parts_gives_the_same_tokens(engine, prompts, alone
 
 def test_a_cache_grows_when_a_later_turn_needs_more_room(engine, prompts):
   reading = engine.read([prompts[2]], 1)
-  small = reading.cache.num_slots
+  small = reading.caches[0].num_slots
   reading = engine.read([prompts[1]], 200, after=reading)
-  assert reading.cache.num_slots > small
-  assert int(reading.cache.length[0]) == sum(len(prompts[i].token_ids) for i in (1, 2))
+  assert reading.caches[0].num_slots > small
+  assert int(reading.caches[0].length[0]) == sum(len(prompts[i].token_ids) for i in (1, 2))
 
 
 def test_writing_stops_at_the_stop_token(engine, prompts, alone):

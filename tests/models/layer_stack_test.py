@@ -1,3 +1,6 @@
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +59,46 @@ def test_taking_layers_apart_frees_the_stack(stack):
   kernel = stack.stacked.kernel[...]
   stack.unstack()
   assert kernel.is_deleted()
+
+
+def run_in_parts(layers, x, edges):
+  carry = (x, jnp.zeros(DEPTH))
+  for edge in itertools.pairwise(edges):
+    carry, layers = layers.run_part(apply, carry, range(*edge))
+  return carry
+
+
+def copied(stack):
+  return nnx.merge(*jax.tree.map(jnp.copy, nnx.split(stack)))
+
+
+@pytest.mark.parametrize("edges", [(0, 3), (0, 1, 3), (0, 1, 2, 3)])
+def test_parts_one_after_another_are_the_whole_and_so_are_their_gradients(stack, edges):
+  x = normal(2, WIDTH)
+
+  def out_and_gradients(layers, run):
+    graph, weights = nnx.split(layers)
+
+    def total(weights, x):
+      out, seen = run(nnx.merge(graph, weights), x)
+      return out.sum(), seen
+
+    (out, seen), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(weights, x)
+    np.testing.assert_array_equal(seen, np.ones(DEPTH))
+    return out, gradients
+
+  in_parts = functools.partial(run_in_parts, edges=edges)
+  whole, of_whole = out_and_gradients(stack, run)
+  parts, of_parts = out_and_gradients(stack, in_parts)
+  assert_close(parts, whole, relative=1e-6)
+  jax.tree.map(lambda a, b: assert_close(a, b, relative=1e-6), of_parts, of_whole)
+  apart = copied(stack).unstack()
+  parts, of_apart = out_and_gradients(apart, in_parts)
+  assert_close(parts, whole, relative=1e-6)
+  assert_close(of_apart[1], of_whole[1], relative=1e-6)
+
+
+def test_one_layer_can_be_had_by_itself(stack):
+  x = normal(2, WIDTH)
+  np.testing.assert_array_equal(stack.layer(2)(x), copied(stack).unstack().layer(2)(x))
+  assert_close(stack.layer(1)(x), x @ stack.stacked.kernel[...][1], absolute=1e-6)

@@ -40,7 +40,7 @@ def test_reading_token_by_token_is_reading_all_at_once(model):
   for token in range(5, LENGTH):
     hidden, cache = extend(model, x[:, token : token + 1], cache, lengths(1, 1))
     assert_close(hidden[:, 0], whole[:, token], relative=TOLERANCE)
-  np.testing.assert_array_equal(cache.length, [LENGTH, LENGTH])
+  np.testing.assert_array_equal(cache[0].length, [LENGTH, LENGTH])
 
 
 def test_padded_chunks_of_rows_of_several_lengths_are_read_as_if_alone(model):
@@ -61,7 +61,7 @@ def test_padded_chunks_of_rows_of_several_lengths_are_read_as_if_alone(model):
       start = read_so_far[row]
       assert_close(hidden[row, :length], whole[row, start : start + length], relative=TOLERANCE)
     read_so_far += chunk
-    np.testing.assert_array_equal(cache.length, read_so_far)
+    np.testing.assert_array_equal(cache[0].length, read_so_far)
   assert read_so_far.tolist() == [LENGTH, LENGTH]
 
 

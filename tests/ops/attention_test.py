@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from tests.conftest import assert_close
 from videochat_flash_jax.ops import attention as module
+from videochat_flash_jax.ops import splash
 from videochat_flash_jax.ops.attention import attention
 
 BATCH, QUERIES, KEYS, HEAD_SIZE = 2, 37, 53, 8
@@ -62,11 +65,12 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["dense", "blockwise"])
+@pytest.fixture(params=["dense", "blockwise", "splash"])
 def implementation(request, monkeypatch):
   # Several blocks and several stretches, the last of each not full.
   monkeypatch.setattr(module, "_BLOCK_SCORES", 1)
   monkeypatch.setattr(module, "_BLOCK_QUERIES", 3)
+  monkeypatch.setattr(splash, "_INTERPRET", True)
   return request.param
 
 
@@ -93,9 +97,8 @@ def test_no_length_is_too_odd(implementation, length):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_both_implementations_agree(monkeypatch, case):
-  monkeypatch.setattr(module, "_BLOCK_SCORES", 1)
-  monkeypatch.setattr(module, "_BLOCK_QUERIES", 5)
+@pytest.mark.parametrize("implementation", ["blockwise", "splash"], indirect=True)
+def test_gradients_are_those_of_the_reference(implementation, case):
   arguments, _ = CASES[case]
   weights = random(BATCH, QUERIES, 4, HEAD_SIZE, seed=3)
 
@@ -105,18 +108,81 @@ def test_gradients_of_both_implementations_agree(monkeypatch, case):
 
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*operands())
 
-  for blockwise, dense in zip(gradients("blockwise"), gradients("dense"), strict=True):
-    assert_close(blockwise, dense, relative=2e-6)
+  for ours, dense in zip(gradients(implementation), gradients("dense"), strict=True):
+    assert_close(ours, dense, relative=2e-6)
 
 
-def test_the_implementation_is_chosen_by_size(monkeypatch):
-  chosen = []
-  for name in ("_dense", "_blockwise"):
-    monkeypatch.setattr(module, name, lambda q, *_, name=name: chosen.append(name) or q)
+@pytest.fixture
+def calls(monkeypatch):
+  """Names of the implementations that are called."""
+  calls = []
+  for name in module._IMPLEMENTATIONS:
+    stub = lambda q, *_, name=name: calls.append(name) or q  # noqa: E731
+    monkeypatch.setitem(module._IMPLEMENTATIONS, name, stub)
+  return calls
+
+
+@pytest.mark.parametrize("platform, name", [("cpu", "blockwise"), ("tpu", "splash")])
+def test_the_implementation_is_chosen_by_size_and_platform(monkeypatch, calls, platform, name):
+  monkeypatch.setattr(module, "target_platform", lambda: platform)
   for queries, keys in [(1, 100_000), (256, 256), (256, 257)]:
     q, k = jnp.zeros((1, queries, 1, 1)), jnp.zeros((1, keys, 1, 1))
     attention(q, k, k)
-  assert chosen == ["_dense", "_dense", "_blockwise"]
+  assert calls == ["dense", "dense", name]
+
+
+@pytest.mark.parametrize(
+  "capability, name",
+  [("7.5", "blockwise"), ("8.0", "cudnn"), ("12.0", "cudnn"), ("gfx90a", "blockwise")],
+)
+def test_cudnn_is_chosen_for_gpus_that_have_it(monkeypatch, calls, capability, name):
+  gpu = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(module, "target_platform", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", lambda: [gpu])
+  q = jnp.zeros((1, 512, 1, 8))
+  attention(q, q, q)
+  assert calls == [name]
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+  """Has jax's own implementation in place of cuDNN; tells how often it is called."""
+  calls = []
+
+  def on_any_device(*args, implementation, **kwargs):
+    calls.append(implementation)
+    return jax_attention(*args, implementation="xla", **kwargs)
+
+  jax_attention = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, "dot_product_attention", on_any_device)
+  return calls
+
+
+@pytest.mark.parametrize("case", ["all", "causal", "order without causal"])
+def test_cudnn_is_given_what_it_can_do(cudnn, case):
+  arguments, sees = CASES[case]
+  q, k, v = (x.astype(jnp.bfloat16) for x in operands(keys=QUERIES))
+  out = attention(q, k, v, implementation="cudnn", **arguments)
+  assert cudnn == ["cudnn"]
+  assert_close(out, one_by_one(q, k, v, sees), relative=5e-3)
+
+
+@pytest.mark.parametrize(
+  "case, dtype",
+  [
+    ("all", jnp.float32),
+    ("causal", jnp.bfloat16),  # fewer queries than keys
+    ("continued", jnp.bfloat16),
+    ("packed", jnp.bfloat16),
+    ("packed, causal", jnp.bfloat16),
+  ],
+)
+def test_cudnn_is_not_given_what_it_cannot_do(cudnn, case, dtype):
+  arguments, sees = CASES[case]
+  q, k, v = (x.astype(dtype) for x in operands())
+  out = attention(q, k, v, implementation="cudnn", **arguments)
+  assert not cudnn
+  assert_close(out, one_by_one(q, k, v, sees), relative=5e-3)
 
 
 def test_a_query_that_sees_nothing_gives_finite_numbers(implementation):

@@ -9,6 +9,7 @@ from flax import nnx
 from tests.conftest import Golden
 from tests.parity.golden_models import decoder_config, load_golden, pixels_of, vision_config
 from videochat_flash_jax.data.conversation import IGNORE_LABEL, VISUAL_SLOT
+from videochat_flash_jax.data.image_tiling import sequence_order
 from videochat_flash_jax.data.packing import lay_out
 from videochat_flash_jax.models.config import ConnectorConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
@@ -74,11 +75,9 @@ def order_of(name: str) -> np.ndarray:
   """The order in which an input's visual tokens enter the sequence."""
   if name in VIDEOS:
     return np.arange(len(clips_of(name)) * TILE_TOKENS)
-  layouts = FAMILY.json("layout.json")["layouts"]
   tile = MANIFEST["config"]["tower"]["img_size"]
   width, height = map(int, re.search(r"\(w,h\)=\((\d+),(\d+)\)", MANIFEST["inputs"]).groups())
-  layout = np.array(layouts[f"grid_w{width // tile}_h{height // tile}"])
-  return layout @ [TILE_TOKENS, 1]  # pairs of crop and token
+  return sequence_order(width // tile, height // tile, TILE_TOKENS)
 
 
 def row_of(ids: np.ndarray, *names: str) -> tuple[np.ndarray, np.ndarray]:
@@ -97,6 +96,21 @@ def labels_in_sequence(ids, labels, visual_index) -> np.ndarray:
   placed = np.full(len(visual_index), IGNORE_LABEL, np.int32)
   placed[visual_index < 0] = labels[ids != VISUAL_SLOT]
   return placed
+
+
+def inputs_named(order) -> list[str | None]:
+  """Inputs that words such as "video (8 frames)" mean; None for text."""
+  names = []
+  for words in order:
+    kind, count = re.match(r"(image|video|text)(?: \((\d+) )?", words).groups()
+    candidates = {"image": IMAGES, "video": VIDEOS, "text": []}[kind]
+    names.append(next((n for n in candidates if len(INPUTS[f"{n}_u8"]) == int(count)), None))
+  return names
+
+
+def unpadded(rows, counts) -> list[np.ndarray]:
+  """Rows of a batch without their padding, by their attention mask."""
+  return [row[seen == 1] for row, seen in zip(rows, counts, strict=True)]
 
 
 def pad_rows(rows, fill, length: int | None = None) -> np.ndarray:

@@ -1,15 +1,16 @@
 """Models of golden families: sizes from their manifests, weights through the real converter."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from videochat_flash_jax.checkpoints.convert import flat_weights, load_weights
+from videochat_flash_jax.checkpoints.convert import flat_weights
 from videochat_flash_jax.checkpoints.hf_mapping import hub_tensors
+from videochat_flash_jax.checkpoints.safetensors_files import StoredTensor
+from videochat_flash_jax.checkpoints.weights import load_weights
 from videochat_flash_jax.models.config import DecoderConfig, VisionConfig
 from videochat_flash_jax.models.layer_stack import LayerStack
 
@@ -21,25 +22,6 @@ HUB_PREFIX = {
 }
 
 
-class StoredTensors:
-  """Golden tensors, offered as `load_weights` reads a checkpoint's files."""
-
-  directory = Path("golden")
-
-  def __init__(self, tensors: dict[str, np.ndarray], prefix: str = ""):
-    self._tensors = {prefix + name: tensor for name, tensor in tensors.items()}
-    self.names = list(self._tensors)
-
-  def shape(self, name):
-    return self._tensors[name].shape
-
-  def dtype(self, name):
-    return {"float32": "F32"}[str(self._tensors[name].dtype)]
-
-  def read(self, name):
-    return self._tensors[name]
-
-
 def load_golden(
   make: Callable[[], nnx.Module], tensors: dict[str, np.ndarray], part: str | None = None
 ) -> nnx.Module:
@@ -47,7 +29,9 @@ def load_golden(
   graph, state = nnx.split(nnx.eval_shape(make))
   home = f"{part}." if part else ""
   shapes = {home + path: leaf.shape for path, leaf in flat_weights(state)}
-  weights = load_weights(StoredTensors(tensors, HUB_PREFIX[part] if part else ""), shapes)
+  prefix = HUB_PREFIX[part] if part else ""
+  stored = {prefix + name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
+  weights = load_weights("golden", stored, shapes)
   filled = [
     (path, leaf.replace(jnp.asarray(weights[home + ".".join(map(str, path))])))
     for path, leaf in nnx.to_flat_state(state)
@@ -109,36 +93,38 @@ class RecordedLayers:
 
 
 @nnx.jit(static_argnames="num_slots")
-def prefill(decoder, prompts, lengths, num_slots):
-  """The logits after each prompt, and the cache."""
-  hidden, cache = decoder.prefill(prompts, lengths, num_slots)
-  return decoder.logits(hidden[jnp.arange(len(lengths)), lengths - 1]), cache
+def prefill(decoder, prompts, lengths, num_slots, plan=None):
+  """The logits after each prompt, and the caches."""
+  hidden, caches = decoder.prefill(prompts, lengths, num_slots, plan)
+  return decoder.logits(hidden[jnp.arange(len(lengths)), caches[-1].length - 1]), caches
 
 
 @nnx.jit
-def extend(decoder, tokens, cache):
-  """The logits after one more token in each row, and the cache."""
-  hidden, cache = decoder.extend(decoder.embed(tokens[:, None]), cache, jnp.ones_like(tokens))
-  return decoder.logits(hidden[:, 0]), cache
+def extend(decoder, tokens, caches):
+  """The logits after one more token in each row, and the caches."""
+  hidden, caches = decoder.extend(decoder.embed(tokens[:, None]), caches, jnp.ones_like(tokens))
+  return decoder.logits(hidden[:, 0]), caches
 
 
-def decode_greedily(decoder: nnx.Module, prompts: list[jax.Array], num_tokens: int, width: int):
+def decode_greedily(
+  decoder: nnx.Module, prompts: list[jax.Array], num_tokens: int, width: int, plan=None
+):
   """Greedy tokens after embedded prompts [T, D], read as one batch of rows padded to `width`.
 
   Returns:
-    tokens [B, num_tokens], the logits that chose them [B, num_tokens, vocab], and the cache's
-    lengths [num_tokens - 1, B] before each chosen token was read.
+    tokens [B, num_tokens], the logits that chose them [B, num_tokens, vocab], and the lengths
+    [num_tokens - 1, layers, B] of every layer's cache before each chosen token was read.
   """
   lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
   batch = jnp.stack([jnp.pad(prompt, ((0, width - len(prompt)), (0, 0))) for prompt in prompts])
-  logits, cache = prefill(decoder, batch, lengths, num_slots=width + num_tokens)
+  logits, caches = prefill(decoder, batch, lengths, width + num_tokens, plan)
   all_logits, cache_lengths = [logits], []
   for _ in range(num_tokens - 1):
-    cache_lengths.append(cache.length)
-    logits, cache = extend(decoder, all_logits[-1].argmax(-1), cache)
+    cache_lengths.append([cache.length for cache in caches for _ in range(cache.depth)])
+    logits, caches = extend(decoder, all_logits[-1].argmax(-1), caches)
     all_logits.append(logits)
   all_logits = np.stack(all_logits, axis=1)
-  return all_logits.argmax(-1), all_logits, np.stack(cache_lengths)
+  return all_logits.argmax(-1), all_logits, np.array(cache_lengths)
 
 
 def hub_gradients(grads: nnx.State, part: str | None = None) -> dict[str, np.ndarray]:

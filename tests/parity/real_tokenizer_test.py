@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from videochat_flash_jax.data.conversation import VISUAL_SLOT, inference_prompt
+from videochat_flash_jax.data.conversation import VISUAL_SLOT, inference_prompt, video_opening
 from videochat_flash_jax.data.tokenizer import load_tokenizer, stream_text
 
 BESIDE_THE_REPOSITORY = Path(__file__).parents[3] / "shared" / "tokenizer"
@@ -56,5 +56,5 @@ def test_a_video_prompt_has_the_ids_of_the_published_chat_text(qwen2):
     "\nThe video lasts for 12.35 seconds, and 64 frames are uniformly sampled from it. Who runs?"
     "<|im_end|>\n<|im_start|>assistant\n"
   )
-  ids = inference_prompt("Who runs?", qwen2, num_frames=64, seconds=12.347)
+  ids = inference_prompt("Who runs?", qwen2, video_opening(64, 12.347))
   assert ids == [*qwen2.encode(before), VISUAL_SLOT, *qwen2.encode(after)]

@@ -15,7 +15,6 @@ from tests.parity.golden_flash import (
   GRADIENT_TOLERANCE,
   HIDDEN_TOLERANCE,
   IMAGES,
-  INPUTS,
   LOGIT_TOLERANCE,
   LOSS_TOLERANCE,
   MANIFEST,
@@ -25,11 +24,13 @@ from tests.parity.golden_flash import (
   cut,
   embeddings_and_logits,
   encoded,
+  inputs_named,
   labels_in_sequence,
   load_flash,
   order_of,
   pad_rows,
   row_of,
+  unpadded,
   visual_tokens_of,
 )
 from tests.parity.golden_models import hub_gradients
@@ -94,20 +95,6 @@ def test_training_loss_and_gradients_agree(row):
 def test_gradients_and_both_label_styles_are_among_the_training_rows():
   assert any(".none.grad." in key for key in FAMILY.tensors("c_train"))
   assert {row["key"].split(".")[1] for row in TRAINING} == {"qwen", "clean"}
-
-
-def inputs_named(order):
-  """Inputs that words such as "video (8 frames)" mean; None for text."""
-  names = []
-  for words in order:
-    kind, count = re.match(r"(image|video|text)(?: \((\d+) )?", words).groups()
-    candidates = {"image": IMAGES, "video": VIDEOS, "text": []}[kind]
-    names.append(next((n for n in candidates if len(INPUTS[f"{n}_u8"]) == int(count)), None))
-  return names
-
-
-def unpadded(rows, counts):
-  return [row[seen == 1] for row, seen in zip(rows, counts, strict=True)]
 
 
 def test_a_padded_training_batch_of_image_and_video_agrees():

@@ -1,11 +1,16 @@
 """Losses: what counts, and what does not."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
+from tests.conftest import assert_close, quick_jit
+from tests.models.small_models import CONFIG, DECODER, fill_randomly
 from videochat_flash_jax.data.conversation import IGNORE_LABEL
-from videochat_flash_jax.models.config import VideoChatFlashConfig
+from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
+from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.train import losses
 
@@ -52,6 +57,67 @@ def test_the_answer_loss_does_not_see_answers_before_they_are_given_nor_the_padd
   unseen = jnp.array([19, *range(39, 48)])
   changed = {**batch, "token_ids": batch["token_ids"].at[0, unseen].add(1)}
   np.testing.assert_allclose(losses.answer_loss(model, changed)[0], loss, rtol=1e-5)
+
+
+def samples_with_tokens():
+  """Two samples with a learnt first token, and their visual tokens."""
+  rng = np.random.default_rng(0)
+  samples = []
+  for num_visual, num_text in ((12, 9), (7, 6)):
+    length = num_visual + num_text
+    visual_index = np.full(length, -1, np.int32)
+    visual_index[2 : 2 + num_visual] = np.arange(num_visual)
+    token_ids = rng.integers(5, DECODER.vocab_size, length).astype(np.int32)
+    labels = np.where(np.isin(np.arange(length), [0, length - 3, length - 1]), token_ids, -100)
+    tokens = rng.standard_normal((num_visual, DECODER.width), np.float32)
+    samples.append(
+      ({"token_ids": token_ids, "visual_index": visual_index, "labels": labels}, tokens)
+    )
+  return samples
+
+
+def packed(samples, dropout, padding=4):
+  """One row of samples and padding, as `sequence_loss` takes it."""
+  fields, tokens = zip(*samples, strict=True)
+  lengths = [len(sample["token_ids"]) for sample in fields]
+  ends = ((0, padding),)
+  row = {
+    name: np.concatenate([sample[name] for sample in fields]) for name in ("token_ids", "labels")
+  }
+  row = {name: np.pad(value, ends, constant_values=IGNORE_LABEL) for name, value in row.items()}
+  counts = np.cumsum([0, *map(len, tokens)])
+  index = [np.where(sample["visual_index"] < 0, -1, sample["visual_index"] + count)
+           for sample, count in zip(fields, counts, strict=False)]  # fmt: skip
+  row["visual_index"] = np.pad(np.concatenate(index), ends, constant_values=-1)
+  row["segment_ids"] = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, padding])
+  row["positions"] = np.concatenate([*map(np.arange, lengths), np.arange(padding)])
+  batch = {name: value[None].astype(np.int32) for name, value in row.items()}
+  if dropout is not None:
+    is_visual, learnt = batch["visual_index"] >= 0, batch["labels"] >= 0
+    batch["dropout"] = plan_dropout(dropout, is_visual, batch["segment_ids"], learnt)
+  return jnp.asarray(np.concatenate(tokens))[None], jax.tree.map(jnp.asarray, batch)
+
+
+@pytest.mark.parametrize(
+  "dropout",
+  [None, DropoutConfig("uniform0_attention", (1, 2), (1.0, 0.7, 0.3))],
+  ids=["all", "few"],
+)
+def test_packed_samples_have_the_losses_and_gradients_that_they_have_alone(dropout):
+  model = fill_randomly(lambda: VideoChatFlash(CONFIG, rngs=nnx.Rngs(0)))
+  graph, weights = nnx.split(model)
+
+  @quick_jit
+  @jax.value_and_grad
+  def loss(weights, visual_tokens, batch):
+    return losses.sequence_loss(nnx.merge(graph, weights), visual_tokens, batch)[0]
+
+  samples = samples_with_tokens()
+  together = loss(weights, *packed(samples, dropout))
+  first, second = (loss(weights, *packed([sample], dropout)) for sample in samples)
+  # Two tokens are learnt in each: the first of a sample has none before it.
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+  jax.tree.map(lambda a, b: assert_close(a, b, relative=5e-5), together, mean)
 
 
 def test_the_patch_loss_falls_when_the_heads_are_right():

@@ -2,9 +2,11 @@
 
 import difflib
 import os
+import re
 from importlib import resources
 from pathlib import Path
 
+from videochat_flash_jax.checkpoints.safetensors_files import is_whole
 from videochat_flash_jax.errors import InputError
 
 TINY = "tiny"
@@ -16,12 +18,17 @@ RELEASED = (
   "OpenGVLab/VideoChat-Flash-Qwen2_5-7B_InternVideo2-1B",
 )
 
+_REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+# Configs, weights, tokenizer: never code, and never a file that has to be unpickled.
+_FETCHED = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model")
+_TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")
+
 
 def checkpoint_directory(name: str | Path) -> Path:
-  """Finds a checkpoint: the embedded "tiny", a local directory, or a released model.
+  """Finds a checkpoint: the embedded "tiny", a local directory, or a model on the hub.
 
-  A released model is taken from the local hub cache, or fetched into it; only configs, weights
-  and tokenizer files are, never code.
+  A model on the hub, `owner/name` or the short name of a released one, is taken from the local
+  cache if it is there whole, without asking the network; else it is fetched into the cache.
 
   Raises:
     InputError: no such model, with near names; or it could not be fetched.
@@ -34,25 +41,47 @@ def checkpoint_directory(name: str | Path) -> Path:
   for released in RELEASED:
     known |= {released: released, released.split("/")[1]: released}
   if str(name) in known:
-    return _fetch(known[str(name)])
+    return _cached_or_fetched(known[str(name)])
+  if _REPOSITORY.fullmatch(str(name)):
+    return _cached_or_fetched(str(name))
+  raise InputError(
+    f"{str(name)[:100]!r}: no such model or directory; did you mean {_near(name, known)}?"
+  )
+
+
+def _near(name, known):
   lowered = {spelling.lower(): spelling for spelling in known}
   near = difflib.get_close_matches(str(name).lower(), lowered, n=3, cutoff=0.4)
-  suggestion = ", ".join(lowered[spelling] for spelling in near) or ", ".join((TINY, *RELEASED))
-  raise InputError(f"{str(name)[:100]!r}: no such model or directory; did you mean {suggestion}?")
+  return ", ".join(lowered[spelling] for spelling in near) or ", ".join((TINY, *RELEASED))
 
 
-def _fetch(repository):
+def _cached_or_fetched(repository):
   import huggingface_hub  # slow to import, and seldom needed
 
+  def snapshot(**options):
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_FETCHED, **options))
+
   try:
-    return Path(
-      huggingface_hub.snapshot_download(
-        repository, allow_patterns=["*.json", "*.safetensors", "merges.txt"]
-      )
-    )
+    cached = snapshot(local_files_only=True)
+    if _is_whole(cached):
+      return cached
+  except Exception:  # of whatever kind: it is not in the cache
+    pass
+  try:
+    fetched = snapshot()
   except Exception as error:  # of many libraries: no network, no such file, no right to read
     reason = str(error).strip().split("\n")[0]
     raise InputError(
-      f"{repository}: not in the local hub cache and could not be fetched ({reason}); "
-      "give the directory of a copy"
+      f"{repository}: no such directory, not in the local hub cache, and it could not be fetched "
+      f"({reason}); give the directory of a copy"
     ) from error
+  if not _is_whole(fetched):  # what the library gives where a download broke off
+    raise InputError(
+      f"{repository}: weights (safetensors) or tokenizer are missing in {fetched}; try again "
+      "with a network, or give the directory of a copy"
+    )
+  return fetched
+
+
+def _is_whole(directory):
+  return is_whole(directory) and any((directory / name).is_file() for name in _TOKENIZERS)

@@ -1,4 +1,4 @@
-"""`vcflash chat`: ask questions about a video, one by one or at a prompt."""
+"""`vcflash chat`: ask questions about a video or images, one by one or at a prompt."""
 
 import argparse
 import logging
@@ -13,33 +13,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--model", default="tiny", help="'tiny', a checkpoint directory, or a released model"
   )
-  parser.add_argument("--video", required=True, help="a video file, or a folder of images")
+  seen = parser.add_mutually_exclusive_group(required=True)
+  seen.add_argument("--video", help="a video file, or a folder of images that are its frames")
+  seen.add_argument(
+    "--image", nargs="+", metavar="PATH", help="one image, seen in detail, or several"
+  )
   parser.add_argument("--question", help="asked once; without it, a prompt asks for questions")
-  parser.add_argument("--max-frames", type=int, help="the most frames to look at")
+  parser.add_argument("--max-frames", type=int, help="the most frames of a video to look at")
   parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer")
   parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
   parser.add_argument("--top-p", type=float, default=1.0, help="probability to sample from")
   parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+  parser.add_argument("--context", type=int, help="the most tokens of prompt and answer")
+  parser.add_argument("--yarn", type=float, metavar="FACTOR", help="stretch the context by this")
+  parser.add_argument(
+    "--dropout", action="store_true", help="drop visual tokens as the model cards propose"
+  )
 
 
 def run(args: argparse.Namespace) -> None:
-  """Watches the video, then answers."""
+  """Watches the video or looks at the images, then answers."""
   if args.question is not None and not args.question.strip():
     raise InputError("--question is empty; ask something, or leave it out for a prompt")
   if args.max_new_tokens < 1:
     raise InputError(f"--max-new-tokens is {args.max_new_tokens}; give at least 1")
+  if args.image and args.max_frames is not None:
+    raise InputError("--max-frames counts frames of a video; leave it out beside --image")
   from videochat_flash_jax.inference.chat import VideoChat
   from videochat_flash_jax.inference.sampler import Sampling
+  from videochat_flash_jax.models.config import DropoutConfig
 
   Sampling(args.temperature, args.top_p, args.seed).check()  # before a long video is watched
 
   logging.basicConfig(format="%(message)s")
   logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
-  video = VideoChat.from_pretrained(args.model).watch(args.video, args.max_frames)
-  print(f"{args.video}: {video.seconds:.1f} s, {video.num_frames} frames seen")
+  dropout = DropoutConfig.model_card() if args.dropout else None
+  chat = VideoChat.from_pretrained(
+    args.model, context=args.context, yarn=args.yarn, dropout=dropout
+  )
+  if args.image:
+    seen = chat.look(args.image)
+    print(f"{', '.join(args.image)}: {seen.num_tiles} tiles seen")
+  else:
+    seen = chat.watch(args.video, args.max_frames)
+    print(f"{args.video}: {seen.seconds:.1f} s, {seen.num_frames} frames seen")
 
   def answer(question):
-    pieces = video.ask(
+    pieces = seen.ask(
       question,
       stream=True,
       max_new_tokens=args.max_new_tokens,
@@ -53,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
   if args.question is not None:
     return answer(args.question)
-  print("Ask about the video; quit, exit or Ctrl-D ends.")
+  print("Ask about what was seen; quit, exit or Ctrl-D ends.")
   for question in _questions():
     try:
       answer(question)

@@ -28,11 +28,12 @@ import videochat_flash_jax
 from videochat_flash_jax.errors import InputError
 
 VERBS = {
-  "chat": "Ask questions about a video.",
+  "chat": "Ask questions about a video, or about images.",
   "demo": "See the embedded model answer questions about a video.",
   "evaluate": "Count the right answers to an annotation file's questions.",
   "synth": "Write synthetic videos, with questions and their answers.",
   "train": "Train a model from a config file.",
+  "convert": "Write a checkpoint, or its parts, in the layout of the hub.",
   "bench": "Measure speed beside a peer and the machine's limits.",
 }
 

@@ -92,34 +92,34 @@ def tokenize_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
   return ids
 
 
+def video_opening(num_frames: int, seconds: float) -> str:
+  r"""Before the first question: "<image>\nThe video lasts for ... are sampled from it. ".
+
+  A blank separates it from the question, in training a line break; both as in the official code.
+  """
+  return f"{PLACEHOLDER}\n{_duration_sentence(seconds, num_frames, 'from it')} "
+
+
+def image_opening(num_images: int) -> str:
+  r"""Before the first question, `<image>\n` for each: "<image>\n<image>\nWhich is bigger?"."""
+  return f"{PLACEHOLDER}\n" * num_images
+
+
 def inference_prompt(
-  question: str,
-  tokenizer: Tokenizer,
-  num_frames: int | None = None,
-  seconds: float | None = None,
-  history: Sequence[tuple[str, str]] = (),
+  question: str, tokenizer: Tokenizer, opening: str = "", history: Sequence[tuple[str, str]] = ()
 ) -> list[int]:
-  r"""Ids of a chat up to the answer to `question`, about a video or, without frames, about none.
+  """Ids of a chat up to the answer to `question`.
 
-  Video and time message stand in the first turn only, and a blank, in training a line break,
-  separates message and question; both as in the official code:
-
-    <image>\nThe video lasts for 2.00 seconds, and 4 frames are uniformly sampled from it. Who runs?
-
-  `num_frames` were sampled from a video of `seconds`; `history` holds earlier (question, answer)
-  pairs, oldest first.
+  `opening`, of what is seen, stands before the first question only; `history` holds earlier
+  (question, answer) pairs, oldest first.
 
   Raises:
     InputError: a question is empty or holds the placeholder.
   """
-  opening = ""
-  if num_frames is not None:
-    opening = f"{PLACEHOLDER}\n{_duration_sentence(seconds, num_frames, 'from it')} "
   ids = tokenizer.encode(_SYSTEM)
   for past_question, answer in history:
     ids += _question_ids(past_question, opening, tokenizer)
-    # Not tokenize_prompt: a placeholder that the model wrote is text.
-    ids += tokenizer.encode(_chatml_turn("gpt", answer))
+    ids += tokenizer.encode(_chatml_turn("gpt", answer))  # a placeholder written by it is text
     opening = ""
   ids += _question_ids(question, opening, tokenizer)
   return ids + tokenizer.encode(_chatml_turn("gpt", None))
@@ -272,7 +272,7 @@ def _question_ids(question: str, opening: str, tokenizer: Tokenizer) -> list[int
   if not question.strip():
     raise InputError("the question is empty; ask something")
   if PLACEHOLDER in question:
-    raise InputError(f"the question holds {PLACEHOLDER}, which stands for the video; leave it out")
+    raise InputError(f"the question holds {PLACEHOLDER}, which stands for what is seen; remove it")
   return tokenize_prompt(_chatml_turn("human", opening + question), tokenizer)
 
 

@@ -16,7 +16,8 @@ from flax import nnx
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.sampler import Sampling, sample
-from videochat_flash_jax.models.kv_cache import KVCache
+from videochat_flash_jax.models.qwen2 import Caches
+from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.shapes import Array, Float, Int, UInt8
 
@@ -36,10 +37,21 @@ class Prompt(NamedTuple):
 
 
 class Reading(NamedTuple):
-  """What the model has read: the cache, and the scores of the next token."""
+  """What the model has read: a cache for each part of its layers, and scores of the next token.
 
-  cache: KVCache
+  Without dropout there is one part. With it, later parts hold fewer tokens of a row.
+  """
+
+  caches: Caches
   logits: Float[Array, "B vocab"]
+
+  def rewound(self, num_tokens: int) -> "Reading":
+    """Forgets all but the first tokens of each row; all visual ones must be among these."""
+    length = self.caches[0].length
+    caches = tuple(
+      cache._replace(length=cache.length - (length - num_tokens)) for cache in self.caches
+    )
+    return self._replace(caches=caches)
 
 
 def bucket(size: int, smallest: int = 64) -> int:
@@ -73,7 +85,7 @@ class Engine:
     self._compiled: set[tuple] = set()
 
   def encode(self, clips: Iterable[UInt8[np.ndarray, "F S S 3"]]) -> Float[Array, "V D"]:
-    """Encodes and compresses clips, `CLIPS_PER_GROUP` at a time, while they arrive.
+    """Encodes and compresses clips, or image tiles (F = 1), a group at a time as they arrive.
 
     Returns:
       The visual tokens of all clips, one clip after another.
@@ -101,26 +113,30 @@ class Engine:
     Args:
       prompts: rows of the batch; right-padded here to a common bucket.
       max_new_tokens: room to leave.
-      after: continue this reading (given up to this call) instead of starting anew.
+      after: continue this reading (given up to this call) instead of starting anew. With dropout,
+        which looks at all visual tokens of a row together, only by text.
 
     Raises:
       InputError: prompt and answer do not fit into the model's context.
     """
     length = np.array([len(prompt.token_ids) for prompt in prompts])
-    start = np.zeros_like(length) if after is None else np.asarray(after.cache.length)
+    start = np.zeros_like(length) if after is None else np.asarray(after.caches[0].length)
     self._check_context(int((start + length).max()), max_new_tokens)
     num_tokens = bucket(int(length.max()))
-    num_slots = bucket(int(start.max()) + num_tokens + max_new_tokens)
-    arguments = (*_pad_rows(prompts, num_tokens), jnp.asarray(length, jnp.int32))
-    num_visual = arguments[1].shape[1]
+    token_ids, visual_tokens, visual_index = _pad_rows(prompts, num_tokens)
+    shape = (len(prompts), num_tokens, visual_tokens.shape[1])
+    arguments = (token_ids, visual_tokens, visual_index, length.astype(np.int32))
     if after is None:
-      self._announce("prefill", len(prompts), num_tokens, num_visual, num_slots)
-      return _prefill(self._graph, self._weights, *arguments, num_slots=num_slots)
-    cache = after.cache
-    if cache.num_slots < num_slots:
-      cache = cache.widened(num_slots)
-    self._announce("extend", len(prompts), num_tokens, num_visual, cache.num_slots)
-    return _extend(self._graph, self._weights, cache, *arguments)
+      plan = self._plan(visual_index, length)
+      num_slots = bucket(num_tokens + max_new_tokens)
+      widths = [] if plan is None else [drop.slots.shape[1] for drop in plan.drops.values()]
+      self._announce("prefill", *shape, num_slots, *widths)
+      return _prefill(self._graph, self._weights, *arguments, plan, num_slots=num_slots)
+    if self.config.dropout is not None and (visual_index >= 0).any():
+      raise ValueError("with dropout, all visual tokens of a row are read at once")
+    caches = tuple(_with_room(cache, num_tokens + max_new_tokens) for cache in after.caches)
+    self._announce("extend", *shape, *(cache.num_slots for cache in caches))
+    return _extend(self._graph, self._weights, caches, *arguments)
 
   def write(
     self, reading: Reading, max_new_tokens: int, sampling: Sampling = Sampling()
@@ -138,7 +154,7 @@ class Engine:
     key = jax.random.key(sampling.check().seed)
     finished = jnp.zeros(reading.logits.shape[:1], bool)
     for start in range(0, max_new_tokens, _DECODE_STEPS):
-      self._announce("decode", len(finished), reading.cache.num_slots)
+      self._announce("decode", len(finished), *(cache.num_slots for cache in reading.caches))
       num_steps = min(_DECODE_STEPS, max_new_tokens - start)
       tokens, reading, finished = _decode(
         self._graph,
@@ -167,6 +183,13 @@ class Engine:
   def _encode_group(self, clips):
     self._announce("encode", *clips.shape[:3])
     return _encode(self._graph, self._weights, clips)
+
+  def _plan(self, visual_index, length):
+    """What is dropped from prompts, padded to buckets like the prompts themselves."""
+    if self.config.dropout is None:
+      return None
+    counts = (np.arange(visual_index.shape[1]) < length[:, None]).astype(np.int32)
+    return plan_dropout(self.config.dropout, visual_index >= 0, counts, round_length=bucket)
 
   def _check_context(self, num_tokens, max_new_tokens):
     available = self.config.decoder.max_positions
@@ -197,7 +220,13 @@ def _pad_rows(prompts, num_tokens):
       for prompt in prompts
     ]
   )
-  return jnp.asarray(token_ids), visual_tokens, jnp.asarray(visual_index)
+  return token_ids, visual_tokens, visual_index
+
+
+def _with_room(cache, num_tokens):
+  """The same cache with free slots for that many tokens in every row."""
+  num_slots = bucket(int(cache.length.max()) + num_tokens)
+  return cache if cache.num_slots >= num_slots else cache.widened(num_slots)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -206,19 +235,19 @@ def _encode(graph, weights, clips):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="num_slots")
-def _prefill(graph, weights, token_ids, visual_tokens, visual_index, length, *, num_slots):
+def _prefill(graph, weights, token_ids, visual_tokens, visual_index, length, plan, *, num_slots):
   model = nnx.merge(graph, weights)
   sequence = model.embed_sequence(token_ids, visual_tokens, visual_index)
-  hidden, cache = model.decoder.prefill(sequence, length, num_slots)
-  return Reading(cache, _last_logits(model, hidden, length))
+  hidden, caches = model.decoder.prefill(sequence, length, num_slots, plan)
+  return Reading(caches, _last_logits(model, hidden, caches[-1].length))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extend(graph, weights, cache, token_ids, visual_tokens, visual_index, length):
+def _extend(graph, weights, caches, token_ids, visual_tokens, visual_index, length):
   model = nnx.merge(graph, weights)
   sequence = model.embed_sequence(token_ids, visual_tokens, visual_index)
-  hidden, cache = model.decoder.extend(sequence, cache, length)
-  return Reading(cache, _last_logits(model, hidden, length))
+  hidden, caches = model.decoder.extend(sequence, caches, length)
+  return Reading(caches, _last_logits(model, hidden, length))
 
 
 def _last_logits(model, hidden, length):
@@ -243,9 +272,9 @@ def _decode(
     tokens = tokens.at[:, step].set(jnp.where(finished, _NO_TOKEN, token))
     # A stop token is read, too: the next turn of a chat follows it.
     num_read = 1 - finished.astype(jnp.int32)
-    hidden, cache = decoder.extend(decoder.embed(token[:, None]), reading.cache, num_read)
+    hidden, caches = decoder.extend(decoder.embed(token[:, None]), reading.caches, num_read)
     finished = finished | (token[:, None] == stop_ids).any(axis=-1)
-    return step + 1, tokens, Reading(cache, decoder.logits(hidden[:, 0])), finished
+    return step + 1, tokens, Reading(caches, decoder.logits(hidden[:, 0])), finished
 
   tokens = jnp.full((len(finished), _DECODE_STEPS), _NO_TOKEN, jnp.int32)
   state = (0, tokens, reading, finished)

@@ -1,6 +1,7 @@
 """What the model is: the modules of the paper's figure, in the order in which data meets them.
 
   UMT              video encoder: clips of 4 frames to patch tokens
+  InternVideo2     the other video encoder, with the same interface
   Connector        clip-level compression: token merging, then an MLP into the decoder's width
   Qwen2            decoder
   VideoChatFlash   all of it: encode, compress, splice, decode
@@ -14,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_names(
   __name__,
   {
     "UMT": "umt",
+    "InternVideo2": "internvideo2",
     "Connector": "connector",
     "Qwen2": "qwen2",
     "VideoChatFlash": "videochat_flash",

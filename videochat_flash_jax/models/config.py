@@ -11,9 +11,9 @@ class VisionConfig:
   """A video ViT: joint space-time attention over the patches of one clip.
 
   `depth` counts the blocks that run: the original reads the last but one of its blocks, so
-  UMT-L (24 blocks) has depth 23 here. Fixed sinusoid positions are laid out for
+  UMT-L (24 blocks) has depth 23 here. UMT's fixed sinusoid positions are laid out for
   `position_frames` frames of `position_grid` x `position_grid` patches and resampled to the
-  size at hand.
+  size at hand; InternVideo2 learns its own for `clip_frames` frames of `image_size`.
   """
 
   kind: str  # "umt" or "internvideo2"

@@ -29,8 +29,12 @@ class Connector(nnx.Module):
     self.fc2 = nnx.Linear(out_width, out_width, param_dtype=param_dtype, rngs=rngs)
 
   def merge(self, x: Float[Array, "C P E"]) -> Float[Array, "C V E"]:
-    """Merges the tokens of each clip, or of each image tile; no parameters."""
-    return merge_tokens(x, target=self.config.clip_tokens, num_heads=self.config.merge_heads)
+    """Merges the tokens of each clip, or of each image tile; no parameters.
+
+    A tile with fewer patches than a clip has tokens keeps them all: those of `tiny` have 16.
+    """
+    target = min(self.config.clip_tokens, x.shape[1])
+    return merge_tokens(x, target=target, num_heads=self.config.merge_heads)
 
   def project(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch D"]:
     """Maps merged tokens to the decoder's width."""

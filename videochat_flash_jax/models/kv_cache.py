@@ -1,4 +1,4 @@
-"""What a decoder remembers of the tokens it has read."""
+"""What a decoder, or a part of its layers, remembers of the tokens it has read."""
 
 from typing import NamedTuple
 
@@ -22,17 +22,30 @@ class KVCache(NamedTuple):
 
   @classmethod
   def empty(
-    cls, config: DecoderConfig, batch: int, num_slots: int, *, apart: bool, dtype=jnp.float32
+    cls,
+    config: DecoderConfig,
+    batch: int,
+    num_slots: int,
+    *,
+    apart: bool,
+    depth: int | None = None,
+    dtype=jnp.float32,
   ) -> "KVCache":
-    """A cache for `num_slots` tokens a row."""
+    """A cache for `num_slots` tokens a row in `depth` layers, by default all."""
+    depth = depth or config.depth
 
     def slots():
       heads, shape = config.num_kv_heads, (num_slots, config.head_size)
       if apart:
-        return tuple(jnp.zeros((batch * heads, *shape), dtype) for _ in range(config.depth))
-      return jnp.zeros((config.depth, batch, heads, *shape), dtype)
+        return tuple(jnp.zeros((batch * heads, *shape), dtype) for _ in range(depth))
+      return jnp.zeros((depth, batch, heads, *shape), dtype)
 
     return cls(slots(), slots(), jnp.zeros((batch,), jnp.int32))
+
+  @property
+  def depth(self) -> int:
+    """Layers that it remembers for."""
+    return len(self.k)
 
   @property
   def num_slots(self) -> int:

@@ -35,6 +35,34 @@ class LayerStack(nnx.Module):
     carry, _ = jax.lax.scan(body, carry, (jax.numpy.arange(self.depth), weights))
     return carry
 
+  def run_part(self, apply: Callable, carry: tuple, layers: range) -> tuple[tuple, "LayerStack"]:
+    """As `run`, for consecutive layers only, whose weights are read in place, never cut out.
+
+    Returns:
+      The carry, and this stack again: run the next part on that one. Then the gradients of all
+      parts are written into one stack, each layer's into its place; otherwise every part would
+      make a stack of its own, and zeros for all other layers, to be added up.
+    """
+    graph, weights = nnx.split(self.stacked)
+    readable = jax.lax.stop_gradient(weights)
+
+    def body(state, index):
+      carry, weights = state
+      layer_weights, weights = _take_layer(readable, weights, index)
+      return (apply(nnx.merge(graph, layer_weights), index, carry), weights), None
+
+    body = jax.checkpoint(body, prevent_cse=False)
+    indices = jax.numpy.arange(layers.start, layers.stop)
+    (carry, weights), _ = jax.lax.scan(body, (carry, weights), indices)
+    same = nnx.clone(self)
+    same.stacked = nnx.merge(graph, weights)
+    return carry, same
+
+  def layer(self, index: int) -> nnx.Module:
+    """One layer by itself; its gradients would take a whole stack."""
+    graph, weights = nnx.split(self.stacked)
+    return nnx.merge(graph, jax.tree.map(lambda stack: stack[index], weights))
+
   def unstack(self) -> "LayerList":
     """The same layers with weights apart. This stack must not be used afterwards.
 
@@ -51,6 +79,28 @@ class LayerStack(nnx.Module):
     return LayerList(layers)
 
 
+@jax.custom_vjp
+def _take_layer(readable, stack, index):
+  """Weights of one layer, read from `readable`; `stack` passes by to have gradients put into it."""
+  layer = jax.tree.map(
+    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), readable
+  )
+  return layer, stack
+
+
+def _take_layer_forward(readable, stack, index):
+  return _take_layer(readable, stack, index), index
+
+
+def _take_layer_backward(index, gradients):
+  of_layer, of_stack = gradients
+  of_stack = jax.tree.map(lambda stack, new: stack.at[index].add(new), of_stack, of_layer)
+  return None, of_stack, None
+
+
+_take_layer.defvjp(_take_layer_forward, _take_layer_backward)
+
+
 class LayerList(nnx.Module):
   """Layers with weights of their own; same use as `LayerStack`."""
 
@@ -62,3 +112,13 @@ class LayerList(nnx.Module):
     for index, layer in enumerate(self.layers):
       carry = apply(layer, index, carry)
     return carry
+
+  def run_part(self, apply: Callable, carry: tuple, layers: range) -> tuple[tuple, "LayerList"]:
+    """As `run`, for consecutive layers only; also returns this list, as `LayerStack` does."""
+    for index in layers:
+      carry = apply(self.layers[index], index, carry)
+    return carry, self
+
+  def layer(self, index: int) -> nnx.Module:
+    """One layer by itself."""
+    return self.layers[index]

@@ -1,5 +1,7 @@
 """The Qwen2 decoder: grouped-query attention with biases on q, k, v; RoPE; SwiGLU; RMSNorm."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,11 +9,23 @@ from flax import nnx
 from videochat_flash_jax.models.config import DecoderConfig
 from videochat_flash_jax.models.kv_cache import KVCache
 from videochat_flash_jax.models.layer_stack import LayerList, LayerStack
+from videochat_flash_jax.models.token_dropout import (
+  DropoutPlan,
+  drop_tokens,
+  every_token,
+  renumbered,
+)
 from videochat_flash_jax.ops.attention import attention
+from videochat_flash_jax.ops.embedding import embed
+from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.ops.norms import RMSNorm
 from videochat_flash_jax.ops.rope import apply_rope, rope_table
 from videochat_flash_jax.ops.row_blocks import map_row_blocks
+from videochat_flash_jax.ops.sharded_attention import self_attention
+from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int
+
+Caches = tuple[KVCache, ...]  # one for each part of the layers that sees the same tokens
 
 
 class Qwen2(nnx.Module):
@@ -43,6 +57,7 @@ class Qwen2(nnx.Module):
     *,
     positions: Int[Array, "#B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    layout: Layout = ONE_DEVICE,
   ) -> Float[Array, "B T D"]:
     """Reads a whole sequence, as in training; returns the hidden states after the last norm.
 
@@ -51,55 +66,109 @@ class Qwen2(nnx.Module):
       positions: rotary positions; 0, 1, 2... if None. A token sees itself and those before it
         in the row whatever the positions say.
       segment_ids: with packed rows, tokens see only their own segment.
+      layout: how rows, tokens and weights lie on a mesh.
     """
     if positions is None:
-      positions = jnp.arange(x.shape[1])[None]
+      positions = layout.spread(jnp.arange(x.shape[1])[None])
+    (x,) = self.layers.run(self._reader(positions, segment_ids, layout), (x,))
+    return self.norm(x)
+
+  def read_and_drop(
+    self, x: Float[Array, "B T D"], plan: DropoutPlan, layout: Layout = ONE_DEVICE
+  ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"]]:
+    """As `__call__`, dropping visual tokens on the way; positions are counted in each segment.
+
+    Args:
+      x: embedded sequence.
+      plan: what to drop where (see `models/token_dropout.py`), in the order of the text.
+      layout: how rows, tokens and weights lie on a mesh.
+
+    Returns:
+      Hidden states of the tokens that are left, and their indices in the row; behind them, where
+      another row has more, the row's length.
+    """
+    layers, kept = self.layers, every_token(plan)
+    for part, drop in _parts(plan, self.config.depth):
+      if drop is not None:
+        # In the order of the text; then spread anew, so that no device is left with few tokens.
+        x, kept = self._drop(plan, drop, part.start, layout.in_order(x), kept)
+        x = layout.spread(x)
+      segment_ids = gather_tokens(plan.segment_ids, kept)
+      positions = layout.spread(renumbered(segment_ids))
+      apply = self._reader(positions, layout.spread(segment_ids), layout)
+      (x,), layers = layers.run_part(apply, (x,), part)
+    return self.norm(x), layout.spread(kept)
+
+  def _reader(self, positions, segment_ids, layout):
     rope = self._rope(positions)
 
     def apply(layer, _, carry):
-      def attend(q, k, v):
-        return attention(q, k, v, causal=True, query_segments=segment_ids, key_segments=segment_ids)
+      layer = layout.gather_layer(layer, "decoder.layers.stacked")
+      x = layout.place(carry[0], "batch", "sequence")
+      return (layer(x, rope, lambda q, k, v: self_attention(q, k, v, segment_ids, layout)),)
 
-      return (layer(carry[0], rope, attend),)
+    return apply
 
-    (x,) = self.layers.run(apply, (x,))
-    return self.norm(x)
+  def _drop(self, plan, drop, before_layer, x, kept):
+    rope = self._rope(renumbered(gather_tokens(plan.segment_ids, kept)))
+    layer = self.layers.layer(before_layer)
+    return drop_tokens(plan, drop, x, kept, lambda x: layer.project(x, rope)[:2])
 
   def prefill(
-    self, x: Float[Array, "B T D"], length: Int[Array, "B"], num_slots: int
-  ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Reads right-padded prompts into a new cache.
+    self,
+    x: Float[Array, "B T D"],
+    length: Int[Array, "B"],
+    num_slots: int,
+    plan: DropoutPlan | None = None,
+  ) -> tuple[Float[Array, "B S D"], Caches]:
+    """Reads right-padded prompts into new caches.
 
     Args:
       x: embedded prompts.
       length: tokens of each row that count; the rest is padding.
-      num_slots: slots of the new cache, at least T.
+      num_slots: slots of the first cache, at least T; the others have as many to spare.
+      plan: visual tokens to drop on the way.
 
     Returns:
-      Hidden states after the last norm, and the cache.
+      Hidden states after the last norm, of the tokens that are left, and a cache for each part
+      of the layers: one, and one more for each drop.
     """
-    apart = isinstance(self.layers, LayerList)
-    cache = KVCache.empty(self.config, x.shape[0], num_slots, apart=apart, dtype=x.dtype)
-    hidden, cache = self._read(x, cache, new_only=True)
-    return hidden, cache._replace(length=length.astype(jnp.int32))
+    spare, row_length = num_slots - x.shape[1], x.shape[1]
+    kept = None if plan is None else every_token(plan)
+    caches = []
+    for part, drop in _parts(plan, self.config.depth):
+      if drop is not None:
+        x, kept = self._drop(plan, drop, part.start, x, kept)
+        length = (kept < row_length).sum(axis=1)
+      (batch, num_tokens, _), apart = x.shape, isinstance(self.layers, LayerList)
+      cache = KVCache.empty(
+        self.config, batch, num_tokens + spare, apart=apart, depth=len(part), dtype=x.dtype
+      )
+      x, cache = self._read(x, cache, part, new_only=True)
+      caches.append(cache._replace(length=length.astype(jnp.int32)))
+    return self.norm(x), tuple(caches)
 
   def extend(
-    self, x: Float[Array, "B T D"], cache: KVCache, length: Int[Array, "B"]
-  ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Reads more tokens after those in the cache: a decoded token, or the next turn of a chat.
+    self, x: Float[Array, "B T D"], caches: Caches, length: Int[Array, "B"]
+  ) -> tuple[Float[Array, "B T D"], Caches]:
+    """Reads more tokens after those in the caches: a decoded token, or the next turn of a chat.
 
     Args:
-      x: embedded tokens, right-padded. The cache must have T free slots in every row.
-      cache: what was read before.
+      x: embedded tokens, right-padded. Every cache must have T free slots in every row.
+      caches: what was read before.
       length: tokens of each row of `x` that count.
 
     Returns:
-      Hidden states after the last norm, and the longer cache.
+      Hidden states after the last norm, and the longer caches.
     """
-    hidden, longer = self._read(x, cache, new_only=False)
-    return hidden, longer._replace(length=cache.length + length.astype(jnp.int32))
+    longer, first = [], 0
+    for cache in caches:
+      x, read = self._read(x, cache, range(first, first + cache.depth), new_only=False)
+      longer.append(read._replace(length=cache.length + length.astype(jnp.int32)))
+      first += cache.depth
+    return self.norm(x), tuple(longer)
 
-  def _read(self, x, cache, new_only):
+  def _read(self, x, cache, part, new_only):
     order = cache.length[:, None] + jnp.arange(x.shape[1])[None]
     rope = self._rope(order)
 
@@ -108,15 +177,16 @@ class Qwen2(nnx.Module):
 
       def attend(q, k, v):
         nonlocal cache
-        cache = cache.write(index, k, v)
+        cache = cache.write(index - part.start, k, v)
         if new_only:  # nothing stands before, and attention in array order is cheaper
           return attention(q, k, v, causal=True)
-        return attention(q, *cache.read(index), causal=True, query_order=order)
+        return attention(q, *cache.read(index - part.start), causal=True, query_order=order)
 
       return layer(x, rope, attend), cache
 
-    x, cache = self.layers.run(apply, (x, cache))
-    return self.norm(x), cache
+    if len(part) == self.config.depth:
+      return self.layers.run(apply, (x, cache))
+    return self.layers.run_part(apply, (x, cache), part)[0]
 
   def _rope(self, positions):
     config, yarn = self.config, {}
@@ -124,17 +194,29 @@ class Qwen2(nnx.Module):
       yarn = {"stretch": config.yarn.factor, "original_positions": config.yarn.original_positions}
     return rope_table(positions, config.head_size, config.rope_theta, **yarn)
 
-  def embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+  def embed(
+    self, token_ids: Int[Array, "B T"], layout: Layout = ONE_DEVICE
+  ) -> Float[Array, "B T D"]:
     """Looks up text tokens; ids below zero (visual slots, padding) read token 0."""
-    return self.embed_tokens(jnp.maximum(token_ids, 0))
+    return embed(self.embed_tokens.embedding[...], jnp.maximum(token_ids, 0), layout)
+
+  @property
+  def head(self) -> Float[Array, "D vocab"]:
+    """What scores the tokens of the vocabulary."""
+    if self.config.tied_embeddings:
+      return self.embed_tokens.embedding[...].T
+    return self.lm_head.kernel[...]
 
   def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:
     """Scores every token of the vocabulary, in float32."""
-    if self.config.tied_embeddings:
-      weights = self.embed_tokens.embedding[...]
-      return jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
-    weights = self.lm_head.kernel[...]
-    return jnp.einsum("...d,dv->...v", hidden, weights, preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,dv->...v", hidden, self.head, preferred_element_type=jnp.float32)
+
+
+def _parts(plan, depth):
+  """Layers that see equally many tokens, each with the drop before them; the first has none."""
+  drops = {0: None} if plan is None else {0: None, **plan.drops}
+  parts = [range(*edges) for edges in itertools.pairwise([*drops, depth])]
+  return list(zip(parts, drops.values(), strict=True))
 
 
 class DecoderLayer(nnx.Module):
@@ -166,14 +248,17 @@ class DecoderLayer(nnx.Module):
       rope: cosines and sines of the tokens' positions.
       attend: maps new q, k, v to mixed values; it knows the mask and the cache.
     """
+    q, k, v = self.project(x, rope)
+    x = x + self.o_proj(attend(q, k, v).reshape(*x.shape[:-1], -1))
+    return x + map_row_blocks(self._mlp, x, self.mlp_width, row_axes=2)
+
+  def project(self, x: Float[Array, "B T D"], rope) -> tuple[Array, Array, Array]:
+    """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer's attention."""
     h = self.input_norm(x)
     heads = (*x.shape[:-1], -1, self.head_size)
     q = apply_rope(self.q_proj(h).reshape(heads), *rope)
     k = apply_rope(self.k_proj(h).reshape(heads), *rope)
-    v = self.v_proj(h).reshape(heads)
-    x = x + self.o_proj(attend(q, k, v).reshape(*x.shape[:-1], -1))
-    rows = x.reshape(-1, x.shape[-1])
-    return x + map_row_blocks(self._mlp, rows, self.mlp_width).reshape(x.shape)
+    return q, k, self.v_proj(h).reshape(heads)
 
   def _mlp(self, x):
     h = self.post_attention_norm(x)

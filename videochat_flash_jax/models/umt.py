@@ -40,7 +40,7 @@ class UMT(nnx.Module):
     Returns:
       Features, frame after frame and row after row: P = F * grid * grid.
     """
-    x = self.patch_embed(_patches(pixels, self.config.patch_size))
+    x = self.patch_embed(patches(pixels, self.config.patch_size))
     num_frames, grid = pixels.shape[1], pixels.shape[2] // self.config.patch_size
     table = position_table(self.config, num_frames=num_frames, grid=grid)
     x = x + jnp.asarray(table, x.dtype)
@@ -78,7 +78,7 @@ class Block(nnx.Module):
     return self.proj(mixed.reshape(x.shape))
 
 
-def _patches(pixels, size):
+def patches(pixels, size):
   """[C, F, height, width, 3] to flattened patches [C, F * grid * grid, size * size * 3]."""
   clips, frames, height, width, channels = pixels.shape
   x = pixels.reshape(clips, frames, height // size, size, width // size, size, channels)
@@ -97,10 +97,10 @@ def position_table(config: VisionConfig, *, num_frames: int, grid: int) -> np.nd
   table = _sinusoid(frames * config.position_grid**2, config.width)
   table = table.reshape(frames, config.position_grid, config.position_grid, config.width)
   if grid != config.position_grid:
-    space = _cubic_weights(config.position_grid, grid)
+    space = cubic_weights(config.position_grid, grid)
     table = np.einsum("hi,wj,fijd->fhwd", space, space, table, optimize=True)
   if num_frames != frames:
-    table = np.einsum("gf,fhwd->ghwd", _linear_weights(frames, num_frames), table)
+    table = np.einsum("gf,fhwd->ghwd", linear_weights(frames, num_frames), table)
   return table.reshape(-1, config.width).astype(np.float32)
 
 
@@ -111,7 +111,7 @@ def _sinusoid(length, width):
   return np.where(channel % 2 == 0, np.sin(angles), np.cos(angles))
 
 
-def _linear_weights(size, new_size):
+def linear_weights(size, new_size):
   """Matrix [new_size, size] of linear resampling, borders held."""
   weights = np.zeros((new_size, size))
   for i, centre in enumerate(_source_positions(size, new_size)):
@@ -122,7 +122,7 @@ def _linear_weights(size, new_size):
   return weights
 
 
-def _cubic_weights(size, new_size, a=-0.75):
+def cubic_weights(size, new_size, a=-0.75):
   """Matrix [new_size, size] of cubic convolution (Keys 1981) with torch's a, borders held."""
   weights = np.zeros((new_size, size))
   for i, centre in enumerate(_source_positions(size, new_size)):

@@ -1,17 +1,23 @@
 """The paper's figure as code: encode clips, compress them, splice them into text, decode."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import PIXEL_MEAN, PIXEL_STD, VideoChatFlashConfig
 from videochat_flash_jax.models.connector import Connector
+from videochat_flash_jax.models.internvideo2 import InternVideo2
 from videochat_flash_jax.models.qwen2 import Qwen2
 from videochat_flash_jax.models.splice import splice
+from videochat_flash_jax.models.token_dropout import DropoutPlan, check_dropout
 from videochat_flash_jax.models.umt import UMT
+from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int, UInt8
 
-_ENCODERS = {"umt": UMT}
+_PATCHES_AT_ONCE = 1 << 15  # of the clips on a device; more at once take more memory
+
+_ENCODERS = {"umt": UMT, "internvideo2": InternVideo2}
 
 
 class VideoChatFlash(nnx.Module):
@@ -24,9 +30,11 @@ class VideoChatFlash(nnx.Module):
   def __init__(self, config: VideoChatFlashConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     if config.vision.kind not in _ENCODERS:
       raise InputError(
-        f"vision encoder '{config.vision.kind}' of {config.name} is not built yet; "
-        f"available: {', '.join(_ENCODERS)}"
+        f"vision encoder '{config.vision.kind}' of {config.name} is unknown; "
+        f"known: {', '.join(_ENCODERS)}"
       )
+    if config.dropout is not None:
+      check_dropout(config.dropout, config.decoder.depth)
     self.config = config
     self.vision = _ENCODERS[config.vision.kind](config.vision, rngs=rngs, param_dtype=param_dtype)
     self.connector = Connector(
@@ -42,19 +50,60 @@ class VideoChatFlash(nnx.Module):
     """Clips (or image tiles, F = 1) to visual tokens in the decoder's width."""
     return self.connector(self.encode_patches(frames))
 
+  def encode_rows(
+    self, frames: UInt8[Array, "B C F height width 3"], layout: Layout = ONE_DEVICE
+  ) -> Float[Array, "B V D"]:
+    """The visual tokens of every row of a batch, one clip after another.
+
+    On a mesh every device encodes clips of its own, whichever axis it is on. The clips of a row are
+    shared out evenly over the shards of its sequence, in order: those of the first shard first.
+    """
+    graph, weights = nnx.split({"vision": self.vision, "connector": self.connector})
+    weights = nnx.to_pure_dict(weights)
+
+    def encode(weights, frames):
+      parts = nnx.merge(graph, layout.gather_shards(weights))
+
+      def encode_group(frames):
+        return parts["connector"](_encode_patches(parts["vision"], frames))
+
+      rows, clips = frames.shape[:2]
+      group = self._clips_at_once(rows * clips)
+      if group == rows * clips:
+        tokens = encode_group(frames.reshape(group, *frames.shape[2:]))
+      else:
+        frames = frames.reshape(-1, group, *frames.shape[2:])
+        tokens = jax.lax.map(jax.checkpoint(encode_group), frames)
+      return tokens.reshape(rows, -1, tokens.shape[-1])
+
+    split = layout.per_device(encode, (weights, ("batch", "clips")), ("batch", "clips"))
+    return layout.place(split(weights, frames), "batch", "sequence")
+
+  def _clips_at_once(self, num_clips):
+    """Clips of a group, that all groups be equal and none have too many patches."""
+    vision = self.config.vision
+    most = max(1, _PATCHES_AT_ONCE // (vision.clip_frames * vision.grid_size**2))
+    return max(group for group in range(1, most + 1) if num_clips % group == 0)
+
   def encode_patches(self, frames: UInt8[Array, "C F height width 3"]) -> Float[Array, "C P E"]:
     """Clips to the encoder's features, before merging."""
-    dtype = self.vision.patch_embed.kernel.dtype
-    return self.vision(normalise_pixels(frames).astype(dtype))
+    return _encode_patches(self.vision, frames)
 
   def embed_sequence(
     self,
     token_ids: Int[Array, "B T"],
     visual_tokens: Float[Array, "B V D"],
     visual_index: Int[Array, "B T"],
+    layout: Layout = ONE_DEVICE,
   ) -> Float[Array, "B T D"]:
-    """The decoder's input: embedded text with the visual tokens in their places."""
-    return splice(self.decoder.embed(token_ids), visual_tokens, visual_index)
+    """The decoder's input: embedded text with the visual tokens in their places.
+
+    On a mesh a shard of the sequence takes visual tokens from its own clips alone (see
+    `encode_rows`), and `visual_index` counts among those.
+    """
+    text = self.decoder.embed(token_ids, layout)
+    tokens = ("batch", "sequence")
+    return layout.per_device(splice, (tokens,) * 3, tokens)(text, visual_tokens, visual_index)
 
   def __call__(
     self,
@@ -64,6 +113,7 @@ class VideoChatFlash(nnx.Module):
     *,
     positions: Int[Array, "#B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    layout: Layout = ONE_DEVICE,
   ) -> Float[Array, "B T D"]:
     """Hidden states of a whole sequence, as in training; `decoder.logits` scores them.
 
@@ -73,9 +123,37 @@ class VideoChatFlash(nnx.Module):
       visual_index: which visual token stands at each position, or -1 for text.
       positions: rotary positions, 0, 1, 2... if None.
       segment_ids: tokens of packed rows see only their own segment.
+      layout: how all of it lies on a mesh.
     """
-    sequence = self.embed_sequence(token_ids, visual_tokens, visual_index)
-    return self.decoder(sequence, positions=positions, segment_ids=segment_ids)
+    sequence = self.embed_sequence(token_ids, visual_tokens, visual_index, layout)
+    return self.decoder(sequence, positions=positions, segment_ids=segment_ids, layout=layout)
+
+  def read_and_drop(
+    self,
+    token_ids: Int[Array, "B T"],
+    visual_tokens: Float[Array, "B V D"],
+    visual_index: Int[Array, "B T"],
+    plan: DropoutPlan,
+    layout: Layout = ONE_DEVICE,
+  ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"]]:
+    """As `__call__`, dropping visual tokens between layers (see `models/token_dropout.py`).
+
+    Args:
+      token_ids: text, laid out with room for the visual tokens.
+      visual_tokens: output of `encode` for all clips and tiles of a row, one after another.
+      visual_index: which visual token stands at each position, or -1 for text.
+      plan: from `plan_dropout`; it knows segments, too.
+      layout: how all of it lies on a mesh.
+
+    Returns:
+      Hidden states of the tokens that are left, and their indices in the row; T in the padding.
+    """
+    sequence = self.embed_sequence(token_ids, visual_tokens, visual_index, layout)
+    return self.decoder.read_and_drop(sequence, plan, layout)
+
+
+def _encode_patches(vision, frames):
+  return vision(normalise_pixels(frames).astype(vision.patch_embed.kernel.dtype))
 
 
 def normalise_pixels(frames: UInt8[Array, "*batch 3"]) -> Float[Array, "*batch 3"]:

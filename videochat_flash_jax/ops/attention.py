@@ -1,12 +1,23 @@
-"""Softmax attention: one contract, two implementations.
+"""Softmax attention: one contract, four implementations.
 
-`dense` is the reference. `blockwise` visits one key/value head and a block of queries at a time,
-so that scores stay in the cache of a CPU and memory grows with the block, not with T x S.
+| name        | where                   | scores in memory | cases                                 |
+|-------------|-------------------------|------------------|---------------------------------------|
+| `dense`     | anywhere; the reference | T x S            | all                                   |
+| `blockwise` | anywhere, made for CPUs | a block          | all                                   |
+| `cudnn`     | NVIDIA GPUs from Ampere | none             | 16 bits, no segments, no order; the   |
+|             |                         |                  | others are left to `blockwise`        |
+| `splash`    | TPUs (`ops/splash.py`)  | none             | all                                   |
+
+`blockwise` visits one key/value head and a block of queries at a time, so that scores stay in the
+cache of a CPU. On more than one TPU `splash` has to be called inside `jax.shard_map`: the compiler
+cannot split a kernel.
 """
 
 import jax
 import jax.numpy as jnp
 
+from videochat_flash_jax.ops import splash
+from videochat_flash_jax.ops.platform import target_platform
 from videochat_flash_jax.shapes import Array, Float, Int
 
 _DENSE_SCORES = 256 * 256  # up to this many scores a head, one dense product is faster
@@ -21,7 +32,7 @@ def attention(
   v: Float[Array, "B S K H"],
   *,
   causal: bool = False,
-  query_order: Int[Array, "B T"] | None = None,
+  query_order: Int[Array, "#B T"] | None = None,
   query_segments: Int[Array, "B T"] | None = None,
   key_segments: Int[Array, "B S"] | None = None,
   implementation: str | None = None,
@@ -37,16 +48,27 @@ def attention(
       that continues a cache). Only read when `causal`.
     query_segments: with `key_segments`, a query sees only keys of its own segment (packing).
     key_segments: see `query_segments`.
-    implementation: "dense", "blockwise", or None to choose by size.
+    implementation: "dense", "blockwise", "cudnn", "splash", or None to choose by size and by the
+      device that the program is traced for.
 
   Returns:
     One vector per query and head, in the dtype of `q`. Scores and softmax are float32.
   """
   if implementation is None:
     small = q.shape[1] == 1 or q.shape[1] * k.shape[1] <= _DENSE_SCORES
-    implementation = "dense" if small else "blockwise"
-  run = {"dense": _dense, "blockwise": _blockwise}[implementation]
+    implementation = "dense" if small else _fastest()
+  run = _IMPLEMENTATIONS[implementation]
   return run(q, k, v, causal, query_order, query_segments, key_segments)
+
+
+def _fastest():
+  """The implementation for the device that the program is traced for."""
+  platform = target_platform()
+  if platform == "gpu":
+    capability = jax.devices()[0].compute_capability  # "8.0" for Ampere; AMD's are no numbers
+    is_ampere = capability.replace(".", "", 1).isdigit() and float(capability) >= 8
+    return "cudnn" if is_ampere else "blockwise"
+  return "splash" if platform == "tpu" else "blockwise"
 
 
 def _visible(query_order, num_keys, query_segments, key_segments):
@@ -103,7 +125,7 @@ def _blockwise(q, k, v, causal, query_order, query_segments, key_segments):
   batch, length, num_heads, _ = q.shape
   num_keys, num_kv_heads = k.shape[1], k.shape[2]
   rows_at_once = max(_BLOCK_QUERIES, _BLOCK_SCORES // (num_keys * (num_heads // num_kv_heads)))
-  block = min(length, rows_at_once)
+  block = -(-length // -(-length // rows_at_once))  # equal blocks, lest the last one be padding
   in_order = causal and query_order is None
   if in_order:
     query_order = jnp.arange(length)[None]
@@ -165,3 +187,19 @@ def _map_blocks(q, k, v, about_queries, key_segments, block):
   rows = jnp.arange(batch * num_kv_heads) // num_kv_heads
   out = jax.lax.map(one_head, (q, k, v, rows))
   return out.reshape(batch, num_kv_heads, -1, group, head_size)[:, :, :length]
+
+
+def _cudnn(q, k, v, causal, query_order, query_segments, key_segments):
+  in_order = query_order is None and q.shape[1] == k.shape[1]
+  fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+  if query_segments is not None or (causal and not in_order) or not fits:
+    return _blockwise(q, k, v, causal, query_order, query_segments, key_segments)
+  return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+
+_IMPLEMENTATIONS = {
+  "dense": _dense,
+  "blockwise": _blockwise,
+  "cudnn": _cudnn,
+  "splash": splash.attention,
+}

@@ -15,7 +15,7 @@ from videochat_flash_jax.shapes import Array, Float, Int
 
 _BLOCK_SCORES = 1 << 20  # scores of a block and head: 4 MiB in float32
 _BLOCK_QUERIES = 32  # queries of a block at least
-_NOTHING = -1e30  # lse of a query that sees no key; finite, lest differences of two give NaN
+NOTHING = -1e30  # lse of a query that sees no key; finite, lest differences of two give NaN
 
 
 class Partial(NamedTuple):
@@ -56,14 +56,14 @@ def attend(
   def one_block(operands):
     q_block, segments, start = operands
     scores = _scores(q_block, k, segments, key_segments, start, diagonal)
-    highest = jnp.maximum(scores.max(axis=-1, keepdims=True), _NOTHING)
+    highest = jnp.maximum(scores.max(axis=-1, keepdims=True), NOTHING)
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True)
     mixed = jnp.einsum(
       "bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
     seen = total > 0
-    lse = jnp.where(seen, highest + jnp.log(jnp.where(seen, total, 1)), _NOTHING)
+    lse = jnp.where(seen, highest + jnp.log(jnp.where(seen, total, 1)), NOTHING)
     total = jnp.where(seen, total, 1)[..., 0].transpose(0, 3, 1, 2)[..., None]
     return mixed / total, lse[..., 0].transpose(0, 3, 1, 2)
 
@@ -103,7 +103,7 @@ def attend_backward(
     (q_block, gradient, lse, gain, segments, start) = operands
     scores = _scores(q_block, k, segments, key_segments, start, diagonal)
     weights = jnp.exp(scores - lse.transpose(0, 2, 3, 1)[..., None])
-    weights = jnp.where(scores > _NOTHING, weights, 0)
+    weights = jnp.where(scores > NOTHING, weights, 0)
     d_v = jnp.einsum("bkgts,btkgh->bskh", weights, gradient)
     d_weights = jnp.einsum("btkgh,bskh->bkgts", gradient, v.astype(jnp.float32))
     d_scores = weights * (d_weights - gain.transpose(0, 2, 3, 1)[..., None]) * scale
@@ -119,13 +119,13 @@ def attend_backward(
 
 
 def _scores(q, k, query_segments, key_segments, start, diagonal):
-  """Scaled products [B, K, G, T, S] in float32, far below `_NOTHING` where a key is not seen."""
+  """Scaled products [B, K, G, T, S] in float32, far below `NOTHING` where a key is not seen."""
   visible = query_segments[:, :, None] == key_segments[:, None, :]
   if diagonal:
     order = start + jnp.arange(q.shape[1])
     visible &= order[:, None] >= jnp.arange(k.shape[1])
   scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-  return jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, 2 * _NOTHING)
+  return jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, 2 * NOTHING)
 
 
 def _grouped(x, k):

@@ -22,12 +22,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from videochat_flash_jax.ops.partial_attention import (
-  Partial,
-  attend,
-  attend_backward,
-  merge,
-)
+from videochat_flash_jax.ops import partial_attention, splash
+from videochat_flash_jax.ops.partial_attention import Partial, merge
+from videochat_flash_jax.ops.platform import target_platform
 from videochat_flash_jax.shapes import Array, Float, Int
 
 
@@ -56,6 +53,7 @@ def ring_attention(
 def _ring_forward(q, k, v, segment_ids, axis_name, zigzag):
   below, above = _meetings(q.shape[1], zigzag)
   arriving = _pass_on((k, v, segment_ids), axis_name)  # under way while we compute
+  attend = _inner_block().attend
   merged = attend(q, k, v, segment_ids, segment_ids, diagonal=True)
 
   def compute(merged, arrived, is_below):
@@ -93,6 +91,7 @@ def _ring_backward(axis_name, zigzag, residuals, gradient):
   gradient = gradient.astype(jnp.float32)
   below, above = _meetings(q.shape[1], zigzag)
   arriving = _pass_on((k, v, segment_ids), axis_name)
+  attend_backward = _inner_block().attend_backward
   d_q, *d_kv = attend_backward(q, k, v, segment_ids, segment_ids, merged, gradient, diagonal=True)
 
   def compute(d_q, d_kv, arrived, is_below):
@@ -132,6 +131,11 @@ def _ring_backward(axis_name, zigzag, residuals, gradient):
 
 
 ring_attention.defvjp(_ring_forward, _ring_backward)
+
+
+def _inner_block():
+  """The module whose `attend` and `attend_backward` compute a block."""
+  return splash if target_platform() == "tpu" else partial_attention
 
 
 def _meetings(length, zigzag):

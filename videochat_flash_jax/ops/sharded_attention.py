@@ -40,14 +40,8 @@ def self_attention(
     local = functools.partial(_ring, zigzag=layout.zigzag)
   else:
     local = functools.partial(_gathered, shards=layout.sequence_shards, zigzag=layout.zigzag)
-  heads, tokens = layout.spec("batch", "sequence", "heads"), layout.spec("batch", "sequence")
-  return jax.shard_map(
-    local,
-    mesh=layout.mesh,
-    in_specs=(heads, heads, heads, tokens),
-    out_specs=heads,
-    check_vma=False,  # `cond` and `scan` of the ring mix values that vary and that do not
-  )(q, k, v, segment_ids)
+  heads, tokens = ("batch", "sequence", "heads"), ("batch", "sequence")
+  return layout.per_device(local, (heads, heads, heads, tokens), heads)(q, k, v, segment_ids)
 
 
 def _one_shard(q, k, v, segment_ids):

@@ -4,12 +4,17 @@ Without a mesh every method gives back what it got, so models are written once.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.sharding import MESH_AXES
+from videochat_flash_jax.parallel.sharding import MESH_AXES, dotted_path, weight_spec
+from videochat_flash_jax.parallel.zigzag import unzigzag_order, zigzag_order
 
 SEQUENCE_PARALLEL = ("all_gather", "ring")
 
@@ -49,3 +54,120 @@ class Layout:
     if self.mesh is None:
       return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*axes)))
+
+  def per_device(
+    self, function: Callable, inputs: Sequence[Sequence[str] | dict], output: Sequence[str]
+  ) -> Callable:
+    """Makes `function` run on every device with that device's shards alone.
+
+    Args:
+      function: of arrays (or trees of them), to one array.
+      inputs: for each argument the names of its axes; for nested dicts of weights, these dicts,
+        whose paths tell.
+      output: names of the axes of the result, or of each of them.
+    """
+    if self.mesh is None:
+      return function
+    return jax.shard_map(
+      function,
+      mesh=self.mesh,
+      in_specs=tuple(
+        _weight_specs(axes) if isinstance(axes, dict) else self.spec(*axes) for axes in inputs
+      ),
+      out_specs=self.spec(*output),
+      check_vma=False,  # the check knows no `cond` whose branches differ in what varies
+    )
+
+  def gather_layer(self, layer: nnx.Module, prefix: str) -> nnx.Module:
+    """One layer of a stack, whose turn has come, split over `tensor` alone.
+
+    Gradients are split again as the weights were, device by device as they are summed.
+
+    Args:
+      layer: cut out of the stack.
+      prefix: path of the stack, such as "decoder.layers.stacked".
+    """
+    if self.mesh is None:
+      return layer
+
+    def gather(path, leaf):
+      path = f"{prefix}.{dotted_path(path)}"
+      split, gathered = (
+        NamedSharding(self.mesh, PartitionSpec(*weight_spec(path, leaf.ndim + 1, gathered=g)[1:]))
+        for g in (False, True)
+      )
+      return _gather(leaf, split, gathered)
+
+    graph, weights = nnx.split(layer)
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(gather, nnx.to_pure_dict(weights)))
+
+  def gather_shards(self, weights: dict) -> dict:
+    """As `gather_layer`, for whole parts of a model, inside of `per_device`.
+
+    Args:
+      weights: nested dicts of this device's shards, with paths as in `parallel.sharding`.
+    """
+    if self.mesh is None:
+      return weights
+
+    def gather(path, shard):
+      dotted = dotted_path(path)
+      split, gathered = (weight_spec(dotted, shard.ndim, gathered=g) for g in (False, True))
+      for axis, (before, after) in enumerate(zip(split, gathered, strict=True)):
+        if before != after:
+          shard = jax.lax.all_gather(shard, MESH_AXES["width"], axis=axis, tiled=True)
+      return shard
+
+    return jax.tree_util.tree_map_with_path(gather, weights)
+
+  def words(self, num_words: int) -> jax.Array:
+    """Inside of `per_device`: ids of this device's share of the vocabulary, of so many words."""
+    words = jax.numpy.arange(num_words)
+    if self.mesh is None:
+      return words
+    return words + num_words * jax.lax.axis_index(MESH_AXES["vocabulary"])
+
+  def sum_words(self, x: jax.Array) -> jax.Array:
+    """Inside of `per_device`: the sum over the devices that share the vocabulary."""
+    return x if self.mesh is None else jax.lax.psum(x, MESH_AXES["vocabulary"])
+
+  def max_words(self, x: jax.Array) -> jax.Array:
+    """Inside of `per_device`: the largest over the devices that share the vocabulary."""
+    return x if self.mesh is None else jax.lax.pmax(x, MESH_AXES["vocabulary"])
+
+  def in_order(self, x: jax.Array) -> jax.Array:
+    """An array with a value per token [B, T, ...] in the order of the text."""
+    if not self.zigzag:
+      return x
+    return x[:, unzigzag_order(x.shape[1], self.sequence_shards)]
+
+  def spread(self, x: jax.Array) -> jax.Array:
+    """The inverse of `in_order`: as this layout keeps the tokens."""
+    if not self.zigzag:
+      return x
+    return x[:, zigzag_order(x.shape[1], self.sequence_shards)]
+
+
+def _weight_specs(weights: dict) -> Any:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: weight_spec(dotted_path(path), leaf.ndim), weights
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight, split, gathered):
+  """Else the compiler would sum whole gradients on every device, to keep a part of them."""
+  return jax.lax.with_sharding_constraint(weight, gathered)
+
+
+def _gather_forward(weight, split, gathered):
+  return _gather(weight, split, gathered), None
+
+
+def _gather_backward(split, gathered, _, gradient):
+  return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+ONE_DEVICE = Layout()

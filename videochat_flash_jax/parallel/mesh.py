@@ -4,7 +4,7 @@
 |------------|--------------------------------------------------------------------|
 | `data`     | rows of the batch; weights are copied                              |
 | `fsdp`     | rows of the batch, and weights, which are gathered layer by layer  |
-| `sequence` | the tokens of a row                                                |
+| `sequence` | the tokens of a row, and weights, as along `fsdp`                  |
 | `tensor`   | heads, MLP and vocabulary                                          |
 
 Clips are independent until they are spliced, and split along all four.

@@ -3,7 +3,8 @@
 `WEIGHTS` names the axes of every weight by its path; `MESH_AXES` says which axis of the mesh a
 named axis is split along. The state of an optimiser has its weights' paths in it, and follows them.
 
-  decoder.layers.stacked.up_proj.kernel  [L, D, M]  ->  layer, width, mlp  ->  -, fsdp, tensor
+  decoder.layers.stacked.up_proj.kernel  [L, D, M]  ->  layer, width, mlp
+                                                    ->  -, (fsdp, sequence), tensor
 """
 
 import math
@@ -17,14 +18,15 @@ from videochat_flash_jax.errors import InputError
 
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
   "layer": None,  # visited one after another
-  "width": "fsdp",  # gathered when the layer's turn comes
+  "width": ("fsdp", "sequence"),  # gathered when the layer's turn comes
   "heads": "tensor",
   "mlp": "tensor",
+  "summed": ("tensor", "fsdp", "sequence"),  # heads or MLP; once gathered, over `tensor` alone
   "vocabulary": "tensor",
   "whole": None,
   "batch": ("data", "fsdp"),
   "sequence": "sequence",
-  "clips": ("data", "fsdp", "sequence", "tensor"),
+  "clips": ("sequence", "tensor"),  # of a row; with the rows, over all axes
 }
 
 # End of a path -> named axes of one layer's array; behind `stacked`, "layer" comes before them.
@@ -34,22 +36,29 @@ WEIGHTS: tuple[tuple[str, tuple[str, ...]], ...] = (
   (r"lm_head\.kernel", ("width", "vocabulary")),
   (r"decoder\..*\.[qkv]_proj\.kernel", ("width", "heads")),
   (r"decoder\..*\.[qkv]_proj\.bias", ("heads",)),
-  (r"decoder\..*\.o_proj\.kernel", ("heads", "width")),
+  (r"decoder\..*\.o_proj\.kernel", ("summed", "whole")),
   (r"decoder\..*\.(gate|up)_proj\.kernel", ("width", "mlp")),
-  (r"decoder\..*\.down_proj\.kernel", ("mlp", "width")),
+  (r"decoder\..*\.down_proj\.kernel", ("summed", "whole")),
   (r"(vision|connector)\..*\.kernel", ("whole", "width")),
   (r".*", ()),  # norms, biases, positions: small, and whole on every device
 )
 
 
-def weight_spec(path: str, ndim: int) -> PartitionSpec:
-  """How the array of a path is split, as a spec over the mesh's axes."""
+def weight_spec(path: str, ndim: int, *, gathered: bool = False) -> PartitionSpec:
+  """How the array of a path is split, as a spec over the mesh's axes.
+
+  Args:
+    path: such as `decoder.layers.stacked.up_proj.kernel`.
+    ndim: number of axes of the array.
+    gathered: how it is split while its layer is computed: over `tensor` alone.
+  """
   names = next(names for ending, names in WEIGHTS if re.search(rf"(^|\.){ending}$", path))
   if ".stacked." in path and names:
     names = ("layer", *names)
   if names and len(names) != ndim:
     raise ValueError(f"{path} has {ndim} axes, but its rule names {len(names)}")
-  return PartitionSpec(*(MESH_AXES[name] for name in names))
+  axes = {**MESH_AXES, "width": None, "summed": "tensor"} if gathered else MESH_AXES
+  return PartitionSpec(*(axes[name] for name in names))
 
 
 def weight_shardings(mesh: Mesh, weights: Any) -> Any:
@@ -64,12 +73,17 @@ def weight_shardings(mesh: Mesh, weights: Any) -> Any:
   """
 
   def sharding(path, leaf):
-    dotted = ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    dotted = dotted_path(path)
     spec = weight_spec(dotted, leaf.ndim) if leaf.ndim else PartitionSpec()
     check_divides(mesh, spec, leaf.shape, dotted)
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(sharding, weights)
+
+
+def dotted_path(path: tuple) -> str:
+  """The path that `jax.tree_util` gives a leaf, as `decoder.norm.scale`."""
+  return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
 def check_divides(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], what: str):

@@ -5,11 +5,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.models.qwen2 import Qwen2
 from videochat_flash_jax.models.token_merging import merge_groups, similarity_features, sum_groups
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.ops.gather import gather_tokens
+from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int
 
 Metrics = dict[str, Array]
+
+_BLOCK_TOKENS = 512  # of a device, whose logits are in memory at a time
 
 
 class PatchProbe(nnx.Module):
@@ -80,22 +85,98 @@ def patch_loss(probe: PatchProbe, batch: dict[str, Array]) -> tuple[Array, Metri
   return total, metrics
 
 
-def answer_loss(model: VideoChatFlash, batch: dict[str, Array]) -> tuple[Array, Metrics]:
+def next_token_loss(
+  decoder: Qwen2, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], layout: Layout
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """`cross_entropy` of a decoder's logits, a block of tokens at a time.
+
+  The logits of all tokens would take more memory than all else: 32,768 tokens and 152,064 words are
+  20 GB. Those of a block are split over `tensor` by words, and computed again for the gradient.
+
+  Args:
+    decoder: scores the tokens.
+    hidden: its hidden states.
+    targets: the token that follows each, or IGNORE_LABEL.
+    layout: how rows and tokens lie on a mesh.
+  """
+  head = {"decoder": {"lm_head": {"kernel": decoder.head}}}
+
+  def sums_of_shard(head, hidden, targets):
+    # Gathered here, once, and its gradient is summed over devices once, not for each block.
+    kernel = layout.gather_shards(head)["decoder"]["lm_head"]["kernel"]
+    blocks = _token_blocks(hidden, targets)
+
+    @jax.checkpoint
+    def add_block(sums, block):
+      return jax.tree.map(jnp.add, sums, _block_sums(kernel, *block, layout)), None
+
+    sums, _ = jax.lax.scan(add_block, (jnp.zeros(()), jnp.zeros((), jnp.int32)), blocks)
+    return jax.tree.map(lambda x: x[None, None], sums)
+
+  tokens = ("batch", "sequence")
+  sums = layout.per_device(sums_of_shard, (head, tokens, tokens), tokens)(head, hidden, targets)
+  count = jnp.maximum((targets >= 0).sum(), 1)
+  return sums[0].sum() / count, sums[1].sum() / count
+
+
+def _token_blocks(hidden, targets):
+  """Hidden states [blocks, block, D] and targets [blocks, block] of a device, padded."""
+  block = min(_BLOCK_TOKENS, targets.size)
+  hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+  padding = -len(targets) % block
+  hidden = jnp.pad(hidden, [(0, padding), (0, 0)])
+  targets = jnp.pad(targets, (0, padding), constant_values=IGNORE_LABEL)
+  return hidden.reshape(-1, block, hidden.shape[-1]), targets.reshape(-1, block)
+
+
+def _block_sums(kernel, hidden, targets, layout):
+  """Sum of the losses, and number of right answers, of a block of tokens."""
+  logits = jnp.einsum("td,dv->tv", hidden, kernel, preferred_element_type=jnp.float32)
+  highest = layout.max_words(jax.lax.stop_gradient(logits).max(axis=-1))
+  total = layout.sum_words(jnp.exp(logits - highest[:, None]).sum(axis=-1))
+  # A sum over all words and no look-up, which would bring the words of all devices together.
+  is_target = layout.words(kernel.shape[1]) == targets[:, None]
+  chosen = layout.sum_words(jnp.where(is_target, logits, 0).sum(axis=-1))
+  learnt = targets >= 0
+  losses = jnp.where(learnt, highest + jnp.log(total) - chosen, 0)
+  return losses.sum(), (learnt & (chosen >= highest)).sum()
+
+
+def answer_loss(
+  model: VideoChatFlash, batch: dict[str, Array], layout: Layout = ONE_DEVICE
+) -> tuple[Array, Metrics]:
   """How badly a model continues packed conversations about videos.
 
   Args:
     model: encoder, connector and decoder.
     batch: `frames [B, C, F, S, S, 3]`, and `[B, T]`: `token_ids`, `labels` (of the token itself,
-      IGNORE_LABEL where it is not learnt), `visual_index`, `positions`, `segment_ids`.
+      IGNORE_LABEL where it is not learnt), `visual_index`, `positions`, `segment_ids`. With a
+      `dropout` (`models.token_dropout.DropoutPlan`), visual tokens are dropped by that plan.
+    layout: how all of it lies on a mesh.
   """
-  rows, clips = batch["frames"].shape[:2]
-  visual_tokens = model.encode(batch["frames"].reshape(rows * clips, *batch["frames"].shape[2:]))
-  hidden = model(
-    batch["token_ids"],
-    visual_tokens.reshape(rows, -1, visual_tokens.shape[-1]),
-    batch["visual_index"],
-    positions=batch["positions"],
-    segment_ids=batch["segment_ids"],
-  )
-  loss, right = cross_entropy(model.decoder.logits(hidden[:, :-1]), batch["labels"][:, 1:])
+  return sequence_loss(model, model.encode_rows(batch["frames"], layout), batch, layout)
+
+
+def sequence_loss(
+  model: VideoChatFlash,
+  visual_tokens: Float[Array, "B V D"],
+  batch: dict[str, Array],
+  layout: Layout = ONE_DEVICE,
+) -> tuple[Array, Metrics]:
+  """`answer_loss` of videos that are encoded already."""
+  sequence = batch["token_ids"], visual_tokens, batch["visual_index"]
+  labels, segment_ids = batch["labels"], batch["segment_ids"]
+  if "dropout" in batch:
+    hidden, kept = model.read_and_drop(*sequence, batch["dropout"], layout)
+    kept = layout.in_order(kept)
+    labels = gather_tokens(layout.in_order(labels), kept, fill=IGNORE_LABEL)
+    segment_ids = gather_tokens(layout.in_order(segment_ids), kept)
+  else:
+    hidden = model(*sequence, positions=batch["positions"], segment_ids=segment_ids, layout=layout)
+    labels, segment_ids = layout.in_order(labels), layout.in_order(segment_ids)
+  # The token before the first one of a segment knows nothing of it.
+  follows = segment_ids[:, 1:] == segment_ids[:, :-1]
+  targets = jnp.where(follows, labels[:, 1:], IGNORE_LABEL)
+  targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORE_LABEL)
+  loss, right = next_token_loss(model.decoder, hidden, layout.spread(targets), layout)
   return loss, {"answer_tokens": right}

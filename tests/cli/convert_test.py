@@ -1,0 +1,59 @@
+"""`vcflash convert` writes what it is asked for, or says in one line why it does not."""
+
+import shlex
+
+import pytest
+from safetensors.numpy import load_file
+
+from videochat_flash_jax.checkpoints.hub import checkpoint_directory
+from videochat_flash_jax.cli import convert
+from videochat_flash_jax.cli.main import main
+
+
+def run(*arguments):
+  return main(["convert", *map(str, arguments)])
+
+
+def test_the_example_runs_and_its_model_has_a_tokenizer(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert main(shlex.split(convert.EXAMPLE)[1:]) == 0
+  tensors = load_file(tmp_path / "tiny-hf" / "model.safetensors")
+  num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+  assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}
+  assert capsys.readouterr().out == f"tiny-hf: {len(tensors)} tensors, {num_bytes:,} bytes\n"
+  tiny = checkpoint_directory("tiny") / "tokenizer.model"
+  assert (tmp_path / "tiny-hf" / "tokenizer.model").read_bytes() == tiny.read_bytes()
+
+
+def refusal(capsys, *arguments):
+  assert run(*arguments) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("vcflash: ") and error.count("\n") == 1
+  return error
+
+
+def test_an_out_that_exists_is_refused_before_anything_is_opened(tmp_path, capsys):
+  assert "exists already" in refusal(capsys, "--model", "no/such", "--out", tmp_path)
+
+
+def test_a_model_that_is_none_is_refused(tmp_path, capsys):
+  error = refusal(capsys, "--model", "tinny", "--out", tmp_path / "out")
+  assert "did you mean tiny" in error
+
+
+@pytest.mark.parametrize(
+  "flags, complaint",
+  [
+    (["--projector", "mm_projector.bin"], "--projector and --tower complete --encoder"),
+    (["--tower", "umt-large"], "--projector and --tower complete --encoder"),
+    (["--encoder", "UMT-L_f4_vision.pt"], "--encoder needs --tower: one of umt-large, umt-hd"),
+    (["--encoder", "a.pt", "--tower", "umt-large"], "give a Qwen2 language model"),
+    (["--encoder", "a.pt", "--tower", "siglip"], "invalid choice: 'siglip'"),
+    (["--to", "orbax"], "invalid choice: 'orbax'"),
+    (["--dtype", "int8"], "invalid choice: 'int8'"),
+    (["--seed", "-1"], "--seed is -1"),
+  ],
+)
+def test_options_that_do_not_go_together_are_refused(tmp_path, capsys, flags, complaint):
+  assert complaint in refusal(capsys, "--model", "tiny", "--out", tmp_path / "out", *flags)
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,231 @@
+"""Dropping visual tokens: which stay, and what does not matter for it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.conftest import assert_close, quick_jit
+from tests.models.lettered_rows import CHOICE, config_of, marks, plan_of
+from tests.models.small_models import DECODER, fill_randomly, normal
+from videochat_flash_jax.models.qwen2 import Qwen2
+from videochat_flash_jax.models.token_dropout import (
+  EvenDrop,
+  asking,
+  drop_tokens,
+  every_token,
+  renumbered,
+)
+
+TOLERANCE = 2e-5
+
+
+def test_answers_are_asked_for_by_the_token_before_them():
+  _, segment_ids, learnt = marks("S ? a a ? a", "A ? a . . .", "S ? A a ? .")
+  segment_ids, learnt = jnp.asarray(segment_ids), jnp.asarray(learnt)
+  asks = np.argwhere(asking(segment_ids, learnt)).tolist()
+  assert asks == [[0, 1], [0, 4], [1, 1]]  # not the end of a row for its beginning
+  asks = np.argwhere(asking(segment_ids, None)).tolist()
+  assert asks == [[0, 5], [1, 2], [2, 1], [2, 4]]
+
+
+def test_positions_begin_anew_in_each_segment():
+  np.testing.assert_array_equal(
+    renumbered(jnp.array([[1, 1, 1, 2, 2, 0], [4, 4, 4, 4, 4, 4]])),
+    [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]],
+  )
+
+
+def give(scores):
+  """Queries and keys by which the last token attends to the others as `scores` say."""
+  keys = jnp.log(jnp.asarray(scores))[..., None, None]
+  return lambda x: (jnp.ones((*x.shape[:2], 1, 1)), keys)
+
+
+def drop_by(scores, row, ratio=0.5):
+  plan = plan_of(config_of("attention", (1,), (1.0, ratio)), row)
+  x = normal(1, plan.is_visual.shape[1], 3)
+  hidden, kept = drop_tokens(plan, plan.drops[1], x, every_token(plan), give([scores]))
+  np.testing.assert_array_equal(hidden[0], x[0, kept[0]])
+  return kept[0].tolist()
+
+
+def test_attention_keeps_those_that_get_most_in_their_order():
+  assert drop_by([9.0, 0.1, 0.4, 0.2, 0.3, 1.0], "S v v v v ?") == [0, 2, 4, 5]
+
+
+def test_of_equal_tokens_the_first_stay():
+  assert drop_by([9.0, 0.2, 0.2, 0.2, 0.2, 1.0], "S v v v v ?") == [0, 1, 2, 5]
+
+
+def test_text_stays_however_little_it_gets():
+  assert drop_by([1e-9, 0.1, 1e-9, 0.2, 0.3, 1e-9], "S v ? v v ?", ratio=0.7) == [0, 2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def model():
+  return fill_randomly(lambda: Qwen2(DECODER, rngs=nnx.Rngs(0)))
+
+
+@quick_jit
+def _read_and_drop(decoder, x, plan):
+  return nnx.merge(*decoder).read_and_drop(x, plan)
+
+
+def read_and_drop(model, x, plan):
+  return _read_and_drop(nnx.split(model), x, plan)
+
+
+SAMPLES = (
+  "S v v v v v v v v ? a a ? a",
+  "S v v v ? v v ? a",
+  "S ? ? a",
+  "S v v v v v v ?",
+  "A ? a",
+)
+
+
+def embedded(num_tokens, seed):
+  return normal(num_tokens, DECODER.width, seed=seed)
+
+
+def padded_batch(samples, width=None):
+  width = width or max(len(sample.split()) for sample in samples)
+  rows = [embedded(len(sample.split()), SAMPLES.index(sample)) for sample in samples]
+  return jnp.stack([jnp.pad(row, ((0, width - len(row)), (0, 0))) for row in rows])
+
+
+@functools.cache
+def alone(training):
+  """Hidden states and kept tokens of each sample by itself, all padded alike."""
+  model = fill_randomly(lambda: Qwen2(DECODER, rngs=nnx.Rngs(0)))
+  results = []
+  for sample in SAMPLES:
+    padded = " ".join([*sample.split(), *["."] * 20][:20])
+    plan = plan_of(CHOICE, padded, training=training, round_length=lambda _: 20)
+    hidden, kept = read_and_drop(model, padded_batch([sample], 20), plan)
+    here = kept[0] < len(sample.split())
+    results.append((hidden[0][here], kept[0][here]))
+  return results
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [3, 0, 4, 2, 1]])
+def test_a_row_loses_the_same_tokens_alone_and_in_any_batch(model, training, order):
+  samples = [SAMPLES[number] for number in order]
+  plan = plan_of(CHOICE, *samples, training=training)
+  hidden, kept = read_and_drop(model, padded_batch(samples), plan)
+  for row, number in enumerate(order):
+    expected_hidden, expected_kept = alone(training)[number]
+    here = kept[row] < len(SAMPLES[number].split())
+    np.testing.assert_array_equal(kept[row][here], expected_kept)
+    assert_close(hidden[row][here], expected_hidden, relative=TOLERANCE)
+
+
+def test_packed_samples_lose_the_tokens_they_lose_alone(model):
+  rows = (" ".join(SAMPLES[:3]), " ".join([*SAMPLES[3:], ". ."]))
+  packed = [
+    jnp.concatenate([embedded(len(sample.split()), SAMPLES.index(sample)) for sample in samples])
+    for samples in (SAMPLES[:3], SAMPLES[3:])
+  ]
+  width = len(packed[0])
+  x = jnp.stack([jnp.pad(row, ((0, width - len(row)), (0, 0))) for row in packed])
+  plan = plan_of(CHOICE, *rows, training=True)
+  hidden, kept = read_and_drop(model, x, plan)
+  number = 0
+  for row, samples in enumerate((SAMPLES[:3], SAMPLES[3:])):
+    start = 0
+    for sample in samples:
+      end = start + len(sample.split())
+      here = (kept[row] >= start) & (kept[row] < end)
+      expected_hidden, expected_kept = alone(True)[number]
+      np.testing.assert_array_equal(kept[row][here] - start, expected_kept)
+      assert_close(hidden[row][here], expected_hidden, relative=TOLERANCE)
+      start, number = end, number + 1
+
+
+def test_layers_apart_lose_the_tokens_that_the_stack_loses(model):
+  apart = nnx.merge(*nnx.split(model), copy=True)
+  apart.layers = jax.tree.map(jnp.copy, model.layers).unstack()  # frees the copy
+  x, plan = padded_batch(SAMPLES), plan_of(config_of("attention"), *SAMPLES, training=True)
+  expected_hidden, expected_kept = read_and_drop(model, x, plan)
+  hidden, kept = read_and_drop(apart, x, plan)
+  np.testing.assert_array_equal(kept, expected_kept)
+  assert_close(hidden, expected_hidden, relative=TOLERANCE)
+
+
+def test_no_gradient_flows_through_the_choice(model):
+  x, plan = padded_batch(SAMPLES[:1]), plan_of(config_of("attention"), SAMPLES[0])
+  _, first = read_and_drop(model, x, plan._replace(drops={1: plan.drops[1]}))
+  _, second = read_and_drop(model, x, plan)
+  places = jnp.searchsorted(first[0], second)
+  fixed = plan._replace(drops={1: EvenDrop(first), 2: EvenDrop(places)})
+  graph, weights = nnx.split(model)
+
+  def gradients(plan):
+    def total(weights, x):
+      return (nnx.merge(graph, weights).read_and_drop(x, plan)[0] ** 3).sum()
+
+    return quick_jit(jax.grad(total, argnums=(0, 1)))(weights, x)
+
+  jax.tree.map(
+    lambda a, b: assert_close(a, b, relative=TOLERANCE), gradients(plan), gradients(fixed)
+  )
+
+
+@quick_jit
+def read_and_write(decoder, x, lengths, plan, new):
+  """Reads prompts, then `new` [tokens, B, D] one by one; lengths of caches, and hidden states."""
+  decoder = nnx.merge(*decoder)
+  _, caches = decoder.prefill(x, lengths, x.shape[1] + len(new), plan)
+
+  def one_token(caches, x):
+    hidden, caches = decoder.extend(x[:, None], caches, jnp.ones_like(lengths))
+    return caches, hidden[:, 0]
+
+  caches, hidden = jax.lax.scan(one_token, caches, new)
+  return [cache.length for cache in caches], hidden.swapaxes(0, 1)
+
+
+def test_decoding_many_tokens_is_reading_all_that_is_left_at_once(model):
+  prompts, num_new = SAMPLES[:4], 64
+  x, new = padded_batch(prompts), normal(num_new, len(prompts), DECODER.width, seed=9)
+  plan = plan_of(CHOICE, *prompts)
+  lengths = np.array([len(prompt.split()) for prompt in prompts])
+  decoder = nnx.split(model)
+  cached, hidden = read_and_write(decoder, x, jnp.asarray(lengths), plan, new)
+  # From scratch: prompts and new tokens in one row, and at each drop the same tokens stay.
+  width = lengths.max() + num_new
+  rows = [jnp.concatenate([x[row, :length], new[:, row]]) for row, length in enumerate(lengths)]
+  rows = jnp.stack([jnp.pad(row, ((0, width - len(row)), (0, 0))) for row in rows])
+  before, drops = [np.arange(length) for length in lengths], {}
+  for number in (1, 2):
+    first = {layer: plan.drops[layer] for layer in range(1, number + 1)}
+    _, kept = read_and_drop(model, x, plan._replace(drops=first))
+    after = [np.asarray(row[row < length]) for row, length in zip(kept, lengths, strict=True)]
+    slots = np.full((len(rows), max(map(len, after)) + num_new), 10**6, np.int32)
+    for row, (was, stays) in enumerate(zip(before, after, strict=True)):
+      slots[row, : len(stays)] = np.searchsorted(was, stays)
+      slots[row, len(stays) : len(stays) + num_new] = len(was) + np.arange(num_new)
+    drops[number], before = EvenDrop(slots), after
+    np.testing.assert_array_equal(cached[number], [len(stays) + num_new for stays in after])
+  text = plan_of(CHOICE, *[" ".join(["S"] * (length + num_new)) for length in lengths])
+  segment_ids = np.minimum(text.segment_ids, 1)
+  expected, kept = read_and_drop(model, rows, text._replace(segment_ids=segment_ids, drops=drops))
+  for row, length in enumerate(lengths):
+    written = (kept[row] >= length) & (kept[row] < length + num_new)
+    assert_close(hidden[row], expected[row][written], relative=TOLERANCE)
+
+
+def test_bfloat16_weights_drop_as_many_tokens():
+  rough = fill_randomly(lambda: Qwen2(DECODER, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+  plan = plan_of(CHOICE, *SAMPLES)
+  hidden, kept = read_and_drop(rough, padded_batch(SAMPLES).astype(jnp.bfloat16), plan)
+  assert hidden.dtype == jnp.bfloat16
+  assert np.isfinite(hidden.astype(jnp.float32)).all()
+  for row, sample in enumerate(SAMPLES):
+    num_visual, length = sample.split().count("v"), len(sample.split())
+    assert (kept[row] < length).sum() == length - num_visual + num_visual // 4

@@ -1,0 +1,151 @@
+"""A whole training step on a mesh is that on one device: ViT, merging, decoder, loss, AdamW."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests.conftest import assert_close
+from tests.models.small_models import CONFIG, fill_randomly
+from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.data.sharded_rows import spread_rows
+from videochat_flash_jax.models.config import DropoutConfig
+from videochat_flash_jax.models.token_dropout import plan_dropout
+from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
+from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.sharding import weight_shardings
+from videochat_flash_jax.train.losses import answer_loss
+from videochat_flash_jax.train.step import make_step, split_state
+
+MESHES = {
+  "data 8": {"data": 8, "fsdp": 1},
+  "fsdp 8": {},
+  "sequence 8": {"sequence": 8},
+  "tensor 2 x sequence 4": {"tensor": 2, "sequence": 4},
+  "fsdp 2 x sequence 2 x tensor 2": {"sequence": 2, "tensor": 2},
+}
+ROWS, LENGTH, CLIPS = 8, 96, 4
+
+
+def small_config():
+  """Sizes that every mesh divides."""
+  sizes = {"num_heads": 4, "num_kv_heads": 2, "vocab_size": 64, "mlp_width": 32}
+  decoder = dataclasses.replace(CONFIG.decoder, **sizes)
+  return dataclasses.replace(CONFIG, decoder=decoder)
+
+
+def packed_batch(config):
+  """Rows of two conversations about two clips each, and padding."""
+  rng = np.random.default_rng(0)
+  clip_tokens, size = config.connector.clip_tokens, config.vision.image_size
+  token_ids = rng.integers(5, config.decoder.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+  visual_index = np.full((ROWS, LENGTH), -1, np.int32)
+  segment_ids = np.zeros((ROWS, LENGTH), np.int32)
+  positions = np.zeros((ROWS, LENGTH), np.int32)
+  labels = np.full((ROWS, LENGTH), IGNORE_LABEL, np.int32)
+  for row in range(ROWS):
+    first = int(rng.integers(30, 50))
+    for segment, (start, stop) in enumerate([(0, first), (first, LENGTH - 5)]):
+      tokens = slice(start + 3, start + 3 + 2 * clip_tokens)
+      visual_index[row, tokens] = 2 * segment * clip_tokens + np.arange(2 * clip_tokens)
+      segment_ids[row, start:stop] = segment + 1
+      positions[row, start:stop] = np.arange(stop - start)
+      labels[row, stop - 4 : stop] = token_ids[row, stop - 4 : stop]
+  frames = rng.integers(0, 255, (ROWS, CLIPS, 4, size, size, 3)).astype(np.uint8)
+  return {
+    "frames": frames,
+    "token_ids": token_ids,
+    "labels": labels,
+    "visual_index": visual_index,
+    "positions": positions,
+    "segment_ids": segment_ids,
+  }
+
+
+def with_dropout(batch, round_length):
+  dropout = DropoutConfig("uniform0_attention", layers=(1, 2), ratios=(1.0, 0.5, 0.25))
+  learnt = batch["labels"] >= 0
+  plan = plan_dropout(
+    dropout, batch["visual_index"] >= 0, batch["segment_ids"], learnt, round_length
+  )
+  return {**batch, "dropout": plan}
+
+
+def one_step(layout, batch):
+  """Loss and new weights after a step of AdamW from the same weights."""
+  config = small_config()
+  model = fill_randomly(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0)))
+  optimizer = optax.adamw(1e-3)
+  graph, state = split_state(model, ("vision", "connector", "decoder"), optimizer)
+  if layout.mesh is not None:
+    state = on_mesh(state, weight_shardings(layout.mesh, state))
+    whole = NamedSharding(layout.mesh, PartitionSpec())
+    batch = on_mesh(batch, jax.tree.map(lambda _: whole, batch))
+  step = make_step(graph, functools.partial(answer_loss, layout=layout), optimizer)
+  state, metrics = step(state, batch)
+  weights = state.trained
+  if layout.mesh is not None:  # whole on every device, so that any process can read it
+    weights = jax.jit(lambda x: x, out_shardings=whole)(weights)
+  return float(metrics["loss"]), jax.tree.map(np.asarray, weights)
+
+
+def on_mesh(tree, shardings):
+  """Arrays that every process has whole, split over the devices of all processes."""
+
+  def put(array, sharding):
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+  return jax.tree.map(put, tree, shardings)
+
+
+@functools.cache
+def expected(dropout):
+  batch = packed_batch(small_config())
+  if dropout:
+    batch = with_dropout(batch, lambda length: length)
+  return one_step(ONE_DEVICE, batch)
+
+
+def step_on_mesh(name, dropout):
+  """Loss and new weights of the same step, with rows laid out for a mesh."""
+  mesh = make_mesh(MeshConfig(**MESHES[name]))
+  shards = mesh.shape["sequence"]
+  layout = Layout(mesh, zigzag=shards > 1)
+  batch = packed_batch(small_config())
+  plan = with_dropout(batch, lambda length: -(-length // (2 * shards)) * 2 * shards)
+  batch = spread_rows(
+    batch,
+    num_shards=shards,
+    zigzag=layout.zigzag,
+    clip_tokens=small_config().connector.clip_tokens,
+    clips_per_shard=4,
+  )
+  if dropout:
+    batch["dropout"] = plan["dropout"]
+  return one_step(layout, batch)
+
+
+def cases():
+  """Every mesh without dropout and with it; those that tell little more are slow."""
+  for name in MESHES:
+    yield pytest.param(name, False, id=f"{name}, dropout off")
+    slow = () if name in ("sequence 8", "fsdp 2 x sequence 2 x tensor 2") else pytest.mark.slow
+    yield pytest.param(name, True, id=f"{name}, dropout on", marks=slow)
+
+
+@pytest.mark.parametrize("name, dropout", list(cases()))
+def test_a_step_on_a_mesh_is_a_step_on_one_device(name, dropout):
+  loss, weights = step_on_mesh(name, dropout)
+  expected_loss, expected_weights = expected(dropout)
+  assert_close(loss, expected_loss, relative=1e-5)
+  for (path, ours), theirs in zip(
+    jax.tree_util.tree_leaves_with_path(weights), jax.tree.leaves(expected_weights), strict=True
+  ):
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max(), path

@@ -1,0 +1,240 @@
+"""Annotation mixtures of the original, golden family 10; SPEC_sampling.md tells it in words.
+
+Rows that pin a mended fault (annotations.py names them) are told apart by what they ask for.
+"""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.conftest import Golden
+from videochat_flash_jax.data.annotations import (
+  annotated_clip,
+  check_media,
+  deal_evenly,
+  estimated_length,
+  length_in_words,
+  num_clip_frames,
+  picture_indices,
+  resolve_media,
+  sample_rows,
+  window_indices,
+)
+from videochat_flash_jax.data.frame_sampling import clip_indices, training_indices
+from videochat_flash_jax.errors import InputError
+
+FAMILY = Golden("10_sampling").json("sampling.json")
+MIXING = {row["name"]: row for row in FAMILY["mixing"]}
+
+
+def is_well_written(strategy):
+  """Misspelt and incomplete strategies silently keep everything in the original."""
+  return re.fullmatch(r"all|(first[234]?|end|random):.*", strategy)
+
+
+def strategies(test):
+  rows = [row for row in FAMILY["strategies"] if test(row)]
+  assert rows
+  return rows
+
+
+def test_strategies_keep_the_same_rows():
+  for row in strategies(lambda row: "ids" in row and is_well_written(row["strategy"])):
+    assert sample_rows(range(row["dataset_size"]), row["strategy"]) == row["ids"], row
+  assert sample_rows(FAMILY["default_strategy"]["ids"]) == FAMILY["default_strategy"]["ids"]
+
+
+def test_what_the_original_refuses_is_refused_and_random_works():
+  for row in strategies(lambda row: "error" in row):
+    if not row["strategy"].startswith("random"):
+      with pytest.raises(InputError):
+        sample_rows(range(row["dataset_size"]), row["strategy"])
+      continue
+    number = re.search(r"\d+", row["strategy"])[0]
+    share = int(number) / 100 * row["dataset_size"] if "%" in row["strategy"] else int(number)
+    assert len(sample_rows(range(row["dataset_size"]), row["strategy"])) == np.ceil(share)
+
+
+def test_what_the_original_passes_over_is_refused():
+  for row in strategies(lambda row: not is_well_written(row["strategy"])):
+    with pytest.raises(InputError, match=re.escape(row["strategy"])):
+      sample_rows(range(row["dataset_size"]), row["strategy"])
+
+
+def rows_of(kind, ids=range(6), path="f{}.bin"):
+  return [{"id": number, **({kind: path.format(number)} if kind else {})} for number in ids]
+
+
+def unnamed_mixing(root):
+  """Files and entries of the cases whose stored row names neither, by the case's name."""
+  media = {"data_root": f"{root}/media"}
+  lists = [{"id": row, "image": ["f0.bin", "f1.bin"]} for row in range(4)]
+  return {
+    "jsonl": [(rows_of("video", range(4)), media)],
+    "two_samples_ok": [(rows_of("video", range(2)), media)],
+    "two_samples_missing": [(rows_of("video", range(2)), {"data_root": f"{root}/nothing"})],
+    "empty_after_sampling": [(rows_of("video"), {**media, "sampling_strategy": "first:0"})],
+    "empty_file": [([], media)],
+    "image_lists": [(lists, media)],
+    "first_sample_decides_media_type": [(rows_of("image", [0]) + rows_of("video", [1]), media)],
+    "three_datasets_concatenated": [
+      (rows_of("image"), {**media, "sampling_strategy": "first:3"}),
+      (rows_of("video", range(100, 106), "f0.bin"), {**media, "sampling_strategy": "end:2"}),
+      (rows_of(None, range(200, 203)), {}),
+    ],
+  }
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_mixtures_have_the_same_rows_with_the_same_paths(name, tmp_path):
+  def in_place(value):
+    """The value with the stored root replaced by the test's own folder."""
+    if isinstance(value, dict):
+      return {key: in_place(part) for key, part in value.items()}
+    if isinstance(value, list):
+      return [in_place(part) for part in value]
+    return value.replace("<ROOT>", str(tmp_path)) if isinstance(value, str) else value
+
+  case = in_place(MIXING[name])
+  (tmp_path / "media").mkdir()
+  for number in range(6):
+    (tmp_path / "media" / f"f{number}.bin").touch()
+  if "entry" in case:
+    files = [(rows_of(case["sample_key"]), case["entry"])]
+  else:
+    files = unnamed_mixing(tmp_path)[name]
+  if "error" in case:
+    with pytest.raises(InputError):
+      mix(files)
+    return
+  rows = mix(files)
+  assert [row["id"] for row in rows] == case["ids"]
+  assert rows[0] == case["first"]
+
+
+def mix(files):
+  mixed = []
+  for rows, entry in files:
+    kept = sample_rows(rows, entry.get("sampling_strategy", "all"))
+    options = [entry.get(name) for name in ("data_root", "media_type", "video_read_type")]
+    kept = resolve_media(kept, options[0] or "", *options[1:])
+    if entry.get("media_type") not in ("text", "mix") and options[2] != "fake":
+      check_media(kept)
+    mixed += kept
+  return mixed
+
+
+@pytest.mark.parametrize("name", ["lengths", "lengths_early_mix"])
+def test_lengths_agree(name):
+  stored = FAMILY[name]
+  assert stored["ids"]
+  for length, words in zip(stored["lengths"], stored["modality_lengths"], strict=True):
+    row = {"conversations": [{"value": "word " * (abs(words) - 1)}, {"value": "end"}]}
+    assert length_in_words(row) == abs(words)
+    is_text = length == abs(words)
+    if not is_text:
+      row["image" if length - abs(words) == 128 else "video"] = "a"
+    assert estimated_length(row, stored["frames_upbound"]) == length
+    assert (words < 0) == (is_text and not stored.get("early_mix_text", False))
+
+
+def test_rows_are_dealt_into_the_same_even_chunks():
+  assert FAMILY["sampler"]["split_to_even_chunks"]
+  for row in FAMILY["sampler"]["split_to_even_chunks"]:
+    indices = list(range(len(row["lengths"])))
+    assert deal_evenly(indices, row["lengths"], row["num_chunks"]) == row["chunks"]
+
+
+def num_sorted_at_the_end(row, size):
+  """Where text and media mix, the last megabatch of each goes to the end, by index."""
+  if row["kind"] != "mixed":
+    return 0
+  num_text = sum(length < 0 for length in row["lengths"])
+  counts = num_text, len(row["lengths"]) - num_text
+  return sum(count % size or min(count, size) for count in counts)
+
+
+def test_megabatches_are_grouped_by_length_alike():
+  assert {row["kind"] for row in FAMILY["sampler"]["rows"]} == {"all_positive", "mixed"}
+  for row in FAMILY["sampler"]["rows"]:
+    lengths = np.abs(row["lengths"])
+    size = row["batch_size"] * row["world_size"]
+    grouped = len(row["indices"]) - num_sorted_at_the_end(row, size)
+    for start in range(0, grouped, size):
+      megabatch = row["indices"][start : min(start + size, grouped)]
+      longest_first = sorted(megabatch, key=lambda index: -lengths[index])
+      groups = deal_evenly(longest_first, lengths, row["world_size"])
+      dealt = [index for group in groups for index in group]
+      # Only lengths are compared: rows of one length may change places.
+      np.testing.assert_array_equal(lengths[dealt], lengths[megabatch])
+    assert row["indices"][grouped:] == sorted(row["indices"][grouped:])
+
+
+def test_clips_are_recognised_and_have_the_same_number_of_frames():
+  rows = FAMILY["process_video_reader_arguments"]["rows"]
+  with_clips = 0
+  for row in rows:
+    call, clip = row["call"], annotated_clip(row["annotation"])
+    if call["reader"] != "lazy":  # the reader counts frames itself
+      assert clip == (call["clip"] and tuple(call["clip"])), row
+      continue
+    assert clip == (call["video_start"], call["video_end"]), row
+    num_frames = num_clip_frames(
+      clip[1] - clip[0],
+      row["sample_type"],
+      min_frames=row["frames_lowbound"],
+      max_frames=row["frames_upbound"],
+      local_frames=row["local_num_frames"],
+    )
+    assert num_frames == call["num_frames"], row
+    with_clips += 1
+  assert with_clips
+
+
+def bounds_of(row):
+  return {
+    "num_picks": row["num_frames"],
+    "min_frames": row["min"],
+    "max_frames": row["max"],
+    "local_frames": row["local"],
+  }
+
+
+def test_frames_of_videos_and_of_windows_of_them_agree():
+  assert {row["clip"] is None for row in FAMILY["read_frames_decord"]} == {True, False}
+  for row in FAMILY["read_frames_decord"]:
+    video = row["sample"], row["vlen"], row["fps"]
+    if row["clip"] is None:
+      indices = training_indices(*video, **bounds_of(row))
+    else:
+      indices = window_indices(*video, *map(float, row["clip"]), **bounds_of(row))
+    assert indices.tolist() == row["indices"], row
+
+
+def test_pictures_of_folders_agree_but_for_the_first_picture():
+  rows = FAMILY["read_frames_img"]["rows"]
+  assert {row["clip"] is None for row in rows} == {True, False}
+  for row in rows:
+    if row["clip"] is None:  # whatever the folder's rate, pictures are counted as seconds
+      indices = training_indices(row["sample"], row["n_files"], 1.0, **bounds_of(row))
+    else:
+      start, end = map(float, row["clip"])
+      folder = row["sample"], row["n_files"], row["fps"]
+      indices = picture_indices(*folder, start, end, **bounds_of(row))
+      if round(start * row["fps"]) < 1:  # the original cannot read picture 0
+        assert indices[0] == 0
+        assert (indices[-1], len(indices)) == (row["files_read"][-1], len(row["files_read"]))
+        continue
+    assert indices.tolist() == row["files_read"], row
+
+
+def test_frames_of_annotated_clips_agree_and_count_from_the_start_of_the_video():
+  reader = FAMILY["clip_reader"]
+  num_frames = int(re.search(r"container of (\d+) frames", reader["note"])[1])
+  assert reader["rows"]
+  for row in reader["rows"]:
+    clip = row["rate"], row["start"], row["end"]
+    first = int(row["start"] * row["rate"])
+    indices = clip_indices(num_frames, *clip, row["num_frames"])
+    np.testing.assert_array_equal(indices - first, row["returned_indices"])

@@ -1,0 +1,61 @@
+"""`vcflash convert`: writes a checkpoint in the layout of the released ones."""
+
+import argparse
+import os
+from pathlib import Path
+
+from videochat_flash_jax.errors import InputError
+
+EXAMPLE = "vcflash convert --model tiny --to hf --out tiny-hf --dtype bfloat16"
+
+_TYPES = ("bfloat16", "float16", "float32")
+_TOWERS = ("umt-large", "umt-hd-large", "internvideo2")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the options."""
+  parser.add_argument(
+    "--model",
+    required=True,
+    help="'tiny', a checkpoint directory or a name on the hub; with --encoder, a Qwen2 model",
+  )
+  parser.add_argument("--to", choices=["hf"], default="hf", help="the layout to write")
+  parser.add_argument("--out", type=Path, required=True, help="directory to write; must be new")
+  parser.add_argument("--dtype", choices=_TYPES, help="of the weights; by default as they are")
+  parser.add_argument("--encoder", type=Path, help="raw video encoder (.pt) to join to --model")
+  parser.add_argument("--tower", choices=_TOWERS, help="what --encoder is, and its picture size")
+  parser.add_argument(
+    "--projector", type=Path, help="mm_projector.bin of stage 1; by default it is drawn at random"
+  )
+  parser.add_argument("--seed", type=int, default=0, help="of a projector drawn at random")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Opens or joins the checkpoint, and writes it."""
+  if args.encoder is None and (args.projector is not None or args.tower is not None):
+    raise InputError("--projector and --tower complete --encoder; give it, or leave them out")
+  if args.encoder is not None and args.tower is None:
+    raise InputError(f"--encoder needs --tower: one of {', '.join(_TOWERS)}")
+  if args.seed < 0:
+    raise InputError(f"--seed is {args.seed}; give 0 or more")
+  if os.path.lexists(args.out):
+    raise InputError(f"--out {args.out}: exists already; give another directory")
+  from flax import nnx
+
+  from videochat_flash_jax.checkpoints.convert import open_checkpoint, write_checkpoint
+  from videochat_flash_jax.checkpoints.hub import checkpoint_directory
+  from videochat_flash_jax.checkpoints.parts import join_parts
+  from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+
+  directory = checkpoint_directory(args.model)
+  if args.encoder is None:
+    checkpoint = open_checkpoint(directory)
+  else:
+    checkpoint = join_parts(directory, args.encoder, args.tower, args.projector, args.seed)
+  num_bytes = write_checkpoint(
+    checkpoint,
+    lambda config: VideoChatFlash(config, rngs=nnx.Rngs(0)),
+    args.out,
+    args.dtype,
+  )
+  print(f"{args.out}: {len(checkpoint.tensors)} tensors, {num_bytes:,} bytes")

@@ -1,0 +1,174 @@
+"""InternVideo2-1B, the other video ViT: positions are learned, and so is how much a block adds.
+
+Source: `PretrainVisionTransformer_clean` of OpenGVLab/VideoChat-Flash (InternVideo2, Wang et al.
+2024). It keeps one row more than there are patches: the class token, row 0 of every table.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.models.config import VisionConfig
+from videochat_flash_jax.models.layer_stack import LayerStack
+from videochat_flash_jax.models.umt import cubic_weights, linear_weights, patches
+from videochat_flash_jax.ops.attention import attention
+from videochat_flash_jax.ops.norms import RMSNorm
+from videochat_flash_jax.ops.row_blocks import map_row_blocks
+from videochat_flash_jax.shapes import Array, Float
+
+_NORM_EPS = 1e-6
+_INITIAL_LAYER_SCALE = 1e-5
+_INITIAL_CLASS_TOKEN_STD = 0.02
+
+
+class InternVideo2(nnx.Module):
+  """Pixels of clips to one feature per patch; no norm at the end."""
+
+  def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    self.config = config
+    width, grid = config.width, config.grid_size
+    patch_values = 3 * config.patch_size**2
+    self.patch_embed = nnx.Linear(patch_values, width, param_dtype=param_dtype, rngs=rngs)
+    noise = jax.random.normal(rngs.params(), (1, width), param_dtype)
+    self.class_token = nnx.Param(_INITIAL_CLASS_TOKEN_STD * noise)
+    video = sincos_positions(width, num_frames=config.clip_frames, grid=grid)
+    image = sincos_positions(width, num_frames=1, grid=grid)
+    self.video_positions = nnx.Param(jnp.asarray(video, param_dtype))
+    self.image_positions = nnx.Param(jnp.asarray(image, param_dtype))
+    self.blocks = LayerStack(
+      lambda rngs: Block(config, rngs=rngs, param_dtype=param_dtype), config.depth, rngs=rngs
+    )
+
+  def __call__(self, pixels: Float[Array, "C F height width 3"]) -> Float[Array, "C P E"]:
+    """Encodes clips of `clip_frames` frames; a clip of one frame is an image.
+
+    Args:
+      pixels: normalised pixels, of the config's `image_size`.
+
+    Returns:
+      Features, frame after frame and row after row: P = F * grid * grid. The class token, which
+      the blocks see, does not come out.
+    """
+    x = self.patch_embed(patches(pixels, self.config.patch_size))
+    class_tokens = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, x.shape[2]))
+    x = jnp.concatenate([class_tokens, x], axis=1)
+    is_image = pixels.shape[1] == 1
+    x = x + (self.image_positions if is_image else self.video_positions)[...]
+    values_per_clip = x.shape[1] * self.config.mlp_width
+    (x,) = self.blocks.run(
+      lambda block, _, carry: (map_row_blocks(block, carry[0], values_per_clip),), (x,)
+    )
+    return x[:, 1:]
+
+
+class Block(nnx.Module):
+  """Pre-norm attention and MLP, each scaled per channel before it is added."""
+
+  def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, param_dtype):
+    width = config.width
+    self.num_heads = config.num_heads
+    self.norm1 = RMSNorm(width, _NORM_EPS, param_dtype=param_dtype)
+    self.qkv = nnx.Linear(width, 3 * width, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+    self.q_norm = RMSNorm(width, _NORM_EPS, param_dtype=param_dtype)
+    self.k_norm = RMSNorm(width, _NORM_EPS, param_dtype=param_dtype)
+    self.proj = nnx.Linear(width, width, param_dtype=param_dtype, rngs=rngs)
+    self.attention_scale = nnx.Param(jnp.full((width,), _INITIAL_LAYER_SCALE, param_dtype))
+    self.norm2 = RMSNorm(width, _NORM_EPS, param_dtype=param_dtype)
+    self.fc1 = nnx.Linear(width, config.mlp_width, param_dtype=param_dtype, rngs=rngs)
+    self.fc2 = nnx.Linear(config.mlp_width, width, param_dtype=param_dtype, rngs=rngs)
+    self.mlp_scale = nnx.Param(jnp.full((width,), _INITIAL_LAYER_SCALE, param_dtype))
+
+  def __call__(self, x: Float[Array, "C P E"]) -> Float[Array, "C P E"]:
+    x = x + _scaled(self._attend(self.norm1(x)), self.attention_scale[...])
+    hidden = jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False)
+    return x + _scaled(self.fc2(hidden), self.mlp_scale[...])
+
+  def _attend(self, x):
+    q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+    q, k = self.q_norm(q), self.k_norm(k)  # over the full width, before the heads part
+    heads = (*x.shape[:-1], self.num_heads, -1)
+    mixed = attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
+    return self.proj(mixed.reshape(x.shape))
+
+
+def _scaled(x, scale):
+  """LayerScale (Touvron et al. 2021), multiplied in float32 whatever the weights are."""
+  return (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def sincos_positions(width: int, *, num_frames: int, grid: int) -> np.ndarray:
+  """The positions that training starts from, [1 + num_frames * grid * grid, width], float32.
+
+  Row 0, of the class token, is zero. Of the channels, the first quarter tells the frame, the next
+  three eighths the column and the last three eighths the row of a patch; the original calls the
+  column's share "h" and the row's "w". An image has the table of one frame.
+
+  Raises:
+    InputError: `width` cannot be shared out so.
+  """
+  if width % 16:
+    raise InputError(
+      f"field 'vision.width' is {width}; InternVideo2's positions need a multiple of 16"
+    )
+  frame, row, column = np.indices((num_frames, grid, grid)).reshape(3, -1)
+  shares = [
+    _sincos(frame, width // 4), _sincos(column, 3 * width // 8), _sincos(row, 3 * width // 8),
+  ]  # fmt: skip
+  table = np.concatenate(shares, axis=1)
+  return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
+
+
+def _sincos(index, width):
+  """All sines, then all cosines, at frequencies 10000^(-i / (width / 2))."""
+  frequencies = 10000.0 ** (-np.arange(width // 2) / (width // 2))
+  angles = index[:, None] * frequencies
+  return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def resample_positions(
+  table: np.ndarray, *, table_frames: int, num_frames: int, grid: int
+) -> np.ndarray:
+  """Learned positions for other numbers of frames and patches, as the original resamples them.
+
+  Linearly in time, bicubically in space; the class token's row stays as it is. A checkpoint of 8
+  frames becomes one of 4: [1 + 8 * 16 * 16, E] to [1 + 4 * 16 * 16, E].
+
+  Args:
+    table: stored positions [1 + table_frames * patches, E], where patches is a square number.
+    table_frames: frames that `table` is laid out for; 1 for the table of images.
+    num_frames: frames wanted.
+    grid: patches wanted along one side of a frame.
+
+  Returns:
+    Positions [1 + num_frames * grid * grid, E] in the dtype of `table`.
+  """
+  class_row, cells = table[:1], _by_frame(table, table_frames)
+  old_grid = math.isqrt(cells.shape[1])
+  cells = cells.reshape(table_frames, old_grid, old_grid, -1)
+  time, space = linear_weights(table_frames, num_frames), cubic_weights(old_grid, grid)
+  cells = np.einsum("gf,hi,wj,fije->ghwe", time, space, space, cells, optimize=True)
+  return np.concatenate([class_row, _rows(cells, table)])
+
+
+def joint_image_positions(table: np.ndarray, *, table_frames: int) -> np.ndarray:
+  """The image's positions where a checkpoint has one table for videos and images.
+
+  Each patch has the mean of its positions over the frames: [1 + 4 * 16 * 16, E] becomes
+  [1 + 16 * 16, E]. Row 0 is that of the class token.
+  """
+  mean = _by_frame(table, table_frames).mean(axis=0)
+  return np.concatenate([table[:1], _rows(mean, table)])
+
+
+def _by_frame(table, table_frames):
+  """Positions without the class token's row, [table_frames, patches, E], float64."""
+  return np.asarray(table[1:], np.float64).reshape(table_frames, -1, table.shape[1])
+
+
+def _rows(positions, table):
+  """Positions [..., E] as rows like those of `table`."""
+  return positions.reshape(-1, table.shape[1]).astype(table.dtype)
