@@ -84,10 +84,10 @@ def test_keys_and_values_travel_while_a_block_is_computed():
     if " collective-permute-start(" in computation and not re.search(r"(?m)^ENTRY", computation):
       bodies.append(computation)
   assert len(bodies) == 2, "results, and gradients"
-  for body in bodies:
+  sent = [re.findall(r"%(\S+) = \(b?f\d+\S+ .* collective-permute-start\(", b) for b in bodies]
+  assert sorted(map(len, sent)) == [2, 4], "keys and values; on the way back their gradients, too"
+  for body, starts in zip(bodies, sent, strict=True):
     block = body.index(" conditional(")
-    starts = re.findall(r"%(\S+) = \(bf16\S+ .* collective-permute-start\(", body)
-    assert len(starts) == 2, "keys, and values"
     for start in starts:
       assert body.index(f"%{start} = ") < block < body.index(f" collective-permute-done(%{start})")
 

@@ -88,14 +88,14 @@ def _ring_forward(q, k, v, segment_ids, axis_name, zigzag):
 def _ring_backward(axis_name, zigzag, residuals, gradient):
   """Gradients of keys and values travel with them and are home after a whole round."""
   q, k, v, segment_ids, merged = residuals
-  gradient = gradient.astype(jnp.float32)
   below, above = _meetings(q.shape[1], zigzag)
   arriving = _pass_on((k, v, segment_ids), axis_name)
   attend_backward = _inner_block().attend_backward
   d_q, *d_kv = attend_backward(q, k, v, segment_ids, segment_ids, merged, gradient, diagonal=True)
 
-  def compute(d_q, d_kv, arrived, is_below):
+  def compute(d_q, arrived, is_below):
     k, v, key_segments = arrived
+    nothing = [jnp.zeros(x.shape, jnp.float32) for x in (k, v)]
 
     def meet(queries, keys):
       part_q, *part_kv = attend_backward(
@@ -108,23 +108,25 @@ def _ring_backward(axis_name, zigzag, residuals, gradient):
         gradient[:, queries],
         diagonal=False,
       )
-      sums = [x.at[:, keys].add(y) for x, y in zip(d_kv, part_kv, strict=True)]
-      return d_q.at[:, queries].add(part_q), sums
+      part_kv = [x.at[:, keys].set(y) for x, y in zip(nothing, part_kv, strict=True)]
+      return d_q.at[:, queries].add(part_q), part_kv
 
-    skip = (d_q, d_kv)
+    skip = (d_q, nothing)
     return jax.lax.cond(is_below, lambda: meet(*below), lambda: meet(*above) if above else skip)
 
   def hop(carry, index):
     d_q, d_kv, arrived = carry
     arriving, d_kv = _pass_on((arrived, d_kv), axis_name)
-    d_q, d_kv = compute(d_q, d_kv, arrived, _is_below(index, axis_name))
-    return (d_q, d_kv, arriving), None
+    d_q, part_kv = compute(d_q, arrived, _is_below(index, axis_name))
+    # Added outside, so that the block need not wait for the sums to arrive.
+    return (d_q, jax.tree.map(jnp.add, d_kv, part_kv), arriving), None
 
   last = jax.lax.axis_size(axis_name) - 1
   if last > 0:
     (d_q, d_kv, arrived), _ = jax.lax.scan(hop, (d_q, d_kv, arriving), jnp.arange(1, last))
     d_kv = _pass_on(d_kv, axis_name)
-    d_q, d_kv = compute(d_q, d_kv, arrived, _is_below(last, axis_name))
+    d_q, part_kv = compute(d_q, arrived, _is_below(last, axis_name))
+    d_kv = jax.tree.map(jnp.add, d_kv, part_kv)
     d_kv = _pass_on(d_kv, axis_name)  # home
   d_k, d_v = d_kv
   return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None

@@ -1,8 +1,7 @@
 """Work that treats rows alike, done a block of rows at a time where that is faster."""
 
-from collections.abc import Callable
-
 import math
+from collections.abc import Callable
 
 import jax
 

@@ -70,7 +70,7 @@ def _gathered(q, k, v, segment_ids, shards, zigzag):
     k,
     v,
     causal=True,
-    query_order=jnp.broadcast_to(order, q.shape[:2]),
+    query_order=order[None],
     query_segments=segment_ids,
     key_segments=key_segments,
   )
