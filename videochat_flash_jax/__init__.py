@@ -5,6 +5,7 @@ This file is the public face, and nothing else is public:
   VideoChat             watches a video and answers questions about it
   VideoChatFlashConfig  a model's sizes: one constructor per released checkpoint, and `tiny()`
   DropoutConfig         which visual tokens are dropped on the way through the decoder
+  YarnConfig            how far the context is stretched
   models                the Flax modules, listed in `models/__init__.py`
   InputError            raised wherever the user's input cannot be used
 
@@ -21,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     "VideoChat": "inference.chat",
     "VideoChatFlashConfig": "models.config",
     "DropoutConfig": "models.config",
+    "YarnConfig": "models.config",
     "models": "models",
     "InputError": "errors",
   },

@@ -135,12 +135,31 @@ def test_a_tensor_in_two_shards_is_refused(checkpoint):
 
 
 @pytest.mark.parametrize(
-  "text", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 5}}', "[" * 100_000]
+  "text",
+  [
+    "{",
+    "[]",
+    "{}",
+    '{"weight_map": {}}',
+    '{"weight_map": 1}',
+    '{"weight_map": {"a": 5}}',
+    '{"weight_map": {"a": "../model.safetensors"}}',
+    "[" * 100_000,
+  ],
 )
 def test_an_index_that_is_none_is_refused(checkpoint, text):
   shard(checkpoint)
   (checkpoint / "model.safetensors.index.json").write_text(text)
   assert_refused(checkpoint, "model.safetensors.index.json", "no index of shards")
+
+
+def test_an_index_of_other_tensors_than_its_shards_hold_is_refused(checkpoint):
+  names = shard(checkpoint)
+  index = checkpoint / "model.safetensors.index.json"
+  home = json.loads(index.read_text())["weight_map"]
+  del home[(left_out := min(home))]
+  index.write_text(json.dumps({"weight_map": {**home, "nowhere": names[0]}}))
+  assert_refused(checkpoint, index.name, "not name the same tensors", left_out, "nowhere")
 
 
 def test_a_directory_without_weights_is_refused(checkpoint):

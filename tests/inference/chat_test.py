@@ -59,6 +59,8 @@ def test_the_context_can_be_set_and_stretched(checkpoint):
   stretched = VideoChat.from_pretrained(checkpoint, yarn=4.0).config.decoder
   assert stretched.max_positions == 4 * own.max_positions
   assert stretched.yarn == YarnConfig(4.0, own.max_positions)
+  named = VideoChat.from_pretrained(checkpoint, yarn=YarnConfig(2.0, 500)).config.decoder
+  assert (named.max_positions, named.yarn) == (1000, YarnConfig(2.0, 500))
   both = VideoChat.from_pretrained(checkpoint, yarn=4.0, context=9000).config.decoder
   assert (both.max_positions, both.yarn.factor) == (9000, 4.0)
 
@@ -73,6 +75,8 @@ def test_a_stretched_context_gives_other_answers(checkpoint, chat):
   [
     ({"context": 0}, "context is 0"),
     ({"yarn": 0.5}, "yarn is 0.5"),
+    ({"yarn": 1e30}, "yarn is 1e"),
+    ({"dropout": "model_card"}, "dropout is 'model_card'"),
     ({"dropout": DropoutConfig.model_card()}, "dropout.layers is"),
   ],
 )

@@ -63,8 +63,8 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
   """The tensors of `model.safetensors`, or of the shards that the index names, by their names.
 
   Raises:
-    InputError: no such files, a shard is missing, a file is no whole safetensors file, or a tensor
-      is in two of them.
+    InputError: no such files, a shard is missing, a file is no whole safetensors file, a tensor is
+      in two of them, or the index names others than the shards hold.
   """
   tensors: dict[str, StoredTensor] = {}
   for path in _paths(directory):
@@ -72,6 +72,14 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
     for name in sorted(tensors.keys() & found.keys())[:1]:
       raise InputError(f"{path}: tensor '{name}' is in another shard, too; fetch both again")
     tensors |= found
+  if not (directory / _ONE_FILE).is_file():
+    index = directory / _INDEX
+    listed = json.loads(index.read_text())["weight_map"].keys()
+    if differing := sorted(listed ^ tensors.keys()):
+      raise InputError(
+        f"{index}: the index and its shards do not name the same tensors: only one of them has "
+        f"{', '.join(fold_layers(differing))}; fetch the checkpoint again"
+      )
   return tensors
 
 
@@ -96,6 +104,8 @@ def _paths(directory):
     )
   try:
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if not shards or any(Path(name).name != name for name in shards):
+      raise ValueError("it names no shards beside it")
     missing = [name for name in shards if not (directory / name).is_file()]
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
     raise InputError(f"{index}: no index of shards ({error}); fetch it again") from error

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--context", type=int, help="the most tokens of prompt and answer")
   parser.add_argument("--yarn", type=float, metavar="FACTOR", help="stretch the context by this")
   parser.add_argument(
-    "--dropout", action="store_true", help="drop visual tokens as the model cards propose"
+    "--dropout",
+    action="store_true",
+    help="drop visual tokens as the model cards propose; for decoders of over 18 layers",
   )
 
 

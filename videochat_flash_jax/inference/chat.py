@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,8 @@ class VideoChat:
     dtype: jnp.dtype | None = None,
     *,
     context: int | None = None,
-    yarn: float | None = None,
-    dropout: DropoutConfig | None = None,
+    yarn: YarnConfig | float | None = None,
+    dropout: DropoutConfig | Literal[False] | None = None,
   ) -> "VideoChat":
     """Loads a checkpoint in the released layout.
 
@@ -71,16 +72,21 @@ class VideoChat:
       dtype: of the weights and of the computation; by default float32 on a CPU, else bfloat16.
       context: the most tokens of a prompt and its answer, instead of the checkpoint's own limit.
         A longer prompt is refused; nothing is ever cut off.
-      yarn: stretches the context by this factor, as the published needle test does by 4.
-      dropout: visual tokens to drop between layers, such as `DropoutConfig.model_card()`.
+      yarn: stretches the context that the model was trained with by a factor, as the published
+        needle test does by 4; a `YarnConfig` also says how long that context was.
+      dropout: visual tokens to drop between layers, such as `DropoutConfig.model_card()`; False
+        for none, None for what the checkpoint says, which is none for the released ones.
 
     Raises:
       InputError: no such model, its files cannot be used, or one of the settings cannot be.
     """
     if context is not None and context < 1:
       raise InputError(f"context is {context}; give a positive number of tokens")
-    if yarn is not None and not 1 <= yarn < float("inf"):
-      raise InputError(f"yarn is {yarn}; give a factor of 1 or more")
+    factor = yarn.factor if isinstance(yarn, YarnConfig) else yarn
+    if factor is not None and not (isinstance(factor, int | float) and 1 <= factor < 1e6):
+      raise InputError(f"yarn is {yarn!r}; give a factor of 1 or more, such as 4.0")
+    if not (dropout is None or dropout is False or isinstance(dropout, DropoutConfig)):
+      raise InputError(f"dropout is {dropout!r}; give DropoutConfig.model_card(), say, or False")
     directory = checkpoint_directory(name)
     if dtype is None:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -174,15 +180,18 @@ class VideoChat:
 def _with_settings(
   config: VideoChatFlashConfig,
   context: int | None,
-  yarn: float | None,
-  dropout: DropoutConfig | None,
+  yarn: YarnConfig | float | None,
+  dropout: DropoutConfig | Literal[False] | None,
 ) -> VideoChatFlashConfig:
   """The config of a checkpoint, with what a user sets; see `VideoChat.from_pretrained`."""
   decoder = config.decoder
   if yarn is not None:
-    original = decoder.yarn.original_positions if decoder.yarn else decoder.max_positions
-    stretched = YarnConfig(float(yarn), original)
-    decoder = dataclasses.replace(decoder, yarn=stretched, max_positions=int(yarn * original))
+    if not isinstance(yarn, YarnConfig):
+      original = decoder.yarn.original_positions if decoder.yarn else decoder.max_positions
+      yarn = YarnConfig(float(yarn), original)
+    longest = int(yarn.factor * yarn.original_positions)
+    decoder = dataclasses.replace(decoder, yarn=yarn, max_positions=longest)
   if context is not None:
     decoder = dataclasses.replace(decoder, max_positions=context)
-  return dataclasses.replace(config, decoder=decoder, dropout=dropout or config.dropout)
+  dropout = config.dropout if dropout is None else dropout or None
+  return dataclasses.replace(config, decoder=decoder, dropout=dropout)

@@ -65,7 +65,8 @@ def bucket(size: int, smallest: int = 64) -> int:
 class Engine:
   """A model ready to encode, read and write.
 
-  All methods take batches; a row gives the same result alone, in a batch, and in any bucket.
+  All methods take batches. A row gives the same result alone, in a batch, and in any bucket; where
+  answers are sampled, what is drawn depends on the row's number.
   """
 
   def __init__(self, model: VideoChatFlash, stop_ids: Sequence[int]):
