@@ -16,10 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   seen = parser.add_mutually_exclusive_group(required=True)
   seen.add_argument("--video", help="a video file, or a folder of images that are its frames")
   seen.add_argument(
-    "--image", nargs="+", metavar="PATH", help="one image, seen in detail, or several"
+    "--image",
+    nargs="+",
+    action="extend",
+    metavar="PATH",
+    help="one image, seen in detail, or several",
   )
   parser.add_argument("--question", help="asked once; without it, a prompt asks for questions")
-  parser.add_argument("--max-frames", type=int, help="the most frames of a video to look at")
+  parser.add_argument("--max-frames", type=int, help="the most frames to look at; a clip is 4")
   parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer")
   parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
   parser.add_argument("--top-p", type=float, default=1.0, help="probability to sample from")
