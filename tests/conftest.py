@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -22,9 +23,25 @@ quick_jit = functools.partial(
 collect_ignore = [] if jax.device_count() == 8 else ["multidevice"]
 
 
+OUR_COPY = Path(__file__).parent / "golden"
+
+
 def golden_root() -> Path:
   """Directory of golden numbers: `VCF_GOLDEN_DIR`, or the copy beside the tests."""
-  return Path(os.environ.get("VCF_GOLDEN_DIR", Path(__file__).parent / "golden"))
+  return Path(os.environ.get("VCF_GOLDEN_DIR", OUR_COPY))
+
+
+def release_facts(name: str):
+  """Facts of the release, the same for every golden set: the set's own file, or our copy's."""
+  path = golden_root() / name
+  return json.loads((path if path.exists() else OUR_COPY / name).read_text())
+
+
+def number_written(pattern: str, text: str) -> int:
+  """The number that a pattern finds in a manifest's prose."""
+  match = re.search(pattern, text)
+  assert match, f"{pattern} not found in: {text}"
+  return int(match[1])
 
 
 class Golden:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from videochat_flash_jax.cli.config_file import apply_override, load_config
 from videochat_flash_jax.cli.main import main
-from videochat_flash_jax.cli.train import apply_override, load_config
 from videochat_flash_jax.errors import InputError
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.py"

@@ -1,7 +1,6 @@
 """Every released size is built, without its memory: names, shapes and numbers of parameters."""
 
 import dataclasses
-import json
 import math
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tests.conftest import golden_root
+from tests.conftest import release_facts
 from videochat_flash_jax.checkpoints.convert import flat_weights
 from videochat_flash_jax.checkpoints.hf_mapping import hub_tensors
 from videochat_flash_jax.errors import InputError
@@ -32,7 +31,7 @@ OFFICIAL = {  # constructor -> model of state_dict_names.json
 
 @pytest.fixture(scope="module")
 def official():
-  return json.loads((golden_root() / "state_dict_names.json").read_text())
+  return release_facts("state_dict_names.json")
 
 
 def build(name, dtype=jnp.float32):

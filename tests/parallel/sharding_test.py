@@ -20,6 +20,9 @@ RELEASED = [
 ]
 
 
+GATHERED = ("fsdp", "sequence")
+
+
 def weights_of(name):
   config = getattr(VideoChatFlashConfig, name)()
   model = nnx.eval_shape(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0)))
@@ -33,24 +36,32 @@ def mesh(**sizes):
 @pytest.mark.parametrize(
   "path, ndim, spec",
   [
-    ("decoder.layers.stacked.up_proj.kernel", 3, (None, "fsdp", "tensor")),
-    ("decoder.layers.stacked.o_proj.kernel", 3, (None, "tensor", "fsdp")),
+    ("decoder.layers.stacked.up_proj.kernel", 3, (None, GATHERED, "tensor")),
+    ("decoder.layers.stacked.o_proj.kernel", 3, (None, ("tensor", *GATHERED), None)),
     ("decoder.layers.stacked.q_proj.bias", 2, (None, "tensor")),
     ("decoder.layers.stacked.input_norm.scale", 2, ()),
-    ("decoder.embed_tokens.embedding", 2, ("tensor", "fsdp")),
-    ("decoder.lm_head.kernel", 2, ("fsdp", "tensor")),
-    ("vision.blocks.stacked.qkv.kernel", 3, (None, None, "fsdp")),
-    ("connector.fc1.kernel", 2, (None, "fsdp")),
+    ("decoder.embed_tokens.embedding", 2, ("tensor", GATHERED)),
+    ("decoder.lm_head.kernel", 2, (GATHERED, "tensor")),
+    ("vision.blocks.stacked.qkv.kernel", 3, (None, None, GATHERED)),
+    ("connector.fc1.kernel", 2, (None, GATHERED)),
   ],
 )
 def test_the_table_says_how_a_weight_is_split(path, ndim, spec):
   assert weight_spec(path, ndim) == PartitionSpec(*spec)
 
 
+def test_a_gathered_weight_is_split_over_tensor_alone():
+  for path, spec in [
+    ("decoder.layers.stacked.up_proj.kernel", (None, None, "tensor")),
+    ("decoder.layers.stacked.down_proj.kernel", (None, "tensor", None)),
+  ]:
+    assert weight_spec(path, 3, gathered=True) == PartitionSpec(*spec)
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_every_large_weight_of_a_released_model_is_split(name):
   weights = weights_of(name)
-  shardings = weight_shardings(mesh(fsdp=16, tensor=2), weights)
+  shardings = weight_shardings(mesh(fsdp=4, sequence=8, tensor=2), weights)
   pairs = zip(jax.tree.leaves(weights), jax.tree.leaves(shardings), strict=True)
   local = {True: 0, False: 0}
   for leaf, sharding in pairs:

@@ -15,7 +15,7 @@ from tests.conftest import assert_close
 from tests.parity.golden_flash import (
   FAMILY,
   HIDDEN_TOLERANCE,
-  INPUTS,
+  IMAGES,
   MANIFEST,
   VIDEOS,
   inputs_named,
@@ -23,6 +23,7 @@ from tests.parity.golden_flash import (
   load_flash,
   order_of,
   pad_rows,
+  prompt_ids,
   row_of,
   unpadded,
   visual_tokens_of,
@@ -35,7 +36,6 @@ from videochat_flash_jax.models.token_dropout import DropoutPlan, RankedDrop, pl
 BATCHES = FAMILY.json("manifest_compressed_batch.json")
 BATCHED = FAMILY.tensors("e_compressed_batch")
 TRAINED = FAMILY.tensors("c_train")
-TRAINING_SETTING = "A"
 
 
 class Row(NamedTuple):
@@ -70,11 +70,23 @@ def same_drops(kind: str, setting: str) -> str:
   return kind if num_even.get(kind, num_drops) < num_drops else "uniform"
 
 
-def batched_setting() -> str:
-  """The setting of the padded batches: that of the layers at which they drop in training."""
-  layers = [stage["rank_layer"] for stage in batched_runs("train")[0]["stages"]]
+def setting_of(runs: list[dict]) -> str:
+  """The setting of stored training runs: that of the layers at which they drop."""
+  (layers,) = {tuple(stage["rank_layer"] for stage in run["stages"]) for run in runs}
   settings = MANIFEST["settings"].items()
-  return next(name for name, sizes in settings if sizes["llm_compress_layer_list"] == layers)
+  fitting = [name for name, sizes in settings if tuple(sizes["llm_compress_layer_list"]) == layers]
+  assert fitting, f"no setting drops at the layers {layers}"
+  return fitting[0]
+
+
+def training_setting() -> str:
+  """The setting of `train`."""
+  return setting_of([row for row in MANIFEST["train"] if row["stages"]])
+
+
+def batched_setting() -> str:
+  """The setting of the padded batches."""
+  return setting_of(batched_runs("train"))
 
 
 def batched_runs(mode: str) -> list[dict]:
@@ -101,16 +113,16 @@ def batched_rows(key: str, order: list[str]) -> list[Row]:
 def prompt_row(row: dict) -> Row:
   """A row of `prefill` or `generate`; a key's fourth part names another prompt than the first."""
   _, _, name, *prompt = row["key"].split(".")
-  ids = INPUTS[row.get("prompt", f"{(*prompt, 'prompt')[0]}_ids")][0]
-  return Row(row["key"], name, *row_of(ids, name))
+  return Row(row["key"], name, *row_of(prompt_ids(row, *prompt), name))
 
 
 def training_row(row: dict) -> Row:
-  """A row of `train`; its video is the one that fills it up."""
-  sample, style, _ = row["key"].split(".")
+  """A row of `train`; its input is the one that fills it up."""
+  sample, style, *_ = row["key"].split(".")
   ids, labels = TRAINED[f"{sample}.input_ids"][0], TRAINED[f"{sample}.labels.{style}"][0]
   length = row["stages"][0]["len_in"] if row["stages"] else row["final_len"]
-  name = next(name for name in VIDEOS if len(order_of(name)) == length - (len(ids) - 1))
+  inputs = [*VIDEOS, *IMAGES]
+  name = next(name for name in inputs if len(order_of(name)) == length - (len(ids) - 1))
   token_ids, visual_index = row_of(ids, name)
   labels = labels_in_sequence(ids, labels, visual_index)
   return Row(row["key"], name, token_ids, visual_index, labels)

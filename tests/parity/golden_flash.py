@@ -18,9 +18,19 @@ FAMILY = Golden("06_flash_full")
 MANIFEST = FAMILY.json()
 INPUTS = FAMILY.tensors("inputs")
 NAMES = [key.removesuffix("_u8") for key in INPUTS if key.endswith("_u8")]
-VIDEOS = [name for name in NAMES if re.fullmatch(r"v\d+", name)]
-IMAGES = [name for name in NAMES if name not in VIDEOS]
+CLIP_FRAMES = MANIFEST["config"]["mm"]["mm_local_num_frames"]
 TILE_TOKENS = MANIFEST["single_image_tokens"]["one_crop_4d"]
+VIDEOS = [  # as many tokens for a clip as for a tile of an image
+  name
+  for name in NAMES
+  if MANIFEST["lengths"][name]["image_tokens"] * CLIP_FRAMES
+  == len(INPUTS[f"{name}_u8"]) * TILE_TOKENS
+]
+IMAGES = [name for name in NAMES if name not in VIDEOS]
+GRIDS = [
+  tuple(map(int, re.fullmatch(r"grid_w(\d+)_h(\d+)", grid).groups()))
+  for grid in FAMILY.json("layout.json")["layouts"]
+]
 LONGEST = max(lengths["total_len"] for lengths in MANIFEST["lengths"].values()) + 32
 
 HIDDEN_TOLERANCE = 2e-5  # relative
@@ -47,8 +57,7 @@ def clips_of(name: str):
   """Pixels [C, F, height, width, 3] of an input: clips of a video, or tiles of an image."""
   frames = INPUTS[f"{name}_u8"]
   pixels = pixels_of(frames, MANIFEST["config"]["tower"]["img_size"] // frames.shape[-1])
-  clip_frames = MANIFEST["config"]["mm"]["mm_local_num_frames"] if name in VIDEOS else 1
-  return pixels.reshape(-1, clip_frames, *pixels.shape[1:])
+  return pixels.reshape(-1, CLIP_FRAMES if name in VIDEOS else 1, *pixels.shape[1:])
 
 
 @nnx.jit
@@ -75,9 +84,32 @@ def order_of(name: str) -> np.ndarray:
   """The order in which an input's visual tokens enter the sequence."""
   if name in VIDEOS:
     return np.arange(len(clips_of(name)) * TILE_TOKENS)
+  return sequence_order(*grid_of(name), TILE_TOKENS)
+
+
+def grid_of(name: str) -> tuple[int, int]:
+  """Columns and rows of an image: a stored layout with as many tiles, and what words tell.
+
+  Of images with as many tiles the first has the first size in the manifest's words, and so on.
+  """
+  num_tiles = {image: len(INPUTS[f"{image}_u8"]) for image in IMAGES}
+  alike = [image for image in IMAGES if num_tiles[image] == num_tiles[name]]
   tile = MANIFEST["config"]["tower"]["img_size"]
-  width, height = map(int, re.search(r"\(w,h\)=\((\d+),(\d+)\)", MANIFEST["inputs"]).groups())
-  return sequence_order(width // tile, height // tile, TILE_TOKENS)
+  pairs = re.findall(r"\((\d+), ?(\d+)\)", MANIFEST["inputs"])
+  written = [(int(width) // tile, int(height) // tile) for width, height in pairs]
+  layouts, written = (  # beside its tiles stands the whole image
+    [grid for grid in grids if grid[0] * grid[1] + 1 == num_tiles[name]]
+    for grids in (GRIDS, written)
+  )
+  choices = [grid for grid in written if grid in layouts] or written or layouts
+  assert choices, f"no grid of {num_tiles[name]} tiles in: {GRIDS}, {MANIFEST['inputs']}"
+  return choices[min(alike.index(name), len(choices) - 1)]
+
+
+def prompt_ids(row: dict, part: str | None = None) -> np.ndarray:
+  """The prompt that a stored row's field names, or a part of its key, or else the first."""
+  name = row.get("prompt") or part or "prompt"
+  return INPUTS[name if name in INPUTS else f"{name}_ids"][0]
 
 
 def row_of(ids: np.ndarray, *names: str) -> tuple[np.ndarray, np.ndarray]:
@@ -102,9 +134,12 @@ def inputs_named(order) -> list[str | None]:
   """Inputs that words such as "video (8 frames)" mean; None for text."""
   names = []
   for words in order:
-    kind, count = re.match(r"(image|video|text)(?: \((\d+) )?", words).groups()
-    candidates = {"image": IMAGES, "video": VIDEOS, "text": []}[kind]
-    names.append(next((n for n in candidates if len(INPUTS[f"{n}_u8"]) == int(count)), None))
+    match = re.match(r"(?:(image|video) \((\d+) |text)", words)
+    assert match, words
+    candidates = {"image": IMAGES, "video": VIDEOS, None: []}[match[1]]
+    fitting = [name for name in candidates if len(INPUTS[f"{name}_u8"]) == int(match[2])]
+    assert fitting or not candidates, words
+    names.append(fitting[0] if fitting else None)
   return names
 
 

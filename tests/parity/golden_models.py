@@ -40,6 +40,8 @@ def load_golden(
 
 
 def vision_config(sizes: dict, mlp_width: int) -> VisionConfig:
+  # The original lays its table out for the patches at hand at 224 pixels, else for 14 x 14.
+  position_grid = 224 // sizes["patch_size"] if sizes["img_size"] == 224 else 14
   return VisionConfig(
     kind="umt",
     image_size=sizes["img_size"],
@@ -49,6 +51,7 @@ def vision_config(sizes: dict, mlp_width: int) -> VisionConfig:
     num_heads=sizes["num_heads"],
     mlp_width=mlp_width,
     position_frames=sizes.get("ckpt_num_frame", 4),
+    position_grid=position_grid,
   )
 
 

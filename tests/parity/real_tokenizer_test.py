@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import release_facts
 from videochat_flash_jax.data.conversation import VISUAL_SLOT, inference_prompt, video_opening
 from videochat_flash_jax.data.tokenizer import load_tokenizer, stream_text
 
@@ -24,8 +25,8 @@ def qwen2():
 
 
 @pytest.fixture
-def cases(golden):
-  return golden("").json("real_tokenizer.json")["cases"]
+def cases():
+  return release_facts("real_tokenizer.json")["cases"]
 
 
 def test_texts_have_the_published_ids(qwen2, cases):

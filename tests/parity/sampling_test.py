@@ -8,7 +8,15 @@ import re
 import numpy as np
 import pytest
 
-from tests.conftest import Golden
+from tests.conftest import number_written
+from tests.parity.golden_mixtures import (
+  FAMILY,
+  refused,
+  rows_of,
+  touch_files,
+  with_entry,
+  without_entry,
+)
 from videochat_flash_jax.data.annotations import (
   annotated_clip,
   check_media,
@@ -23,9 +31,6 @@ from videochat_flash_jax.data.annotations import (
 )
 from videochat_flash_jax.data.frame_sampling import clip_indices, training_indices
 from videochat_flash_jax.errors import InputError
-
-FAMILY = Golden("10_sampling").json("sampling.json")
-MIXING = {row["name"]: row for row in FAMILY["mixing"]}
 
 
 def is_well_written(strategy):
@@ -47,13 +52,14 @@ def test_strategies_keep_the_same_rows():
 
 def test_what_the_original_refuses_is_refused_and_random_works():
   for row in strategies(lambda row: "error" in row):
-    if not row["strategy"].startswith("random"):
+    if not row["strategy"].startswith("random:"):
       with pytest.raises(InputError):
         sample_rows(range(row["dataset_size"]), row["strategy"])
       continue
     number = re.search(r"\d+", row["strategy"])[0]
-    share = int(number) / 100 * row["dataset_size"] if "%" in row["strategy"] else int(number)
-    assert len(sample_rows(range(row["dataset_size"]), row["strategy"])) == np.ceil(share)
+    size = row["dataset_size"]
+    share = int(number) * size / 100 if "%" in row["strategy"] else int(number)
+    assert len(sample_rows(range(size), row["strategy"])) == min(np.ceil(share), size)
 
 
 def test_what_the_original_passes_over_is_refused():
@@ -62,32 +68,8 @@ def test_what_the_original_passes_over_is_refused():
       sample_rows(range(row["dataset_size"]), row["strategy"])
 
 
-def rows_of(kind, ids=range(6), path="f{}.bin"):
-  return [{"id": number, **({kind: path.format(number)} if kind else {})} for number in ids]
-
-
-def unnamed_mixing(root):
-  """Files and entries of the cases whose stored row names neither, by the case's name."""
-  media = {"data_root": f"{root}/media"}
-  lists = [{"id": row, "image": ["f0.bin", "f1.bin"]} for row in range(4)]
-  return {
-    "jsonl": [(rows_of("video", range(4)), media)],
-    "two_samples_ok": [(rows_of("video", range(2)), media)],
-    "two_samples_missing": [(rows_of("video", range(2)), {"data_root": f"{root}/nothing"})],
-    "empty_after_sampling": [(rows_of("video"), {**media, "sampling_strategy": "first:0"})],
-    "empty_file": [([], media)],
-    "image_lists": [(lists, media)],
-    "first_sample_decides_media_type": [(rows_of("image", [0]) + rows_of("video", [1]), media)],
-    "three_datasets_concatenated": [
-      (rows_of("image"), {**media, "sampling_strategy": "first:3"}),
-      (rows_of("video", range(100, 106), "f0.bin"), {**media, "sampling_strategy": "end:2"}),
-      (rows_of(None, range(200, 203)), {}),
-    ],
-  }
-
-
-@pytest.mark.parametrize("name", MIXING)
-def test_mixtures_have_the_same_rows_with_the_same_paths(name, tmp_path):
+@pytest.mark.parametrize("case", FAMILY["mixing"], ids=lambda case: case["name"])
+def test_mixtures_have_the_same_rows_with_the_same_paths(case, tmp_path):
   def in_place(value):
     """The value with the stored root replaced by the test's own folder."""
     if isinstance(value, dict):
@@ -96,20 +78,21 @@ def test_mixtures_have_the_same_rows_with_the_same_paths(name, tmp_path):
       return [in_place(part) for part in value]
     return value.replace("<ROOT>", str(tmp_path)) if isinstance(value, str) else value
 
-  case = in_place(MIXING[name])
-  (tmp_path / "media").mkdir()
-  for number in range(6):
-    (tmp_path / "media" / f"f{number}.bin").touch()
-  if "entry" in case:
-    files = [(rows_of(case["sample_key"]), case["entry"])]
-  else:
-    files = unnamed_mixing(tmp_path)[name]
+  case = in_place(case)
   if "error" in case:
-    with pytest.raises(InputError):
-      mix(files)
+    touch_files(rows_of("video", range(6)), tmp_path / "media")
+    for files in [with_entry(case)] if "entry" in case else refused(case, tmp_path):
+      with pytest.raises(InputError):
+        mix(files)
     return
+  files = with_entry(case) if "entry" in case else without_entry(case)
+  for rows, entry in files:
+    folder = entry.get("data_root", "")
+    if folder.startswith(str(tmp_path)):
+      touch_files(rows, folder)
   rows = mix(files)
   assert [row["id"] for row in rows] == case["ids"]
+  assert len(rows) == case["n"]
   assert rows[0] == case["first"]
 
 
@@ -231,7 +214,7 @@ def test_pictures_of_folders_agree_but_for_the_first_picture():
 
 def test_frames_of_annotated_clips_agree_and_count_from_the_start_of_the_video():
   reader = FAMILY["clip_reader"]
-  num_frames = int(re.search(r"container of (\d+) frames", reader["note"])[1])
+  num_frames = number_written(r"container of (\d+) frames", reader["note"])
   assert reader["rows"]
   for row in reader["rows"]:
     clip = row["rate"], row["start"], row["end"]

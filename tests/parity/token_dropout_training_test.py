@@ -13,7 +13,6 @@ from tests.parity.golden_dropout import (
   BATCHED,
   BATCHES,
   TRAINED,
-  TRAINING_SETTING,
   assert_drop,
   batched_rows,
   batched_runs,
@@ -25,6 +24,7 @@ from tests.parity.golden_dropout import (
   same_drops,
   stored_drop,
   training_row,
+  training_setting,
 )
 from tests.parity.golden_flash import (
   GRADIENT_TOLERANCE,
@@ -49,9 +49,23 @@ def unlabelled(row):
 
 
 def unlabelled_run():
-  """The rows of the padded batch, of which the second has no label."""
-  first, second = batched_rows("train.nolabel1", RUNS[0]["order"])
-  return [first, unlabelled(second)]
+  """The rows of the padded batch, of which those that once keep all tokens have no label."""
+  runs = {key.removesuffix(".loss") for key in BATCHED if key.endswith(".loss")}
+  (key,) = runs - {run["key"] for run in BATCHES["runs"]}
+  stages = BATCHES["one_sample_without_labels"]["kept_is_none"]
+  kept_whole = [any(stage) for stage in zip(*stages, strict=True)]
+  assert True in kept_whole
+  return [
+    unlabelled(row) if whole else row
+    for row, whole in zip(batched_rows(key, RUNS[0]["order"]), kept_whole, strict=True)
+  ]
+
+
+def unlabelled_sample():
+  """The sample of `train` that is stored without labels, too: the first that is as long."""
+  length = MANIFEST["train_no_labels"]["final_len"]
+  rows = map(training_row, MANIFEST["train"])
+  return unlabelled(next(row for row in rows if len(row.token_ids) == length))
 
 
 def sample_of(row):
@@ -61,9 +75,9 @@ def sample_of(row):
 def samples(setting):
   """All rows of a setting, whatever kind of dropout they are stored for, but each sample once."""
   rows = []
-  if setting == TRAINING_SETTING:
+  if setting == training_setting():
     rows += [training_row(row) for row in MANIFEST["train"]]
-    rows.append(unlabelled(rows[0]))
+    rows.append(unlabelled_sample())
   if setting == batched_setting():
     rows += [*batched_rows(RUNS[0]["key"], RUNS[0]["order"]), *unlabelled_run()]
   return {sample_of(row): row for row in rows}
@@ -119,7 +133,7 @@ def test_the_tokens_behind_which_an_answer_begins_ask(stored):
 @pytest.mark.parametrize("stored", by_key(TRAINING))
 def test_samples_lose_the_same_tokens_and_have_the_same_loss(stored):
   row, kind = training_row(stored), stored["key"].split(".")[2]
-  numbers, logits, kept, records = numbers_and_reading(TRAINING_SETTING, kind, [row])
+  numbers, logits, kept, records = numbers_and_reading(training_setting(), kind, [row])
   for stage, record in zip(stored["stages"], records, strict=True):
     assert_drop(record, numbers[0], row, stored_drop(TRAINED, row, stage["stage"]))
     assert (record.after[numbers[0]] < len(row.token_ids)).sum() == stage["len_out"]
@@ -148,20 +162,43 @@ def test_a_padded_batch_loses_the_same_tokens_and_has_the_same_loss(run):
   assert_close(loss[None], BATCHED[f"{run['key']}.loss"], absolute=LOSS_TOLERANCE)
 
 
+def kind_of_unlabelled_run():
+  """The kind of its dropout: only where attention ranks do unlabelled rows stay whole."""
+  stages = BATCHES["one_sample_without_labels"]["kept_is_none"]
+  num_even = next(number for number, whole in enumerate(stages) if any(whole))
+  return ("attention", "uniform0_attention", "uniform1_attention")[num_even]
+
+
 def test_where_nothing_asks_attention_drops_nothing():
   stored, rows = BATCHES["one_sample_without_labels"], unlabelled_run()
-  numbers, logits, kept, records = numbers_and_reading(batched_setting(), "attention", rows)
+  reading = numbers_and_reading(batched_setting(), kind_of_unlabelled_run(), rows)
+  numbers, logits, kept, records = reading
+  run = rows[0].key.rsplit(".", 1)[0]
   lengths = [[len(row.token_ids)] for row in rows]
   for stage, record in enumerate(records):
     left = np.asarray(record.after)[numbers]
     assert (left < lengths).sum(axis=1).tolist() == stored["valid_after"][stage]
-    prefix = f"train.nolabel1.stage{stage}."
-    expected = {"kept": BATCHED[f"{prefix}kept.sample0"], "scores": BATCHED[f"{prefix}scores"]}
-    assert_drop(record, numbers[0], rows[0], expected)
+    prefix = f"{run}.stage{stage}."
+    scores = [BATCHED[key] for key in sorted(BATCHED) if key.startswith(f"{prefix}scores")]
+    ranked = record.scores is not None
+    assert bool(scores) == ranked
+    for number, row, whole in zip(numbers, rows, stored["kept_is_none"][stage], strict=True):
+      sample = row.key.rsplit(".", 1)[1]
+      if whole:
+        assert f"{prefix}kept.sample{sample}" not in BATCHED
+        continue
+      expected = {"kept": BATCHED[f"{prefix}kept.sample{sample}"]}
+      if ranked:  # stored in turn, without the rows that nothing asks
+        expected["scores"] = scores.pop(0)
+      assert_drop(record, number, row, expected)
+    assert not scores
   loss = loss_of(rows, logits[numbers], kept[numbers])
-  assert_close(loss[None], BATCHED["train.nolabel1.loss"], absolute=LOSS_TOLERANCE)
-  row = unlabelled(training_row(MANIFEST["train"][0]))
-  (number,), _, kept, _ = numbers_and_reading(TRAINING_SETTING, "attention", [row])
+  assert_close(loss[None], BATCHED[f"{run}.loss"], absolute=LOSS_TOLERANCE)
+
+
+def test_a_sample_without_labels_stays_whole():
+  row = unlabelled_sample()
+  (number,), _, kept, _ = numbers_and_reading(training_setting(), "attention", [row])
   assert (kept[number] < len(row.token_ids)).sum() == MANIFEST["train_no_labels"]["final_len"]
 
 
@@ -187,7 +224,7 @@ def with_gradients():
     key = row["key"]
     if any(name.startswith(f"{key}.grad.") for name in TRAINED):
       rows, kind = [training_row(row)], key.split(".")[2]
-      yield pytest.param(key, TRAINING_SETTING, kind, rows, TRAINED, id=key)
+      yield pytest.param(key, training_setting(), kind, rows, TRAINED, id=key)
   for run in RUNS:
     key = run["key"]
     if any(name.startswith(f"{key}.grad.") for name in BATCHED):

@@ -1,5 +1,6 @@
 """UMT of the original, golden family 01: outputs, every block, position tables."""
 
+import math
 import re
 
 import jax
@@ -7,14 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import Golden, assert_close
+from tests.conftest import Golden, assert_close, number_written
 from tests.parity.golden_models import RecordedLayers, load_golden, pixels_of, vision_config
-from videochat_flash_jax.models.config import VisionConfig
 from videochat_flash_jax.models.umt import UMT, position_table
 
 MANIFEST = Golden("01_umt_vit").json()
 CASES = [name for name, case in MANIFEST.items() if isinstance(case, dict) and "img_size" in case]
-PATCH_SIZE = MANIFEST[CASES[0]]["patch_size"]
+RELEASED_PATCH_SIZE = 16
 TOLERANCE = 2e-5
 
 
@@ -52,7 +52,7 @@ def probes_of(case):
 @pytest.mark.parametrize("case", [case for case in CASES if probes_of(case)])
 def test_patch_embedding_and_every_block_agree(golden, case):
   model, io = load_case(golden, case)
-  stride = int(re.search(r"\[0::(\d+)\]", MANIFEST["probe"]).group(1))
+  stride = number_written(r"\[0::(\d+)\]", MANIFEST["probe"])
   model.blocks = RecordedLayers(model.blocks)
   states = {}
   for key in probes_of(case):
@@ -60,26 +60,31 @@ def test_patch_embedding_and_every_block_agree(golden, case):
     if kind not in states:
       pixels = stored_pixels(case, io, kind)[:1]
       first, *blocks = jax.jit(lambda pixels: (model(pixels), model.blocks.states)[1])(pixels)
-      grid = pixels.shape[2] // PATCH_SIZE
+      grid = pixels.shape[2] // MANIFEST[case]["patch_size"]
       table = position_table(model.config, num_frames=pixels.shape[1], grid=grid)
       states[kind] = {f"block{index}": state for index, state in enumerate(blocks)}
       states[kind]["patch_embed"] = first - table  # stored before the positions are added
     assert_close(states[kind][stage][0, ::stride], io[key], relative=TOLERANCE)
 
 
-def table_for(width, image_size, num_frames, position_frames=4):
-  config = VisionConfig(
-    kind="umt", image_size=image_size, patch_size=PATCH_SIZE, width=width, depth=1, num_heads=1,
-    mlp_width=1, position_frames=position_frames,
-  )  # fmt: skip
-  return position_table(config, num_frames=num_frames, grid=config.grid_size)
+def table_for(width, image_size, num_frames, grid, position_frames=4):
+  sizes = {"img_size": image_size, "patch_size": image_size // grid, "embed_dim": width}
+  sizes |= {"blocks_present": 1, "num_heads": 1, "ckpt_num_frame": position_frames}
+  return position_table(vision_config(sizes, 1), num_frames=num_frames, grid=grid)
+
+
+def grid_of(row):
+  """Patches along a side, from the number of rows of the whole table."""
+  grid = math.isqrt(row["full_rows"] // row["num_frames"])
+  assert grid**2 * row["num_frames"] == row["full_rows"], row
+  return grid
 
 
 @pytest.mark.parametrize("row", MANIFEST["tables"], ids=lambda row: row["name"])
 def test_position_table_agrees(golden, row):
   expected = golden("01_umt_vit").tensors("pos_tables")[row["name"]]
-  table = table_for(row["d_hid"], row["img"], row["num_frames"], row.get("ckpt_num_frame", 4))
-  assert len(table) == row["full_rows"]
+  sizes = row["d_hid"], row["img"], row["num_frames"], grid_of(row)
+  table = table_for(*sizes, row.get("ckpt_num_frame", 4))
   assert_close(table[:: row.get("stride", 1)], expected, relative=TOLERANCE)
 
 
@@ -93,8 +98,12 @@ def test_rows_of_the_released_position_tables_agree(golden):
     )
   }
   assert names
+  assert stored_rows, MANIFEST["tables_note"]
   for name in names:
-    width, size, frames = re.fullmatch(r"real(\d+)_(\d+)_(img|f\d+)_rows", name).groups()
+    match = re.fullmatch(r"real(\d+)_(\d+)_(img|f\d+)_rows", name)
+    assert match, name
+    width, size, frames = match.groups()
     is_image = frames == "img"
-    table = table_for(int(width), int(size), 1 if is_image else int(frames[1:]))
+    num_frames = 1 if is_image else int(frames[1:])
+    table = table_for(int(width), int(size), num_frames, int(size) // RELEASED_PATCH_SIZE)
     assert_close(table[stored_rows[size, is_image]], tables[name], relative=TOLERANCE)

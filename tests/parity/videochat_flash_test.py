@@ -24,6 +24,7 @@ from tests.parity.golden_flash import (
   load_flash,
   order_of,
   pad_rows,
+  prompt_ids,
   row_of,
   visual_tokens_of,
 )
@@ -47,11 +48,12 @@ def run(ids, name):
 def stored(prefix):
   """Keys of outputs, the input they belong to, and what else they say."""
   keys = [key for key in UNCOMPRESSED if key.startswith(prefix)]
-  split = [key.removeprefix(prefix).split("_", 1) for key in keys]
-  return [
-    pytest.param(key, name, *rest or [""], id=key)
-    for key, (name, *rest) in zip(keys, split, strict=True)
-  ]
+  params = []
+  for key in keys:
+    said = key.removeprefix(prefix)
+    name = max((name for name in NAMES if f"{said}_".startswith(f"{name}_")), key=len)
+    params.append(pytest.param(key, name, said.removeprefix(name).removeprefix("_"), id=key))
+  return params
 
 
 @pytest.mark.parametrize("key, name, rest", stored("tower_"))
@@ -108,7 +110,7 @@ def test_rows_are_as_long_as_officially(name):
 @pytest.mark.parametrize("length", [int(length) for length in MANIFEST["truncation"]])
 def test_a_row_cut_after_splicing_is_a_prefix_of_the_whole(length):
   assert MANIFEST["truncation"][str(length)] == {"total_len": length, "equals_prefix": True}
-  (name, *_) = VIDEOS
+  name = next(name for name in VIDEOS if f"inputs_embeds_{name}" in UNCOMPRESSED)
   token_ids, visual_index = row_of(INPUTS["prompt_ids"][0], name)
   batch = token_ids[:length], visual_tokens_of(name), visual_index[:length]
   sequence = load_flash().embed_sequence(*(jnp.asarray(array)[None] for array in batch))
@@ -120,7 +122,10 @@ def test_a_row_cut_after_splicing_is_a_prefix_of_the_whole(length):
 def generations(*keys):
   """Tokens, logits and cache lengths of generations, decoded as one batch."""
   rows = [row for row in GENERATIONS if row["key"] in keys]
-  sequences = [run(INPUTS[row["prompt"]][0], row["key"].split(".")[1])[0][0] for row in rows]
+  sequences = []
+  for row in rows:
+    _, name, *prompt = row["key"].split(".")
+    sequences.append(run(prompt_ids(row, *prompt), name)[0][0])
   num_tokens = max(len(row["tokens"]) for row in GENERATIONS)
   return decode_greedily(load_flash().decoder, sequences, num_tokens, LONGEST)
 

@@ -1,9 +1,7 @@
 """What a compiled program does in one run: products, bytes moved, and collectives.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here the text of the compiled program is
-walked, and what stands in a loop counts as often as the loop runs. Of the branches of a condition
-the most costly one counts.
-
+walked: a loop's body counts as often as it runs, of a condition's branches the most costly one.
 - flops: of matrix products, convolutions and attention kernels; nothing else comes near them.
 - bytes: that instructions read from and write to the chip's main memory. What stays in its fast
   memory (S(1) in the text), or inside of a fusion, is not moved.
@@ -15,14 +13,11 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from videochat_flash_jax.benchmarks.hlo_flops import instruction_flops
 from videochat_flash_jax.benchmarks.hlo_text import Computation, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# Products of queries and keys, or the like of it, that each kernel of ops/splash.py makes.
-_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 _MOVES_NOTHING = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
   *("call", "after-all", "partition-id", "iota", "async-start", "async-done", "async-update"),
@@ -71,14 +66,6 @@ class _Walk:
   def __init__(self, computations: dict[str, Computation]):
     self.computations = computations
     self.known: dict[str, Costs] = {}
-    # Where a collective runs beside other work, its pieces share a channel: the first one counts.
-    self.continued = {
-      channel
-      for computation in computations.values()
-      for instruction in computation.instructions.values()
-      if 'custom_call_target="AsyncCollectiveStart"' in instruction.attributes
-      for channel in [_channel(computation.instructions[instruction.operands[0]])]
-    }
 
   def costs(self, name: str) -> Costs:
     if name not in self.known:
@@ -103,22 +90,15 @@ class _Walk:
       total.add(self.costs((called.get("to_apply") or called["calls"])[0]))
     elif opcode == "fusion":
       inside = self.costs(called["calls"][0])
+      if called["calls"][0].startswith("all-reduce-scatter"):
+        inside = _as_reduce_scatter(inside)
       total.add(Costs(inside.flops, 0, inside.counts, inside.sizes, inside.sent))
       total.num_bytes += self._fusion_bytes(instruction, computation, called["calls"][0])
     else:
-      total.flops += _flops(instruction, computation)
+      total.flops += instruction_flops(instruction, computation)
       total.num_bytes += _moved_bytes(instruction, computation)
-      if kind in COLLECTIVES and self._begins(instruction, computation):
+      if kind in COLLECTIVES and _begins(instruction, computation):
         _add_collective(total, kind, instruction, computation)
-
-  def _begins(self, instruction, computation):
-    if _channel(instruction) not in self.continued:
-      return True
-    return any(
-      'custom_call_target="AsyncCollectiveStart"' in other.attributes
-      and instruction.name in other.operands
-      for other in computation.instructions.values()
-    )
 
   def _fusion_bytes(self, instruction, computation, name):
     """Of a fused operand that is only cut, the pieces count; so does a piece written into one."""
@@ -154,6 +134,15 @@ class _Walk:
     step = _step(body, body.root.operands[int(place[1])])
     start = _start(computation, loop.operands[0], int(place[1]))
     return math.ceil((int(bound.attributes) - start) / step)
+
+
+def _as_reduce_scatter(costs):
+  """The TPU's fusion of a sum over devices and the piece of it that a device keeps."""
+  counts, sizes, sent = (
+    Counter({"reduce-scatter": numbers["all-reduce"]}) for numbers in costs._counters()
+  )
+  sent["reduce-scatter"] /= 2
+  return Costs(costs.flops, costs.num_bytes, counts, sizes, sent)
 
 
 def _step(body, name):
@@ -216,62 +205,6 @@ def _moved_bytes(instruction, computation):
   return written + sum(operand.main_memory_bytes for operand in operands)
 
 
-def _flops(instruction, computation):
-  operands = [computation.instructions[name] for name in instruction.operands]
-  if instruction.opcode == "dot":
-    left = operands[0].arrays[0].shape
-    summed = math.prod(left[axis] for axis in instruction.sizes("lhs_contracting_dims"))
-    return 2 * math.prod(instruction.arrays[0].shape) * summed
-  if instruction.opcode == "convolution":
-    shapes = (*(operand.arrays[0].shape for operand in operands), instruction.arrays[0].shape)
-    return _convolution_flops(instruction.attributes, *shapes)
-  if instruction.opcode == "custom-call":
-    return _kernel_flops(instruction, operands)
-  return 0
-
-
-def _kernel_flops(instruction, operands):
-  """Of attention; where it is causal, about half of the blocks are visited."""
-  products = [n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)]
-  if not products:
-    return 0
-  shapes = [operand.arrays[0].shape for operand in operands]
-  first = next(place for place, shape in enumerate(shapes) if shape[-1] % 8 == 0 and place != 1)
-  tables, (queries, keys) = shapes[:first], shapes[first : first + 2]
-  seen = (1 + 1 / max(tables[0][-2:])) / 2 if tables else 1
-  return products[0] * 2 * math.prod(queries) * keys[-2] * seen
-
-
-def _convolution_flops(attributes, left, kernel, result):
-  """The TPU's compiler writes all products as convolutions, some of them dilated."""
-  names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
-  window = dict(re.findall(r"(\w+)=([\w\-]+)", attributes.partition("window={")[2].split("}")[0]))
-  num_pairs = 1
-  for axis, letter in enumerate(sorted(c for c in names[1] if c.isdigit())):
-    sizes = (
-      shape[name.index(letter)]
-      for shape, name in zip((left, kernel, result), names.groups(), strict=True)
-    )
-    num_pairs *= _pairs(*sizes, window, axis)
-  batch, summed = left[names[1].index("b")], kernel[names[2].index("i")]
-  groups = re.search(r"batch_group_count=(\d+)", attributes)
-  batch //= int(groups[1]) if groups else 1
-  return 2 * batch * summed * result[names[3].index("f")] * num_pairs
-
-
-def _pairs(left, kernel, result, window, axis):
-  """How many places of the result meet a place of the kernel at a number that is not padding."""
-
-  def option(name, default):
-    values = window.get(name)
-    return int(values.split("x")[axis].split("_")[0]) if values else default
-
-  place = np.arange(result)[:, None] * option("stride", 1)
-  place = place + np.arange(kernel) * option("rhs_dilate", 1) - option("pad", 0)
-  dilation = option("lhs_dilate", 1)
-  return int(((place >= 0) & (place % dilation == 0) & (place // dilation < left)).sum())
-
-
 def _add_collective(total, kind, instruction, computation):
   taken = sum(computation.instructions[name].num_bytes for name in instruction.operands)
   given = instruction.num_bytes
@@ -298,6 +231,11 @@ def _group_size(attributes):
   return math.inf  # all devices
 
 
-def _channel(instruction):
-  found = re.search(r"channel_id=(\d+)", instruction.attributes)
-  return found[1] if found else instruction.name
+def _begins(collective, computation):
+  """False for the second and later pieces of a collective that runs beside other work."""
+  if "chain_id=" not in collective.attributes:
+    return True
+  return any(
+    collective.name in other.operands and "AsyncCollectiveStart" in other.attributes
+    for other in computation.instructions.values()
+  )

@@ -72,11 +72,11 @@ class Computation:
 def parse(text: str) -> tuple[dict[str, Computation], str]:
   """Returns the computations of a program by name, and the name of the one that is run."""
   computations, entry, name, instructions, root = {}, "", None, {}, None
-  for line in text.split("\n"):  # kernels hold bytes that `splitlines` takes for ends of lines
+  for line in text.splitlines():
     if header := _HEADER.match(line):
       name, instructions, root = header[2], {}, None
       entry = name if header[1] else entry
-    elif line.startswith("}") and name is not None:
+    elif line == "}" and name is not None:  # notes of kernels have lines that begin with one
       computations[name] = Computation(instructions, root)
       name = None
     elif name is not None and (found := _INSTRUCTION.match(line)):

@@ -33,6 +33,7 @@ VERBS = {
   "evaluate": "Count the right answers to an annotation file's questions.",
   "synth": "Write synthetic videos, with questions and their answers.",
   "train": "Train a model from a config file.",
+  "compile": "Compile a config's program for TPUs that are not here.",
   "convert": "Write a checkpoint, or its parts, in the layout of the hub.",
   "bench": "Measure speed beside a peer and the machine's limits.",
 }

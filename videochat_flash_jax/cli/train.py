@@ -1,15 +1,10 @@
 """`vcflash train`: runs a config file."""
 
 import argparse
-import ast
-import difflib
-import importlib.util
 import logging
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.cli.config_file import add_config_argument, read_config
 
 EXAMPLE = "vcflash train --config configs/tiny.py --config.seed=1 --workdir /tmp/tiny"
 TAKES_OVERRIDES = True
@@ -17,20 +12,13 @@ TAKES_OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the verb's options to its parser."""
-  parser.add_argument(
-    "--config",
-    type=Path,
-    required=True,
-    help="Python file with get_config(); --config.FIELD=VALUE changes a field",
-  )
+  add_config_argument(parser)
   parser.add_argument("--workdir", type=Path, required=True, help="directory to write")
 
 
 def run(args: argparse.Namespace):
   """Trains, and says where the model is."""
-  config = load_config(args.config)
-  for override in args.overrides:
-    apply_override(config, override)
+  config = read_config(args.config, args.overrides)
   logging.basicConfig(format="%(message)s")
   logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
 
@@ -38,68 +26,3 @@ def run(args: argparse.Namespace):
 
   train(config, args.workdir)
   print(f"the trained model is in {args.workdir / 'export'}")
-
-
-def load_config(path: Path) -> ConfigDict:
-  """Returns what `get_config()` of a config file gives.
-
-  Raises:
-    InputError: there is no such file, it fails, or it gives no ConfigDict.
-  """
-  if not path.is_file():
-    raise InputError(f"--config {path}: no such file; give one such as configs/tiny.py")
-  spec = importlib.util.spec_from_file_location("config", path)
-  if spec is None:
-    raise InputError(f"--config {path}: no Python file; give one such as configs/tiny.py")
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    config = module.get_config() if hasattr(module, "get_config") else None
-  except Exception as error:  # Whatever the user's code raises.
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    raise InputError(f"--config {path}: fails ({reason}); mend the file") from error
-  if not isinstance(config, ConfigDict):
-    raise InputError(
-      f"--config {path}: no get_config() that returns a ConfigDict; see configs/tiny.py for one"
-    )
-  return config
-
-
-def apply_override(config: ConfigDict, override: str):
-  """Sets one field, written `--config.FIELD=VALUE`, to a value of its type.
-
-  Raises:
-    InputError: it is written otherwise, the config has no such field (the nearest ones are
-      named), or the value has another type.
-  """
-  left, equals, text = override.partition("=")
-  if not left.startswith("--config.") or not equals:
-    raise InputError(f"unknown argument {override!r}: write --config.FIELD=VALUE")
-  name = left.removeprefix("--config.")
-  fields = list(_field_names(config))
-  if name not in fields:
-    near = difflib.get_close_matches(name, fields, n=2) or fields
-    raise InputError(f"the config has no field {name!r}: did you mean {' or '.join(near)}?")
-  try:
-    value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    value = text
-  try:
-    config.update_from_flattened_dict({name: value})
-  except TypeError:
-    kind = type(_field(config, name)).__name__
-    raise InputError(f"--config.{name}={text}: the field holds a {kind}; give one") from None
-
-
-def _field_names(config, prefix=""):
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from _field_names(value, f"{prefix}{name}.")
-    else:
-      yield f"{prefix}{name}"
-
-
-def _field(config, name):
-  for part in name.split("."):
-    config = config[part]
-  return config

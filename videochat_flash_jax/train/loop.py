@@ -24,6 +24,7 @@ from videochat_flash_jax.data.tokenizer import Tokenizer, train_sentencepiece
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.train.config_checks import are_names, is_count, is_number, require
 from videochat_flash_jax.train.losses import PatchProbe, answer_loss, patch_loss
 from videochat_flash_jax.train.optimizer import make_optimizer
 from videochat_flash_jax.train.step import make_step, split_state
@@ -76,26 +77,26 @@ def check_config(config: ConfigDict):
     InputError: names the first field that is missing or cannot be used, and what to give.
   """
   seed, vocab_size, stages = (config.get(name) for name in ("seed", "vocab_size", "stages"))
-  _require(_is_count(seed, 0) and seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
-  enough = _is_count(vocab_size, _LEAST_VOCABULARY)
-  _require(enough, "vocab_size", vocab_size, f"an integer of {_LEAST_VOCABULARY} or more")
-  _require(_are_names(stages), "stages", stages, 'names of stages, such as ("encoder",)')
+  require(is_count(seed, 0) and seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
+  enough = is_count(vocab_size, _LEAST_VOCABULARY)
+  require(enough, "vocab_size", vocab_size, f"an integer of {_LEAST_VOCABULARY} or more")
+  require(are_names(stages), "stages", stages, 'names of stages, such as ("encoder",)')
   for name in stages:
     stage = config.get(name)
-    _require(isinstance(stage, ConfigDict), name, stage, "a ConfigDict, as config.stages names it")
+    require(isinstance(stage, ConfigDict), name, stage, "a ConfigDict, as config.stages names it")
     _check_stage(name, stage)
 
 
 def _check_stage(name, stage):
   objective, rate = stage.get("objective"), stage.get("peak_rate")
   known = isinstance(objective, str) and objective in _COUNTS
-  _require(known, f"{name}.objective", objective, " or ".join(_COUNTS))
+  require(known, f"{name}.objective", objective, " or ".join(_COUNTS))
   parts, trained = _PARTS[objective], stage.get("trained")
-  known = _are_names(trained) and set(trained) <= set(parts)
-  _require(known, f"{name}.trained", trained, f"names out of {parts}")
+  known = are_names(trained) and set(trained) <= set(parts)
+  require(known, f"{name}.trained", trained, f"names out of {parts}")
   for field in _COUNTS[objective]:
-    _require(_is_count(stage.get(field)), f"{name}.{field}", stage.get(field), "a positive integer")
-  _require(_is_number(rate) and rate > 0, f"{name}.peak_rate", rate, "a positive number")
+    require(is_count(stage.get(field)), f"{name}.{field}", stage.get(field), "a positive integer")
+  require(is_number(rate) and rate > 0, f"{name}.peak_rate", rate, "a positive number")
   if objective == "answers":
     _check_questions(f"{name}.questions", stage.get("questions"))
     _check_frames(f"{name}.frames", stage)
@@ -104,44 +105,24 @@ def _check_stage(name, stage):
 def _check_questions(name, questions):
   kinds = synthetic.QUESTION_KINDS
   known = isinstance(questions, ConfigDict) and set(questions) <= set(kinds)
-  _require(known, name, questions, f"a weight for each kind out of {kinds}")
+  require(known, name, questions, f"a weight for each kind out of {kinds}")
   weights = list(questions.values())
-  usable = all(_is_number(weight) and weight >= 0 for weight in weights) and sum(weights) > 0
-  _require(usable, name, questions, "weights from 0, one of them positive")
+  usable = all(is_number(weight) and weight >= 0 for weight in weights) and sum(weights) > 0
+  require(usable, name, questions, "weights from 0, one of them positive")
 
 
 def _check_frames(name, stage):
   frames = stage.get("frames")
-  pair = isinstance(frames, tuple | list) and len(frames) == 2 and all(map(_is_count, frames))
-  _require(pair, name, frames, "the least and the most frames, such as (4, 16)")
+  pair = isinstance(frames, tuple | list) and len(frames) == 2 and all(map(is_count, frames))
+  require(pair, name, frames, "the least and the most frames, such as (4, 16)")
   clips = frames[1] // synthetic.CLIP_SECONDS
   holds_clip = clips >= math.ceil(frames[0] / synthetic.CLIP_SECONDS)
-  _require(holds_clip, name, frames, "a range that holds a multiple of 4, such as (4, 16)")
+  require(holds_clip, name, frames, "a range that holds a multiple of 4, such as (4, 16)")
   fits = clips <= stage.clips_per_row
-  _require(fits, name, frames, f"clips of 4 that fit clips_per_row, which is {stage.clips_per_row}")
+  require(fits, name, frames, f"clips of 4 that fit clips_per_row, which is {stage.clips_per_row}")
   tokens = clips * VideoChatFlashConfig.tiny().connector.clip_tokens + _TEXT_TOKENS
   fits = tokens <= stage.tokens_per_row
-  _require(fits, name, frames, f"fewer frames, or tokens_per_row of {tokens} or more")
-
-
-def _require(usable: bool, name: str, value: Any, remedy: str):
-  if not usable:
-    state = "is missing" if value is None else f"is {' '.join(repr(value).split())}"
-    raise InputError(f"config.{name} {state}: give {remedy}")
-
-
-def _is_count(value, least=1):
-  return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value):
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  return number and math.isfinite(value)
-
-
-def _are_names(value):
-  some = isinstance(value, tuple | list) and len(value) > 0
-  return some and all(isinstance(name, str) for name in value)
+  require(fits, name, frames, f"fewer frames, or tokens_per_row of {tokens} or more")
 
 
 def train(config: ConfigDict, workdir: Path):

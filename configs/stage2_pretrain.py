@@ -1,0 +1,16 @@
+"""Stage 2, pre-training on images and short videos of up to 8 frames: all parts learn.
+
+vcflash compile --config configs/stage2_pretrain.py --topology v5e:8x8
+
+Mesh and slice: fsdp 16 x sequence 4 on v5e:8x8 (docs/memory.md).
+"""
+
+import common
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """Returns the config of the stage."""
+  config = common.get_config()
+  config.frames = (4, 8)
+  return config

@@ -1,0 +1,18 @@
+"""Stage 3, instructions about short and long videos, of 64 to 512 frames: all parts learn.
+
+vcflash compile --config configs/stage3_long.py --topology v5e:8x8
+
+Mesh and slice: fsdp 16 x sequence 4 on v5e:8x8 (docs/memory.md). A million tokens, 65,536 frames:
+
+vcflash compile --config configs/stage3_long.py --topology v5p:4x4x4 --config.rows=1
+  --config.mesh.fsdp=1 --config.mesh.sequence=64 --config.tokens_per_row=1048576
+  --config.clips_per_shard=256
+"""
+
+import common
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """Returns the config of the stage."""
+  return common.get_config()

@@ -1,0 +1,133 @@
+"""Costs read from compiled programs, where the truth is known."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from videochat_flash_jax.benchmarks.chips import CHIPS, roofline
+from videochat_flash_jax.benchmarks.hlo_costs import Costs, program_costs
+
+PRODUCT = 2 * 8 * 16 * 16  # flops of [8, 16] x [16, 16]
+
+
+def costs_of(function, *shapes):
+  arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return program_costs(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def layers(x, weights):
+  return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
+
+
+def test_a_product_is_counted():
+  assert costs_of(jnp.matmul, (8, 16), (16, 16)).flops == PRODUCT
+
+
+def test_a_batched_product_is_counted():
+  assert costs_of(jnp.matmul, (3, 8, 16), (3, 16, 16)).flops == 3 * PRODUCT
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs():
+  costs = costs_of(layers, (8, 16), (7, 16, 16))
+  assert costs.flops == 7 * PRODUCT and costs.guessed_loops == 0
+
+
+def test_a_loop_in_a_loop_counts_as_often_as_both_run():
+  def repeated(x, weights):
+    return jax.lax.fori_loop(0, 5, lambda _, x: layers(x, weights), x)
+
+  assert costs_of(repeated, (8, 16), (7, 16, 16)).flops == 35 * PRODUCT
+
+
+def test_gradients_and_rematerialisation_are_counted():
+  def loss(x, weights):
+    body = jax.checkpoint(lambda x, w: (jnp.sin(x @ w), None))
+    return jnp.sum(jax.lax.scan(body, x, weights)[0])
+
+  costs = costs_of(jax.grad(loss, argnums=(0, 1)), (8, 16), (7, 16, 16))
+  assert costs.flops == 4 * 7 * PRODUCT
+
+
+def test_of_a_condition_the_most_costly_branch_counts():
+  def either(x, weights, flag):
+    return jax.lax.cond(flag.sum() > 0, lambda: layers(x, weights), lambda: x @ weights[0])
+
+  assert costs_of(either, (8, 16), (7, 16, 16), (1,)).flops == 7 * PRODUCT
+
+
+def test_bytes_of_a_sum_are_what_it_reads_and_writes():
+  costs = costs_of(lambda x, y: x + y, (1000,), (1000,))
+  assert costs.num_bytes == 3 * 4000 and costs.flops == 0
+
+
+def test_of_stacked_weights_each_run_reads_its_own():
+  num_bytes = costs_of(layers, (8, 16), (100, 16, 16)).num_bytes
+  stack = 4 * 100 * 16 * 16
+  assert stack < num_bytes < 6 * stack  # cut out, and read again; not 100 stacks
+
+
+def test_collectives_of_a_tpu_program_are_counted_with_their_loops():
+  costs = program_costs((Path(__file__).parent / "tpu_step.hlo").read_text())
+  runs = 6  # from 1 to 7
+  gathered, summed, hop = 64 * 16 * 2, 64 * 64 * 4, 64 * 8 * 2
+  assert costs.counts == {
+    "all-gather": runs,  # its second piece is no second one
+    "reduce-scatter": runs,
+    "collective-permute": runs,
+    "all-reduce": 1,
+  }
+  assert costs.sizes == {
+    "all-gather": runs * gathered,
+    "reduce-scatter": runs * summed,
+    "collective-permute": runs * hop,
+    "all-reduce": summed,
+  }
+  assert costs.sent == {
+    "all-gather": runs * gathered / 2,
+    "reduce-scatter": runs * summed * 7 / 8,
+    "collective-permute": runs * hop,
+    "all-reduce": 2 * summed * 3 / 4,
+  }
+  assert costs.flops == 2 * 64**3 and costs.guessed_loops == 0
+
+
+@pytest.mark.parametrize(
+  "window, labels, shapes, flops",
+  [
+    (
+      "size=1",
+      "0bf_io0->0bf",
+      ("16,784,1024", "1024,512,1", "16,784,512"),
+      2 * 16 * 784 * 1024 * 512,
+    ),
+    # A batched product: of 16 x 16 pairs only the equal ones meet.
+    (
+      "size=16 stride=15 lhs_dilate=16",
+      "0bf_0io->0bf",
+      ("16,64,784", "16,784,1024", "16,64,1024"),
+      2 * 16 * 64 * 784 * 1024,
+    ),
+    # Three places of the kernel, one beyond each end: 3 * 10 - 2 pairs.
+    ("size=3 pad=1_1", "b0f_0io->b0f", ("2,10,4", "3,4,5", "2,10,5"), 2 * 2 * 4 * 5 * 28),
+  ],
+)
+def test_convolutions_count_what_is_no_padding(window, labels, shapes, flops):
+  left, kernel, result = (f"f32[{shape}]" for shape in shapes)
+  text = f"""
+ENTRY %main (a: {left}, b: {kernel}) -> {result} {{
+  %a = {left} parameter(0)
+  %b = {kernel} parameter(1)
+  ROOT %c = {result} convolution(%a, %b), window={{{window}}}, dim_labels={labels}
+}}
+"""
+  assert program_costs(text).flops == flops
+
+
+def test_the_roofline_names_what_takes_longest():
+  costs = Costs(flops=197e12, num_bytes=819e9 / 2)
+  costs.sent["all-gather"] = 50e9
+  bound = roofline(CHIPS["v5e"], costs)
+  seconds = [bound[f"{part}_seconds"] for part in ("compute", "memory", "link")]
+  assert seconds == [1.0, 0.5, 0.25] and bound["bound_by"] == "compute"

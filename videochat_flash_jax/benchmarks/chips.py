@@ -1,0 +1,41 @@
+"""What TPU chips can do at most, as published, and how long costs take at that.
+
+Source: cloud.google.com/tpu/docs, pages v4, v5e, v5p and v6e (read in 2026). A link's bandwidth is
+published for both directions together; what a chip can send is half of it.
+"""
+
+from typing import NamedTuple
+
+from videochat_flash_jax.benchmarks.hlo_costs import Costs
+
+
+class Chip(NamedTuple):
+  """Published peaks of one chip: bfloat16 operations, and bytes that main memory and links move."""
+
+  flops_per_second: float
+  memory_bytes_per_second: float
+  sent_bytes_per_second: float
+
+
+CHIPS = {
+  "v4": Chip(275e12, 1228e9, 300e9),
+  "v5e": Chip(197e12, 819e9, 200e9),
+  "v5p": Chip(459e12, 2765e9, 600e9),
+  "v6e": Chip(918e12, 1638e9, 400e9),
+}
+
+
+def roofline(chip: Chip, costs: Costs) -> dict[str, float | str]:
+  """The least seconds that each kind of work takes at the peaks; a step takes the longest of them.
+
+  A lower bound and an estimate: no program reaches all peaks, and links are taken as if all of a
+  chip's were used at once.
+  """
+  seconds = {
+    "compute_seconds": costs.flops / chip.flops_per_second,
+    "memory_seconds": costs.num_bytes / chip.memory_bytes_per_second,
+    "link_seconds": sum(costs.sent.values()) / chip.sent_bytes_per_second,
+  }
+  longest = max(seconds, key=seconds.get)
+  rounded = {name: round(value, 4) for name, value in seconds.items()}
+  return {**rounded, "bound_by": longest.removesuffix("_seconds"), "is": "an estimate"}
