@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from videochat_flash_jax.cli.train import load_config
+from videochat_flash_jax.cli.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from videochat_flash_jax.cli.train import load_config
+from videochat_flash_jax.cli.config_file import load_config
 from videochat_flash_jax.data.synthetic_training import vocabulary_lines
 from videochat_flash_jax.data.tokenizer import train_sentencepiece
 from videochat_flash_jax.errors import InputError
