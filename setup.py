@@ -26,6 +26,7 @@ setup(
     f"jax{JAX}",
     "av>=18.1,<20",
     "flax>=0.12.8,<0.13",
+    "fsspec>=2026.9,<2027",
     "grain>=0.2.18,<0.3",
     "huggingface_hub>=2.4,<3",
     "jaxtyping>=0.3.11,<0.4",
@@ -34,17 +35,33 @@ setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=13,<14",
+    "pyyaml>=6.0.3,<7",
     "safetensors>=0.8,<0.9",
     "sentencepiece>=0.2.3,<0.3",
     "tokenizers>=0.23,<0.24",
+    "tensorstore>=0.1.86,<0.2",
     "tqdm>=4.70,<5",
   ],
   extras_require={
-    "test": ["beartype>=0.23,<0.24", "pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "ruff==0.17.6"],
+    "test": [
+      "aiohttp>=3.14,<4",  # with which fsspec reads http
+      "beartype>=0.23,<0.24",
+      "pytest>=9.2,<10",
+      "pytest-xdist>=3.8,<4",
+      "ruff==0.17.6",
+    ],
+    # Annotations and media at gs://, s3:// and https://.
+    "gcs": ["gcsfs>=2026.8.2,<2027"],
+    "s3": ["s3fs>=2026.8,<2027"],
+    "http": ["aiohttp>=3.14,<4"],
     # Never bare libtpu: only jax knows which libtpu fits it.
     "tpu": [f"jax[tpu]{JAX}"],
     "convert": [TORCH],
-    "bench": [TORCH, "transformers>=5.23,<6"],
+    "bench": [
+      TORCH,
+      "transformers>=5.23,<6",
+      "decord==0.6.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    ],
   },
   entry_points={"console_scripts": ["vcflash = videochat_flash_jax.cli.main:main"]},
 )

@@ -2,7 +2,8 @@
 
 vcflash compile --config configs/stage1_align.py --topology v5e:4x4
 
-Mesh and slice: fsdp 16 on v5e:4x4, a row of 8,192 tokens a chip (docs/memory.md).
+Mesh and slice: fsdp 16 on v5e:4x4, a row of 8,192 tokens a chip; the smallest slice is v5e:2x2,
+with --config.rows=4 (docs/memory.md).
 """
 
 import common
@@ -18,4 +19,5 @@ def get_config() -> ConfigDict:
   config.tokens_per_row = 8192
   config.clips_per_shard = 64  # as many tokens of text as of pictures
   config.mesh.sequence = 1
+  config.sequence_parallel = "none"
   return config

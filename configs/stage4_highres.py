@@ -1,8 +1,9 @@
 """Stage 4, high resolution: encoder and connector adapt to 448 pixels, the decoder is frozen.
 
-vcflash compile --config configs/stage4_highres.py --topology v5e:8x8
+vcflash compile --config configs/stage4_highres.py --topology v5e:2x2 --config.rows=1
 
-Mesh and slice: fsdp 16 x sequence 4 on v5e:8x8 (docs/memory.md).
+Mesh and slice: each row over 4 chips; one row on v5e:2x2, the smallest slice, or 16 rows on v5e:8x8
+(docs/memory.md).
 """
 
 import common

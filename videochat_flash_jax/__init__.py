@@ -6,6 +6,7 @@ This file is the public face, and nothing else is public:
   VideoChatFlashConfig  a model's sizes: one constructor per released checkpoint, and `tiny()`
   DropoutConfig         which visual tokens are dropped on the way through the decoder
   YarnConfig            how far the context is stretched
+  MeshConfig            how many devices share the work, and what each axis of them splits
   models                the Flax modules, listed in `models/__init__.py`
   InputError            raised wherever the user's input cannot be used
 
@@ -23,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     "VideoChatFlashConfig": "models.config",
     "DropoutConfig": "models.config",
     "YarnConfig": "models.config",
+    "MeshConfig": "parallel.mesh",
     "models": "models",
     "InputError": "errors",
   },

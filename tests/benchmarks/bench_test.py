@@ -1,6 +1,7 @@
 """Benchmarks at sizes that take no time. What they measure is not asserted, only what they say."""
 
 import functools
+import importlib.util
 import json
 import os
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from videochat_flash_jax.benchmarks import decode, merge, vit
+from videochat_flash_jax.benchmarks import decode, merge, read, vit
 from videochat_flash_jax.benchmarks.floors import Limits, Work
 from videochat_flash_jax.benchmarks.timing import Seconds, time_in_turns
 from videochat_flash_jax.cli import bench
@@ -57,8 +58,25 @@ def test_decode_reports():
   assert_well_formed(report, ["prefill", "decode_token"])
 
 
+def test_read_reports():
+  films = {
+    "repeated scenes": read.Film(750, 48, 64, 50, picks=9, repeats=1),
+    "short": read.Film(40, 48, 64, 250, picks=8, repeats=2),
+  }
+  report = read.run(films)
+  assert json.loads(json.dumps(report)) == report
+  assert list(report["films"]) == list(films)
+  for film in report["films"].values():
+    assert film["times_full"] == film["full_seconds"] / film["seconds"]
+    assert (film["decord_seconds"] is None) == (report["peer"] is None)
+    assert film["frames_needed"] <= film["frames_from_key_frame_to_pick"]
+    assert 1 <= film["decoded_of_needed"] <= 1.1
+  assert len(read.summary(report).splitlines()) == 1 + len(films)
+
+
 def test_every_benchmark_of_the_command_line_has_a_module():
-  assert {"merge": merge, "vit": vit, "decode": decode}.keys() == bench.BENCHMARKS.keys()
+  for name in bench.BENCHMARKS:
+    assert importlib.util.find_spec(f"videochat_flash_jax.benchmarks.{name}")
 
 
 def test_the_floor_is_what_takes_longer():

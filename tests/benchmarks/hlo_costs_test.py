@@ -68,6 +68,38 @@ def test_of_stacked_weights_each_run_reads_its_own():
   assert stack < num_bytes < 6 * stack  # cut out, and read again; not 100 stacks
 
 
+def test_of_a_stack_that_a_fusion_within_a_fusion_cuts_the_piece_counts():
+  text = """
+%cut (p0: bf16[28,8,128], p1: s32[]) -> bf16[8,128] {
+  %p0 = bf16[28,8,128] parameter(0)
+  %p1 = s32[] parameter(1)
+  %flat = bf16[28,1024] bitcast(%p0)
+  %zero = s32[] constant(0)
+  %layer = bf16[1,1024] dynamic-slice(%flat, %p1, %zero), dynamic_slice_sizes={1,1024}
+  ROOT %out = bf16[8,128] bitcast(%layer)
+}
+
+%product (q0: bf16[28,8,128], q1: s32[], q2: bf16[8,8]) -> bf16[8,128] {
+  %q0 = bf16[28,8,128] parameter(0)
+  %q1 = s32[] parameter(1)
+  %q2 = bf16[8,8] parameter(2)
+  %layer = bf16[8,128] fusion(%q0, %q1), kind=kLoop, calls=%cut
+  ROOT %out = bf16[8,128] dot(%q2, %layer), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: bf16[28,8,128], i: s32[], b: bf16[8,8]) -> bf16[8,128] {
+  %a = bf16[28,8,128] parameter(0)
+  %i = s32[] parameter(1)
+  %b = bf16[8,8] parameter(2)
+  ROOT %out = bf16[8,128] fusion(%a, %i, %b), kind=kOutput, calls=%product
+}
+"""
+  costs = program_costs(text)
+  layer, index, left = 2 * 8 * 128, 4, 2 * 8 * 8
+  assert costs.num_bytes == layer + index + left + layer
+  assert costs.flops == 2 * 8 * 8 * 128
+
+
 def test_collectives_of_a_tpu_program_are_counted_with_their_loops():
   costs = program_costs((Path(__file__).parent / "tpu_step.hlo").read_text())
   runs = 6  # from 1 to 7
@@ -123,6 +155,27 @@ ENTRY %main (a: {left}, b: {kernel}) -> {result} {{
 }}
 """
   assert program_costs(text).flops == flops
+
+
+@pytest.mark.parametrize("num_blocks", [None, 1, 8])
+def test_a_causal_kernel_counts_the_blocks_that_it_visits(num_blocks):
+  q, k, order = "bf16[28,4096,128]", "bf16[4,4096,128]", "s32[4096,128]"
+  operands = {"q": q, "k": k, "v": k, "o": order}
+  if num_blocks:  # tables of the blocks of keys that a block of queries sees
+    table = f"[1,{num_blocks},{num_blocks}]"
+    operands = {"next": f"s16{table}", "seen": f"s8{table}", **operands}
+  lines = [f"  %{name} = {kind} parameter({i})" for i, (name, kind) in enumerate(operands.items())]
+  names = ", ".join(f"%{name}" for name in operands)
+  text = "\n".join(
+    [
+      f"ENTRY %main () -> {q} {{",
+      *lines,
+      f'  ROOT %splash_mha_dq.1 = {q} custom-call({names}), custom_call_target="tpu_custom_call"',
+      "}",
+    ]
+  )
+  share = {None: 1, 1: 1, 8: 36 / 64}[num_blocks]
+  assert program_costs(text).flops == 3 * 2 * 28 * 4096**2 * 128 * share
 
 
 def test_the_roofline_names_what_takes_longest():

@@ -7,12 +7,13 @@ from videochat_flash_jax.data.annotations import (
   annotated_clip,
   check_media,
   deal_evenly,
+  kept_rows,
   num_clip_frames,
   picture_indices,
-  resolve_media,
-  sample_rows,
   window_indices,
+  with_whole_paths,
 )
+from videochat_flash_jax.data.broken import BrokenRow
 from videochat_flash_jax.errors import InputError
 
 BOUNDS = {"num_picks": 4, "min_frames": 1, "max_frames": 8, "local_frames": 4}
@@ -35,11 +36,11 @@ BOUNDS = {"num_picks": 4, "min_frames": 1, "max_frames": 8, "local_frames": 4}
   ],
 )
 def test_a_strategy_keeps_its_rows(strategy, expected):
-  assert sample_rows(range(7), strategy) == expected
+  assert list(kept_rows(7, strategy)) == expected
 
 
 def test_random_rows_differ_by_seed_and_keep_their_order():
-  first, again, other = (sample_rows(range(1000), "random:5%", seed) for seed in (1, 1, 2))
+  first, again, other = (kept_rows(1000, "random:5%", seed).tolist() for seed in (1, 1, 2))
   assert len(first) == len(set(first)) == 50
   assert first == again == sorted(first)
   assert first != other
@@ -66,44 +67,63 @@ def test_random_rows_differ_by_seed_and_keep_their_order():
 )
 def test_an_unusable_strategy_is_refused(strategy, said):
   with pytest.raises(InputError, match=said):
-    sample_rows(range(7), strategy)
+    kept_rows(7, strategy)
 
 
 def test_an_empty_file_is_refused():
   with pytest.raises(InputError, match="no row of 0"):
-    sample_rows([])
+    kept_rows(0)
 
 
 def test_paths_are_joined_in_new_rows():
-  rows = [{"image": "a.png"}, {"image": ["b.png", "c.png"]}]
-  assert resolve_media(rows, "root") == [
-    {"image": "root/a.png"},
-    {"image": ["root/b.png", "root/c.png"]},
-  ]
-  assert rows[0] == {"image": "a.png"}
-  assert resolve_media([{"video": "a.mp4"}], "r", None, "img") == [
-    {"video": "r/a.mp4", "video_read_type": "img"}
-  ]
+  row = {"image": "a.png"}
+  assert with_whole_paths(row, "image", "root") == {"image": "root/a.png"}
+  assert row == {"image": "a.png"}
+  listed = with_whole_paths({"image": ["b.png", "c/d.png"]}, "image", "root")
+  assert listed == {"image": ["root/b.png", "root/c/d.png"]}
+  assert with_whole_paths({"video": "a.mp4"}, "video", "gs://bucket/r", "img") == {
+    "video": "gs://bucket/r/a.mp4",
+    "video_read_type": "img",
+  }
 
 
 @pytest.mark.parametrize("media_type", ["text", "mix"])
 def test_paths_of_text_and_mixed_files_are_left_alone(media_type):
-  assert resolve_media([{"image": "a.png"}], "root", media_type) == [{"image": "a.png"}]
+  assert with_whole_paths({"image": "a.png"}, media_type, "root") == {"image": "a.png"}
 
 
 @pytest.mark.parametrize(
-  "rows, media_type, said",
+  "row, said",
   [
-    ([{"image": "a"}], "vidoe", "did you mean video"),
-    ([{"image": "a"}, {"video": "b"}], None, "row 1 has no field 'image'"),
-    ([{"image": 3}], None, "row 0: field 'image' is 3"),
-    ([{"image": []}], None, r"row 0: field 'image' is \[\]"),
-    ([{"image": ["a", None]}], None, "row 0: field 'image'"),
+    ({"video": "b"}, "no field 'image'"),
+    ({"image": None}, "no field 'image'"),
+    ({"image": 3}, "field 'image' is 3"),
+    ({"image": []}, r"field 'image' is \[\]"),
+    ({"image": ["a", None]}, "field 'image'"),
+    ({"image": "a\0b"}, "field 'image'"),
   ],
 )
-def test_rows_without_their_medium_are_refused(rows, media_type, said):
-  with pytest.raises(InputError, match=said):
-    resolve_media(rows, "", media_type)
+def test_rows_without_their_medium_are_refused(row, said):
+  with pytest.raises(BrokenRow, match=f"^bad media field: {said}"):
+    with_whole_paths(row, "image")
+
+
+@pytest.mark.parametrize("root", ["root", "/media/root", "gs://bucket/root"])
+@pytest.mark.parametrize(
+  "path", ["../a", "b/../../a", "..", "/etc/passwd", "gs://other/a", "gs://bucket/rooter/a"]
+)
+def test_paths_that_lead_out_of_their_folder_are_refused(root, path):
+  with pytest.raises(BrokenRow, match=r"^outside data_root"):
+    with_whole_paths({"video": path}, "video", root)
+  assert with_whole_paths({"video": path}, "video", root, confined=False)["video"]
+  assert with_whole_paths({"video": path}, "video") == {"video": path}
+
+
+def test_paths_within_their_folder_may_look_odd():
+  for path in ("..a/b.mp4", "b/../a.mp4", "a b/ü:1.mp4", "./a.mp4"):
+    assert with_whole_paths({"video": path}, "video", "root") == {"video": f"root/{path}"}
+  address = "gs://bucket/root/a.mp4"
+  assert with_whole_paths({"video": address}, "video", "gs://bucket/root/") == {"video": address}
 
 
 def test_one_of_the_first_three_files_has_to_exist(tmp_path):

@@ -163,7 +163,7 @@ def test_a_text_file_is_not_filmed(tmp_path):
   [
     ("", "no path of a video; "),
     (None, "None is no path of a video; "),
-    ("https://example.org/a.mp4", "an address, not a file; download"),
+    ("nonsense://example.org/a.mp4", "nonsense:// is no protocol"),
     ("a" * 300 + ".mp4", "there is no such video"),
     ("a\0b", "there is no such video"),
   ],
@@ -203,6 +203,23 @@ def test_frames_that_stand_in_for_damaged_ones_are_told_once(tmp_path, caplog):
   with open_video(path) as video:
     assert video.read(range(38)).shape[0] == 38
     video.read([0, 20])
+    assert video.damaged
   (record,) = caplog.records
   assert record.levelname == "WARNING"
   assert str(path) in record.getMessage()
+
+
+def test_frames_that_the_decoder_patched_up_are_told(tmp_path, caplog):
+  path = write_video(tmp_path / "v.mp4", pictures(40), codec="mpeg4", options={"g": "12"})
+  with av.open(str(path)) as container:
+    packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+  position, size = packets[30]
+  data = bytearray(path.read_bytes())
+  data[position + size // 2 : position + size] = bytes(size - size // 2)
+  path.write_bytes(data)
+  with open_video(path) as video:
+    video.read([0, 20])
+    assert not video.damaged
+    video.read([0, 30])
+    assert video.damaged
+  assert "patched up" in caplog.text

@@ -24,7 +24,9 @@ def batch():
 
 def seen(batch, num_shards):
   """Which (clip, token of the clip) stands at each place, with shards that know their own only."""
-  clips = batch["frames"][:, :, 0, 0, 0, 0].reshape(len(batch["frames"]), num_shards, -1)
+  clips = (
+    batch["frames"][:, :, 0, 0, 0, 0].astype(int).reshape(len(batch["frames"]), num_shards, -1)
+  )
   index = batch["visual_index"].reshape(len(clips), num_shards, -1)
   picture = np.take_along_axis(clips, np.maximum(index, 0) // CLIP_TOKENS, axis=2)
   token = np.maximum(index, 0) % CLIP_TOKENS

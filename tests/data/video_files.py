@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 HEIGHT, WIDTH = 48, 64
 SHORT_GROUPS = {"x264-params": "keyint=12:min-keyint=12:bframes=3"}
@@ -47,8 +48,10 @@ def write_video(
 
 
 def decode_everything(path: Path) -> np.ndarray:
+  to_rgb = VideoReformatter()
   with av.open(str(path)) as container:
-    return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    frames = container.decode(video=0)
+    return np.stack([to_rgb.reformat(frame, format="rgb24").to_ndarray() for frame in frames])
 
 
 FILES = {

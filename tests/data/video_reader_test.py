@@ -20,7 +20,8 @@ from tests.data.video_files import (
   pictures,
   write_video,
 )
-from videochat_flash_jax.data import video_reader
+from videochat_flash_jax.benchmarks.read_files import frames_needed
+from videochat_flash_jax.data import video_decoder
 from videochat_flash_jax.data.preprocessing import resize
 from videochat_flash_jax.data.video_reader import VideoInfo, open_video
 from videochat_flash_jax.errors import InputError
@@ -64,24 +65,64 @@ def test_seconds_are_frames_over_the_declared_rate(tmp_path, suffix, fps):
     assert video.info == VideoInfo(40, float(fps), float(40 / fps), HEIGHT, WIDTH)
 
 
-def test_far_frames_cost_a_jump_and_not_the_decoding_of_all(tmp_path, monkeypatch):
+def test_far_frames_cost_a_jump_and_not_the_decoding_of_all(tmp_path):
   path = write_video(tmp_path / "v.mp4", pictures(200), options=SHORT_GROUPS)
-  decode, num_decoded = video_reader._VideoFile._decode, 0
-
-  def counted(*args):
-    nonlocal num_decoded
-    for item in decode(*args):
-      num_decoded += 1
-      yield item
-
-  monkeypatch.setattr(video_reader._VideoFile, "_decode", counted)
-  with open_video(path) as video:
+  with open_video(path, num_threads=1) as video:
     video.read([0, 65, 66, 199])
-  assert num_decoded <= 3 * 12
-  num_decoded = 0
-  with open_video(path) as video:
+    assert video.num_decoded <= 3 * 12
+  with open_video(path, num_threads=1) as video:
     video.read(range(200))
-  assert num_decoded == 200
+    assert video.num_decoded == 200
+
+
+def test_frames_that_no_other_needs_are_left_out(tmp_path):
+  parameters = "keyint=50:min-keyint=50:scenecut=0:bframes=3:b-adapt=0:b-pyramid=none"
+  options = {"x264-params": parameters}
+  path = write_video(tmp_path / "v.mp4", pictures(200), options=options)
+  for num_threads in (1, 2):
+    with open_video(path, num_threads=num_threads) as video:
+      frames = video.read([40, 90, 190], image_size=16)
+      np.testing.assert_array_equal(frames, resize(decode_everything(path)[[40, 90, 190]], 16))
+      needed, on_the_way = frames_needed(path, np.array([40, 90, 190]))
+      assert needed <= video.num_decoded <= needed + 3
+      assert needed < on_the_way / 3
+
+
+def test_frames_asked_for_one_by_one_are_decoded_once(tmp_path):
+  path = write_video(tmp_path / "v.mp4", pictures(60), options={"x264-params": "bframes=3"})
+  expected = decode_everything(path)
+  with open_video(path) as video:
+    for index in [*range(0, 30), *range(30, 60, 4)]:
+      np.testing.assert_array_equal(video.read([index])[0], expected[index])
+    assert video.num_decoded <= 60
+
+
+def test_a_file_is_walked_once_unless_it_changes(tmp_path, monkeypatch):
+  walks = []
+  walk = video_decoder.read_timeline
+  monkeypatch.setattr(video_decoder, "read_timeline", lambda *a: walks.append(a) or walk(*a))
+  path = write_video(tmp_path / "v.mp4", pictures(3))
+  for _ in range(3):
+    with open_video(path) as video:
+      assert video.read([2, 0]).shape == (2, HEIGHT, WIDTH, 3)
+  assert len(walks) == 1
+  write_video(path, pictures(7))
+  with open_video(path) as video:
+    assert video.info.num_frames == 7
+
+
+def test_reading_may_stop_anywhere_and_go_on_elsewhere(tmp_path):
+  path = write_video(tmp_path / "v.mp4", pictures(60), options=SHORT_GROUPS)
+  expected = decode_everything(path)
+  for image_size in (None, (HEIGHT, WIDTH)):
+    with open_video(path, num_threads=2) as video:
+      for start in (0, 7, 30):
+        frames = video.frames([start, start + 5, start + 20, 59], image_size)
+        np.testing.assert_array_equal(next(frames), expected[start])
+        other = video.frames([start + 2, start + 3], image_size)
+        np.testing.assert_array_equal(next(other), expected[start + 2])
+        frames.close()
+        other.close()
 
 
 def test_a_video_of_one_frame_can_be_read_repeatedly(tmp_path):

@@ -9,6 +9,7 @@ from tests.conftest import quick_jit
 from videochat_flash_jax.data.conversation import VISUAL_SLOT
 from videochat_flash_jax.data.packing import lay_out
 from videochat_flash_jax.inference import engine as engine_module
+from videochat_flash_jax.inference import programs
 from videochat_flash_jax.inference.chat import VideoChat
 from videochat_flash_jax.inference.conversation import Conversation
 from videochat_flash_jax.inference.engine import Engine, Prompt
@@ -30,9 +31,8 @@ def quick_programs():
   with pytest.MonkeyPatch.context() as patch:
     for name in ("encode", "prefill", "extend", "decode"):
       static = "num_slots" if name == "prefill" else None
-      program = getattr(engine_module, f"_{name}").__wrapped__
-      quick = quick_jit(program, static_argnums=0, static_argnames=static)
-      patch.setattr(engine_module, f"_{name}", quick)
+      program = getattr(programs, name).__wrapped__
+      patch.setattr(programs, name, quick_jit(program, static_argnames=static))
     yield
 
 

@@ -25,10 +25,23 @@ def program_of(*overrides):
   "overrides, complaint",
   [
     (["rows=3"], r"rows: 3 is no multiple of 2, which is mesh\.data x mesh\.fsdp"),
-    (["tokens_per_row=32772"], r"tokens_per_row: 32772 is no multiple of 8"),
+    (
+      ["tokens_per_row=32772"],
+      r"32772 is no multiple of 8, which is 2 x mesh\.sequence, .* zigzag",
+    ),
+    (
+      ["tokens_per_row=32770", "zigzag=False"],
+      r"32770 is no multiple of 4, which is mesh\.sequence",
+    ),
+    (["sequence_parallel=none"], r"sequence_parallel is 'none', but mesh\.sequence is 4: choose"),
+    (["mesh.sequence=3"], r"sequence 3 x tensor 1 do not make the 8 devices"),
     (["mesh.sequence=1", "mesh.tensor=8"], r"model: 28 is no multiple of 8, .* heads"),
     (["mesh.tensor=2", "clips_per_shard=3"], r"clips_per_shard: 3 is no multiple of 2"),
     (["model=tiny", "image_size=32", "mesh.tensor=2", "mesh.sequence=1"], None),
+    (
+      ["model=tiny", "image_size=32", "mesh.tensor=2", "mesh.sequence=1", "sequence_parallel=none"],
+      None,
+    ),
   ],
 )
 def test_sizes_that_cannot_be_split_are_refused_in_one_line(overrides, complaint):

@@ -30,7 +30,7 @@ MESHES = {
   "tensor 2 x sequence 4": {"tensor": 2, "sequence": 4},
   "fsdp 2 x sequence 2 x tensor 2": {"sequence": 2, "tensor": 2},
 }
-ROWS, LENGTH, CLIPS = 8, 96, 4
+ROWS, LENGTH, CLIPS, TILES = 8, 96, 2, 2
 
 
 def small_config():
@@ -41,7 +41,7 @@ def small_config():
 
 
 def packed_batch(config):
-  """Rows of two conversations about two clips each, and padding."""
+  """Rows of two conversations, each about a clip and an image tile, and padding."""
   rng = np.random.default_rng(0)
   clip_tokens, size = config.connector.clip_tokens, config.vision.image_size
   token_ids = rng.integers(5, config.decoder.vocab_size, (ROWS, LENGTH)).astype(np.int32)
@@ -52,14 +52,17 @@ def packed_batch(config):
   for row in range(ROWS):
     first = int(rng.integers(30, 50))
     for segment, (start, stop) in enumerate([(0, first), (first, LENGTH - 5)]):
-      tokens = slice(start + 3, start + 3 + 2 * clip_tokens)
-      visual_index[row, tokens] = 2 * segment * clip_tokens + np.arange(2 * clip_tokens)
+      for place, item in enumerate((segment, CLIPS + segment)):
+        tokens = start + 3 + place * clip_tokens + np.arange(clip_tokens)
+        visual_index[row, tokens] = item * clip_tokens + np.arange(clip_tokens)
       segment_ids[row, start:stop] = segment + 1
       positions[row, start:stop] = np.arange(stop - start)
       labels[row, stop - 4 : stop] = token_ids[row, stop - 4 : stop]
   frames = rng.integers(0, 255, (ROWS, CLIPS, 4, size, size, 3)).astype(np.uint8)
+  tiles = rng.integers(0, 255, (ROWS, TILES, 1, size, size, 3)).astype(np.uint8)
   return {
     "frames": frames,
+    "tiles": tiles,
     "token_ids": token_ids,
     "labels": labels,
     "visual_index": visual_index,
@@ -125,7 +128,8 @@ def step_on_mesh(name, dropout):
     num_shards=shards,
     zigzag=layout.zigzag,
     clip_tokens=small_config().connector.clip_tokens,
-    clips_per_shard=4,
+    clips_per_shard=2,
+    tiles_per_shard=2,
   )
   if dropout:
     batch["dropout"] = plan["dropout"]

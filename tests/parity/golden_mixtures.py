@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from tests.conftest import Golden
-from videochat_flash_jax.data.annotations import sample_rows
+from videochat_flash_jax.data.annotations import kept_rows
 
 FAMILY = Golden("10_sampling").json("sampling.json")
 
@@ -46,7 +46,7 @@ def with_entry(case):
     return [(rows_of(case["sample_key"], range(6)), entry)]
   strategy, least = entry.get("sampling_strategy", "all"), max(case["ids"]) + 1
   sizes = [size for size in (6, *range(least, 1000)) if size >= least]
-  size = next(size for size in sizes if sample_rows(range(size), strategy) == case["ids"])
+  size = next(size for size in sizes if list(kept_rows(size, strategy)) == case["ids"])
   paths = below(entry.get("data_root"), medium_of(case["first"])[1] or "f0.bin")
   return [(rows_of(case["sample_key"], range(size), paths), entry)]
 

@@ -22,12 +22,13 @@ from videochat_flash_jax.data.annotations import (
   check_media,
   deal_evenly,
   estimated_length,
+  kept_rows,
+  kind_of,
   length_in_words,
   num_clip_frames,
   picture_indices,
-  resolve_media,
-  sample_rows,
   window_indices,
+  with_whole_paths,
 )
 from videochat_flash_jax.data.frame_sampling import clip_indices, training_indices
 from videochat_flash_jax.errors import InputError
@@ -46,26 +47,27 @@ def strategies(test):
 
 def test_strategies_keep_the_same_rows():
   for row in strategies(lambda row: "ids" in row and is_well_written(row["strategy"])):
-    assert sample_rows(range(row["dataset_size"]), row["strategy"]) == row["ids"], row
-  assert sample_rows(FAMILY["default_strategy"]["ids"]) == FAMILY["default_strategy"]["ids"]
+    assert list(kept_rows(row["dataset_size"], row["strategy"])) == row["ids"], row
+  ids = FAMILY["default_strategy"]["ids"]
+  assert [ids[number] for number in kept_rows(len(ids))] == ids
 
 
 def test_what_the_original_refuses_is_refused_and_random_works():
   for row in strategies(lambda row: "error" in row):
     if not row["strategy"].startswith("random:"):
       with pytest.raises(InputError):
-        sample_rows(range(row["dataset_size"]), row["strategy"])
+        kept_rows(row["dataset_size"], row["strategy"])
       continue
     number = re.search(r"\d+", row["strategy"])[0]
     size = row["dataset_size"]
     share = int(number) * size / 100 if "%" in row["strategy"] else int(number)
-    assert len(sample_rows(range(size), row["strategy"])) == min(np.ceil(share), size)
+    assert len(kept_rows(size, row["strategy"])) == min(np.ceil(share), size)
 
 
 def test_what_the_original_passes_over_is_refused():
   for row in strategies(lambda row: not is_well_written(row["strategy"])):
     with pytest.raises(InputError, match=re.escape(row["strategy"])):
-      sample_rows(range(row["dataset_size"]), row["strategy"])
+      kept_rows(row["dataset_size"], row["strategy"])
 
 
 @pytest.mark.parametrize("case", FAMILY["mixing"], ids=lambda case: case["name"])
@@ -99,10 +101,11 @@ def test_mixtures_have_the_same_rows_with_the_same_paths(case, tmp_path):
 def mix(files):
   mixed = []
   for rows, entry in files:
-    kept = sample_rows(rows, entry.get("sampling_strategy", "all"))
-    options = [entry.get(name) for name in ("data_root", "media_type", "video_read_type")]
-    kept = resolve_media(kept, options[0] or "", *options[1:])
-    if entry.get("media_type") not in ("text", "mix") and options[2] != "fake":
+    numbers = kept_rows(len(rows), entry.get("sampling_strategy", "all"))
+    media_type = entry.get("media_type") or kind_of(rows[0])
+    options = media_type, entry.get("data_root") or "", entry.get("video_read_type")
+    kept = [with_whole_paths(rows[number], *options) for number in numbers]
+    if media_type not in ("text", "mix") and options[2] != "fake":
       check_media(kept)
     mixed += kept
   return mixed

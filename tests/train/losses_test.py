@@ -1,5 +1,7 @@
 """Losses: what counts, and what does not."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from videochat_flash_jax.data.conversation import IGNORE_LABEL
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.parallel.layout import ONE_DEVICE
 from videochat_flash_jax.train import losses
 
 
@@ -27,6 +30,19 @@ def test_cross_entropy_is_the_mean_over_learnt_positions():
 def test_cross_entropy_of_nothing_is_zero():
   loss, right = losses.cross_entropy(jnp.ones((2, 3)), jnp.full(2, IGNORE_LABEL))
   assert loss == 0 and right == 0
+
+
+def test_gradients_of_many_blocks_are_not_lost_in_bfloat16(monkeypatch):
+  monkeypatch.setattr(losses, "_BLOCK_TOKENS", 1)
+  hidden = jnp.ones((1, 600, 8), jnp.bfloat16)
+  targets = jnp.zeros((1, 600), jnp.int32)
+
+  def loss(head):
+    decoder = types.SimpleNamespace(head=head)
+    return losses.next_token_loss(decoder, hidden, targets, ONE_DEVICE)[0]
+
+  gradient = jax.grad(loss)(jnp.zeros((8, 4), jnp.bfloat16)).astype(jnp.float32)
+  np.testing.assert_allclose(gradient, np.tile([-0.75, 0.25, 0.25, 0.25], (8, 1)), rtol=0.01)
 
 
 def answer_batch():

@@ -80,7 +80,7 @@ def test_what_is_frozen_has_no_optimizer_state_and_is_in_bfloat16(stage):
     ("model=qwen3", r"config\.model is 'qwen3': give one of tiny, qwen2_7b_res224"),
     ("image_size=100", r"image_size is 100: give pixels, a multiple of 16"),
     ("trained=('visoin',)", r"config\.trained is \('visoin',\): give names out of"),
-    ("sequence_parallel=rign", r"sequence_parallel is 'rign': give all_gather or ring"),
+    ("sequence_parallel=rign", r"sequence_parallel is 'rign': give none or all_gather or ring"),
     ("rows=0", r"rows is 0: give a positive integer"),
     ("frames=(8, 4)", r"frames is \(8, 4\): give the least and the most"),
     ("learning_rate=-1.0", r"learning_rate is -1\.0: give a positive number"),
@@ -99,6 +99,7 @@ def test_a_wrong_field_is_named_with_the_remedy(override, complaint):
     (["mesh.sequence=4"], "do not make the 1 devices"),
     (["mesh.sequence=0"], r"mesh\.sequence is 0"),
     (["mesh.sequence=1", "mesh.fsdp=2"], "do not make the 1 devices"),
+    (["mesh.sequence=2", "mesh.fsdp=2"], "fsdp 2 x sequence 2 x tensor 1 do not make"),
   ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_built(overrides, complaint):

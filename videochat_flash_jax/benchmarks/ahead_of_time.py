@@ -20,7 +20,13 @@ from videochat_flash_jax.errors import InputError
 
 _EXAMPLES = "v4:2x2x2, v5e:4x4, v5e:8x8, v5p:2x2x1, v5p:4x4x4, v6e:8x8"
 _GIB = 2**30
-_UNITS = {"K": 2**10, "M": 2**20, "G": _GIB}
+_UNITS = {"K": 2**10, "M": 2**20, "G": _GIB, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT])"
+# The compiler's two ways to say it; both count arguments and results, too.
+_TOO_MUCH = (
+  re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+  re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+)
 
 
 class OutOfMemory(Exception):
@@ -56,24 +62,28 @@ def prepare():
   jax.config.update("jax_enable_compilation_cache", False)
 
 
-def topology_devices(name: str) -> Sequence[jax.Device]:
-  """The chips of a slice such as "v5e:4x4".
+def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
+  """The chips of slices such as "v5e:4x4".
+
+  Args:
+    name: kind of chip, and shape of a slice.
+    num_slices: such slices, joined by the data-centre network.
 
   Raises:
     InputError: there is no such slice.
   """
-  from jax.experimental import topologies  # imports libtpu
-
   kind, _, shape = name.partition(":")
-  options = {"chip_config_name": "megacore"} if kind == "v4" else {}
-  if re.fullmatch(r"1(x1)+", shape):
-    options["chips_per_host_bounds"] = (1, 1, 1)
-  usable = kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape)
   reason = f"kinds are {', '.join(CHIPS)}"
-  if usable:
+  if kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    from jax.experimental import topologies
+
+    options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    if re.fullmatch(r"1(x1)+", shape):
+      options["chips_per_host_bounds"] = (1, 1, 1)
+    if num_slices > 1:
+      options["num_slices"] = num_slices
     try:
-      topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-      return topology.devices
+      return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
       reason = " ".join(str(error).split())
   raise InputError(f"--topology {name}: no such slice ({reason}); give one such as {_EXAMPLES}")
@@ -85,7 +95,7 @@ def report(topology: str, program: Callable, arguments: Sequence[Any]) -> dict[s
   Args:
     topology: name of the slice.
     program: jitted.
-    arguments: shapes, with shardings.
+    arguments: shapes, with shardings; and what is static.
 
   Returns:
     A JSON object; see docs/memory.md.
@@ -93,21 +103,16 @@ def report(topology: str, program: Callable, arguments: Sequence[Any]) -> dict[s
   Raises:
     OutOfMemory: it does not fit.
   """
-  num_chips = len(jax.tree.leaves(arguments)[0].sharding.device_set)
-  head = {"topology": topology, "chips": num_chips}
+  head = {"topology": topology, "chips": _num_chips(arguments)}
   start = time.perf_counter()
   lowered = program.lower(*arguments)
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    found = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
-    if found is None:
+    sizes = memory_wanted(str(error))
+    if sizes is None:
       raise
-    wanted, there = (
-      round(float(number) * _UNITS[unit])
-      for number, unit in (found.groups()[:2], found.groups()[2:])
-    )
-    raise OutOfMemory({**head, **_too_much(wanted, there)}) from None
+    raise OutOfMemory({**head, **_too_much(*sizes)}) from None
   seconds = time.perf_counter() - start
   costs = program_costs(compiled.as_text())
   kinds = sorted(costs.counts)
@@ -124,20 +129,27 @@ def report(topology: str, program: Callable, arguments: Sequence[Any]) -> dict[s
   }
 
 
+def _num_chips(arguments):
+  shapes = (x for x in jax.tree.leaves(arguments) if isinstance(x, jax.ShapeDtypeStruct))
+  return len(next(shapes).sharding.device_set)
+
+
+def memory_wanted(message: str) -> tuple[int, int] | None:
+  """Bytes of a chip that are wanted, and those there, from what the compiler says; or None."""
+  for pattern in _TOO_MUCH:
+    if found := pattern.search(message):
+      wanted, wanted_unit, there, there_unit = found.groups()
+      return round(float(wanted) * _UNITS[wanted_unit]), round(float(there) * _UNITS[there_unit])
+  return None
+
+
 def _memory(stats):
-  """Bytes of one chip. What is given back in place of what was taken counts once."""
-  peak = (
-    stats.argument_size_in_bytes
-    + stats.output_size_in_bytes
-    - stats.alias_size_in_bytes
-    + stats.temp_size_in_bytes
-    + stats.generated_code_size_in_bytes
-  )
+  """Bytes of one chip; at the peak, what is given back in place of what was taken counts once."""
   return {
     "argument_bytes": stats.argument_size_in_bytes,
     "temporary_bytes": stats.temp_size_in_bytes,
     "output_bytes": stats.output_size_in_bytes,
-    "peak_bytes": peak,
+    "peak_bytes": stats.peak_memory_in_bytes,
   }
 
 
@@ -154,19 +166,24 @@ def _too_much(wanted, there):
 def table_row(name: str, result: dict[str, Any]) -> str:
   """A report as a row of the tables in docs/memory.md.
 
-  | run | slice | peak GiB | arguments | temporary | Tflop | GB moved | collectives, GB | seconds |
+  | run | slice | peak GiB | arguments | temporary | Tflop | GB moved | collectives, GB (count) |
+  least ms of compute / memory / links |
   """
   if "error" in result:
     return f"| {name} | {result['topology']} | {result['error']} |"
   collectives = ", ".join(
-    f"{kind} {entry['bytes'] / 1e9:.2f} ({entry['count']})"
+    f"{kind} {_short(entry['bytes'] / 1e9)} ({entry['count']:,})"
     for kind, entry in result["collectives"].items()
   )
   gib = [result[f"{part}_bytes"] / _GIB for part in ("peak", "argument", "temporary")]
   bound = result["roofline"]
-  seconds = " / ".join(f"{bound[f'{part}_seconds']:.2f}" for part in ("compute", "memory", "link"))
+  least = (1e3 * bound[f"{part}_seconds"] for part in ("compute", "memory", "link"))
   return (
     f"| {name} | {result['topology']} | {gib[0]:.2f} | {gib[1]:.2f} | {gib[2]:.2f} | "
-    f"{result['flops'] / 1e12:.1f} | {result['bytes_accessed'] / 1e9:.0f} | {collectives or '-'} | "
-    f"{seconds} |"
+    f"{_short(result['flops'] / 1e12)} | {_short(result['bytes_accessed'] / 1e9)} | "
+    f"{collectives or '-'} | {' / '.join(map(_short, least))} |"
   )
+
+
+def _short(number):
+  return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"

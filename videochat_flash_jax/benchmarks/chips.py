@@ -1,7 +1,8 @@
 """What TPU chips can do at most, as published, and how long costs take at that.
 
-Source: cloud.google.com/tpu/docs, pages v4, v5e, v5p and v6e (read in 2026). A link's bandwidth is
-published for both directions together; what a chip can send is half of it.
+Source: cloud.google.com/tpu/docs, pages v4, v5e, v5p and v6e (read in 2026). Of the links, what a
+chip can send over all of them at once counts: v5e has 1,600 Gbit/s, also published as 400 GB/s for
+both directions together.
 """
 
 from typing import NamedTuple
@@ -37,5 +38,5 @@ def roofline(chip: Chip, costs: Costs) -> dict[str, float | str]:
     "link_seconds": sum(costs.sent.values()) / chip.sent_bytes_per_second,
   }
   longest = max(seconds, key=seconds.get)
-  rounded = {name: round(value, 4) for name, value in seconds.items()}
+  rounded = {name: round(value, 6) for name, value in seconds.items()}
   return {**rounded, "bound_by": longest.removesuffix("_seconds"), "is": "an estimate"}

@@ -107,7 +107,7 @@ class _Walk:
     for place, operand in enumerate(instruction.operands):
       array = computation.instructions[operand]
       if array.main_memory_bytes:
-        total += min(array.main_memory_bytes, _bytes_used(inside, place))
+        total += min(array.main_memory_bytes, self._bytes_read(inside, _parameter(inside, place)))
     results = inside.root.operands if inside.root.opcode == "tuple" else [inside.root.name]
     for result, array in zip(results, instruction.arrays, strict=False):
       source = _behind_bitcasts(inside, inside.instructions[result])
@@ -115,6 +115,25 @@ class _Walk:
         total += inside.instructions[source.operands[1]].num_bytes
       elif array.in_main_memory:
         total += array.num_bytes
+    return total
+
+  def _bytes_read(self, inside, name):
+    """Bytes that a fusion reads of an operand: those of its pieces, if it is only cut."""
+    if name == inside.root.name:
+      return math.inf
+    total = 0
+    for user in inside.instructions.values():
+      if name not in user.operands:
+        continue
+      if user.opcode == "bitcast":
+        total += self._bytes_read(inside, user.name)
+      elif user.opcode in ("dynamic-slice", "slice", "gather"):
+        total += user.num_bytes
+      elif user.opcode == "fusion":  # one within another
+        within = self.computations[user.called()["calls"][0]]
+        total += self._bytes_read(within, _parameter(within, user.operands.index(name)))
+      elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+        return math.inf
     return total
 
   def _loop_length(self, loop, computation):
@@ -176,19 +195,10 @@ def _behind_bitcasts(computation, instruction):
   return instruction
 
 
-def _bytes_used(inside, place):
-  """Bytes that a fusion reads of an operand: those of its pieces, if it is only cut."""
-  parameters = [i for i in inside.instructions.values() if i.opcode == "parameter"]
-  (parameter,) = (i for i in parameters if i.attributes == str(place))
-  total = 0
-  for user in inside.instructions.values():
-    if parameter.name not in user.operands:
-      continue
-    if user.opcode in ("dynamic-slice", "slice", "gather"):
-      total += user.num_bytes
-    elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter.name:
-      return math.inf
-  return total
+def _parameter(computation, place):
+  """Name of a computation's operand."""
+  parameters = (i for i in computation.instructions.values() if i.opcode == "parameter")
+  return next(i.name for i in parameters if i.attributes == str(place))
 
 
 def _moved_bytes(instruction, computation):

@@ -32,10 +32,14 @@ def _kernel_flops(instruction, operands):
   if not products:
     return 0
   shapes = [operand.arrays[0].shape for operand in operands]
-  first = next(place for place, shape in enumerate(shapes) if shape[-1] % 8 == 0 and place != 1)
+  first = next(place for place in range(len(shapes)) if _are_q_k_v(*shapes[place : place + 3]))
   tables, (queries, keys) = shapes[:first], shapes[first : first + 2]
   seen = (1 + 1 / max(tables[0][-2:])) / 2 if tables else 1
   return products[0] * 2 * math.prod(queries) * keys[-2] * seen
+
+
+def _are_q_k_v(q, k, v):
+  return k == v and len(q) == len(k) and q[-1] == k[-1]
 
 
 def _convolution_flops(attributes, left, kernel, result):

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action="store_true",
     help="drop visual tokens as the model cards propose; for decoders of over 18 layers",
   )
+  parser.add_argument(
+    "--tensor", type=int, default=1, metavar="DEVICES", help="devices that share the model"
+  )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,14 +51,16 @@ def run(args: argparse.Namespace) -> None:
   from videochat_flash_jax.inference.chat import VideoChat
   from videochat_flash_jax.inference.sampler import Sampling
   from videochat_flash_jax.models.config import DropoutConfig
+  from videochat_flash_jax.parallel.mesh import MeshConfig
 
   Sampling(args.temperature, args.top_p, args.seed).check()  # before a long video is watched
 
   logging.basicConfig(format="%(message)s")
   logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
   dropout = DropoutConfig.model_card() if args.dropout else None
+  mesh = None if args.tensor == 1 else MeshConfig(tensor=args.tensor)
   chat = VideoChat.from_pretrained(
-    args.model, context=args.context, yarn=args.yarn, dropout=dropout
+    args.model, context=args.context, yarn=args.yarn, dropout=dropout, mesh=mesh
   )
   if args.image:
     seen = chat.look(args.image)

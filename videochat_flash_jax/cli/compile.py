@@ -13,6 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser):
   """Adds the verb's options to its parser."""
   add_config_argument(parser)
   parser.add_argument("--topology", required=True, help="a slice of TPUs, such as v5e:4x4")
+  parser.add_argument(
+    "--program",
+    choices=("train", "prefill", "decode"),
+    default="train",
+    help="a training step, the reading of a prompt, or a decoded token",
+  )
   parser.add_argument("--table", action="store_true", help="print a row of markdown, not JSON")
 
 
@@ -21,21 +27,41 @@ def run(args: argparse.Namespace) -> int:
   config = read_config(args.config, args.overrides)
 
   from videochat_flash_jax.benchmarks import ahead_of_time  # imports JAX: not for a typing error
-
-  ahead_of_time.prepare()
-  from videochat_flash_jax.train.program import train_program
   from videochat_flash_jax.train.settings import train_settings
 
   settings = train_settings(config)
-  program = train_program(settings, ahead_of_time.topology_devices(args.topology))
+  ahead_of_time.prepare()
+  devices = ahead_of_time.topology_devices(args.topology, settings.mesh.num_slices)
+  program, arguments = _program(args.program, settings, devices)
   fits = True
   try:
-    result = ahead_of_time.report(args.topology, program.step, (program.state, program.batch))
+    result = ahead_of_time.report(args.topology, program, arguments)
   except ahead_of_time.OutOfMemory as error:
     result, fits = error.report, False
   name = " ".join([args.config.name, *args.overrides])
+  if args.program != "train":
+    name += f" --program {args.program}"
   if args.table:
     print(ahead_of_time.table_row(name, result))
   else:
-    print(json.dumps({"config": name, "model": settings.model.name, **result}, indent=2))
+    model = {"model": settings.model.name, "image_size": settings.model.vision.image_size}
+    print(json.dumps({"config": name, **model, **result}, indent=2))
   return 0 if fits else 2
+
+
+def _program(name, settings, devices):
+  """A jitted program, and the shapes of its arguments."""
+  if name == "train":
+    from videochat_flash_jax.train.program import train_program
+
+    program = train_program(settings, devices)
+    return program.step, (program.state, program.batch)
+  from videochat_flash_jax.inference.programs import decode_program, prefill_program
+  from videochat_flash_jax.parallel.mesh import make_mesh
+
+  model, mesh = settings.model, make_mesh(settings.mesh, devices)
+  rows, num_tokens = settings.rows, settings.tokens_per_row
+  if name == "decode":
+    return decode_program(model, mesh, rows=rows, num_slots=num_tokens)
+  num_visual = settings.clips_per_shard * model.connector.clip_tokens
+  return prefill_program(model, mesh, rows=rows, num_tokens=num_tokens, num_visual=num_visual)

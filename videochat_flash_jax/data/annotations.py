@@ -13,110 +13,142 @@ never does).
 """
 
 import difflib
+import heapq
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from videochat_flash_jax.data.broken import BrokenRow
 from videochat_flash_jax.data.frame_sampling import dynamic_num_frames, training_indices
+from videochat_flash_jax.data.media_files import exists, is_address
 from videochat_flash_jax.errors import InputError
 
 _BLOCKS = {"first": 0, "first2": 1, "first3": 2, "first4": 3}
 _STRATEGIES = ("all", *_BLOCKS, "end", "random")
-_MEDIA_TYPES = ("image", "video", "text", "mix")
-_IMAGE_LENGTH = 128  # tokens that an image counts for when rows are grouped by length
-_FRAME_LENGTH = 16
+_NUMBER = re.compile(r"\s*([+-]?\d+)\s*(%?)\s*")
 _FEWEST_FRAMES = 8
-_NUM_PROBED = 3
+NUM_PROBED = 3
 
 
-def sample_rows(rows: Sequence, strategy: str = "all", seed: int = 0) -> list:
-  """Keeps a part of a file's rows; see the module's table.
+def kept_rows(num_rows: int, strategy: str = "all", seed: int = 0) -> range | np.ndarray:
+  """Numbers of the rows of a file that are kept, rising; see the module's table.
 
   As in the original a count is used as in a Python slice: beyond the end it keeps everything,
   `end:0` too, and a negative `first` drops rows from the end.
 
   Args:
-    rows: of one file.
+    num_rows: of the file.
     strategy: `all`, or a word with `:` and a count or a percentage.
     seed: of `random`.
 
   Raises:
     InputError: the strategy is unknown or incomplete, or it leaves no row.
   """
-  word, colon, number = strategy.partition(":")
-  if word not in _STRATEGIES:
-    raise InputError(f"sampling strategy {strategy!r} is unknown; {_nearest(word, _STRATEGIES)}")
-  if (word == "all") == bool(colon):
-    raise InputError(f"sampling strategy {strategy!r}: write 'all', or '{word}:100', '{word}:25%'")
-  count = _count(strategy, number, len(rows)) if colon else 0
+  word, number = strategy_parts(strategy)
+  count = _count(number, num_rows)
+  rows = range(num_rows)
   if word == "all":
     kept = rows
   elif word == "end":
     kept = rows[-count:]
   elif word == "random":
-    size = min(max(count, 0), len(rows))
-    chosen = np.random.default_rng(seed).choice(len(rows), size, replace=False)
-    kept = [rows[index] for index in sorted(chosen)]
+    size = min(max(count, 0), num_rows)
+    kept = np.sort(np.random.default_rng(seed).choice(num_rows, size, replace=False))
   else:
     block = _BLOCKS[word]
     kept = rows[block * count : (block + 1) * count]
-  if not kept:
-    raise InputError(f"sampling strategy {strategy!r} leaves no row of {len(rows)}; ask for more")
-  return list(kept)
+  if not len(kept):
+    raise InputError(f"sampling strategy {strategy!r} leaves no row of {num_rows}; ask for more")
+  return kept
 
 
-def _count(strategy, number, num_rows):
-  match = re.fullmatch(r"\s*([+-]?\d+)\s*(%?)\s*", number)
-  if not match:
-    found = f"sampling strategy {strategy!r}: {number!r} is no whole number or percentage"
-    raise InputError(f"{found}; write 100 or 25%")
-  count = int(match[1])
-  return -(-count * num_rows // 100) if match[2] else count
-
-
-def resolve_media(
-  rows: Sequence[Mapping],
-  data_root: str = "",
-  media_type: str | None = None,
-  video_read_type: str | None = None,
-) -> list[dict]:
-  """Rows with whole paths of their media; the rows given stay as they are.
-
-  Args:
-    rows: of one file, all of one kind.
-    data_root: folder that paths are relative to.
-    media_type: `image` or `video`; `text` and `mix` leave paths alone. By default what the first
-      row has.
-    video_read_type: how videos are read, noted in each row.
+def strategy_parts(strategy: str) -> tuple[str, str]:
+  """Word and number of a sampling strategy: "first:25%" -> ("first", "25%"), "all" -> ("all", "").
 
   Raises:
-    InputError: the media type is unknown, or a row has no such medium or no path of it.
+    InputError: the strategy is unknown or incomplete.
   """
-  if media_type is None:
-    kinds = [kind for kind in ("image", "video") if rows and kind in rows[0]]
-    media_type = kinds[0] if kinds else "text"
-  if media_type not in _MEDIA_TYPES:
-    raise InputError(f"media type {media_type!r} is unknown; {_nearest(media_type, _MEDIA_TYPES)}")
+  word, colon, number = strategy.partition(":")
+  if word not in _STRATEGIES:
+    raise InputError(f"sampling strategy {strategy!r} is unknown; {nearest(word, _STRATEGIES)}")
+  if (word == "all") == bool(colon):
+    raise InputError(f"sampling strategy {strategy!r}: write 'all', or '{word}:100', '{word}:25%'")
+  if colon and not _NUMBER.fullmatch(number):
+    found = f"sampling strategy {strategy!r}: {number!r} is no whole number or percentage"
+    raise InputError(f"{found}; write 100 or 25%")
+  return word, number
+
+
+def _count(number, num_rows):
+  if not number:
+    return num_rows
+  count, percent = _NUMBER.fullmatch(number).groups()
+  return -(-int(count) * num_rows // 100) if percent else int(count)
+
+
+def kind_of(row: Mapping) -> str:
+  """What a row shows: "image", "video" or, without either, "text"."""
+  return next((kind for kind in ("image", "video") if row.get(kind) is not None), "text")
+
+
+def with_whole_paths(
+  row: Mapping,
+  media_type: str,
+  data_root: str = "",
+  video_read_type: str | None = None,
+  confined: bool = True,
+) -> dict:
+  """A row with whole paths of its media; the row given stays as it is.
+
+  Args:
+    row: of a file, or of a mixture's entry.
+    media_type: `image` or `video`; `text` and `mix` leave paths alone.
+    data_root: folder, or address, that paths are relative to.
+    video_read_type: how videos are read, noted in the row.
+    confined: refuses paths that lead out of `data_root`.
+
+  Raises:
+    BrokenRow: the row has no such medium, no path of it, or one that leads out of `data_root`.
+  """
   if media_type in ("text", "mix"):
-    return [dict(row) for row in rows]
-  noted = {"video_read_type": video_read_type} if video_read_type else {}
-  resolved = []
-  for number, row in enumerate(rows):
-    if media_type not in row:
-      raise InputError(
-        f"row {number} has no field '{media_type}', but its file is of that kind; "
-        "move it to another file, or give media_type 'mix'"
+    return dict(row)
+  if row.get(media_type) is None:
+    raise BrokenRow(
+      "bad media field",
+      f"no field '{media_type}', but its file is of that kind; move it to another file, or give "
+      "media_type 'mix'",
+    )
+  paths = media_paths(row, media_type)
+  for path in paths if data_root and confined else ():
+    if not _is_below(path, data_root):
+      raise BrokenRow(
+        "outside data_root", f"path {path!r} leads out of {data_root!r}; mend it, or leave it out"
       )
-    paths = row[media_type]
-    listed = paths if isinstance(paths, list) else [paths]
-    if not listed or not all(isinstance(path, str) for path in listed):
-      raise InputError(f"row {number}: field '{media_type}' is {paths!r}; give a path, or a list")
-    whole = [os.path.join(data_root, path) for path in listed]
-    resolved.append({**row, media_type: whole if isinstance(paths, list) else whole[0], **noted})
-  return resolved
+  whole = [path if is_address(path) else os.path.join(data_root, path) for path in paths]
+  noted = {"video_read_type": video_read_type} if video_read_type else {}
+  return {**row, media_type: whole if isinstance(row[media_type], list) else whole[0], **noted}
+
+
+def media_paths(row: Mapping, kind: str) -> list[str]:
+  """The paths in a row's field "image" or "video", which holds one or a list of them.
+
+  Raises:
+    BrokenRow: it holds something else.
+  """
+  paths = row[kind]
+  listed = paths if isinstance(paths, list) else [paths]
+  if not listed or not all(isinstance(path, str) and path and "\0" not in path for path in listed):
+    raise BrokenRow("bad media field", f"field '{kind}' is {paths!r:.200}; give a path, or a list")
+  return listed
+
+
+def _is_below(path, folder):
+  if is_address(path):
+    return path.startswith(folder.rstrip("/") + "/")
+  return not path.startswith("/") and os.path.normpath(path).split("/")[0] != ".."
 
 
 def check_media(rows: Sequence[Mapping]) -> None:
@@ -125,9 +157,8 @@ def check_media(rows: Sequence[Mapping]) -> None:
   Raises:
     InputError: none does.
   """
-  media = [row.get("image") or row.get("video") for row in rows[:_NUM_PROBED]]
-  paths = [item[0] if isinstance(item, list) else item for item in media if item]
-  if paths and not any(os.path.exists(path) for path in paths):
+  paths = [media_paths(row, kind_of(row))[0] for row in rows[:NUM_PROBED] if kind_of(row) != "text"]
+  if paths and not any(exists(path) for path in paths):
     raise InputError(f"{paths[0]}: no such file, nor those of the next rows; mend data_root")
 
 
@@ -205,12 +236,13 @@ def length_in_words(row: Mapping) -> int:
 
 
 def estimated_length(row: Mapping, max_frames: int) -> int:
-  """A row's length for grouping: its words, 128 for images, 16 a frame for as many as allowed."""
-  if "image" in row:
-    return length_in_words(row) + _IMAGE_LENGTH
-  if "video" in row:
-    return length_in_words(row) + max(_FEWEST_FRAMES, max_frames) * _FRAME_LENGTH
-  return length_in_words(row)
+  """A row's length for grouping: its words, and those that its media count for."""
+  return length_in_words(row) + media_length(kind_of(row), max_frames)
+
+
+def media_length(kind: str, max_frames: int) -> int:
+  """Words that media count for: 128 for images, 16 a frame for as many as a video may have."""
+  return {"image": 128, "video": 16 * max(_FEWEST_FRAMES, max_frames), "text": 0}[kind]
 
 
 def deal_evenly(indices: Sequence[int], lengths: Sequence[int], num_groups: int) -> list[list[int]]:
@@ -224,15 +256,17 @@ def deal_evenly(indices: Sequence[int], lengths: Sequence[int], num_groups: int)
   size, rest = divmod(len(indices), num_groups)
   if rest:
     return [list(indices[group::num_groups]) for group in range(num_groups)]
-  groups, totals = [[] for _ in range(num_groups)], [0] * num_groups
+  groups = [[] for _ in range(num_groups)]
+  open_groups = [(0, group) for group in range(num_groups)]  # a heap: the shortest comes first
   for index in indices:
-    open_groups = [group for group in range(num_groups) if len(groups[group]) < size]
-    shortest = min(open_groups, key=totals.__getitem__)
-    groups[shortest].append(index)
-    totals[shortest] += lengths[index]
+    total, group = heapq.heappop(open_groups)
+    groups[group].append(index)
+    if len(groups[group]) < size:
+      heapq.heappush(open_groups, (total + lengths[index], group))
   return groups
 
 
-def _nearest(word, words):
+def nearest(word: str, words: Iterable[str]) -> str:
+  """The end of a complaint about a misspelt word: "did you mean video?"."""
   near = difflib.get_close_matches(word.lower(), words, n=2)
   return f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(words)}"

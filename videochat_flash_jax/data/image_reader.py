@@ -3,12 +3,12 @@
 import contextlib
 import logging
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from videochat_flash_jax.data.media_files import is_address, open_media
 from videochat_flash_jax.errors import InputError
 
 ImageSource = str | Path | Image.Image | np.ndarray
@@ -38,13 +38,12 @@ def read_image(source: ImageSource) -> np.ndarray:
       return _as_rgb(source)
   if not isinstance(source, str | os.PathLike) or not str(source):
     raise InputError(f"{source!r} is no image; give a path, a Pillow image or a uint8 array")
-  if re.match(r"\w+://", str(source)):
-    raise InputError(f"{source}: an address, not a file; download the image first")
   if os.path.isdir(source):
     raise InputError(f"{source}: a folder, not an image; name its images one by one")
-  if not os.path.exists(source):
+  if not is_address(source) and not os.path.exists(source):
     raise InputError(f"{source}: there is no such image file; check the path")
-  with _named_errors(source), Image.open(source) as picture:
+  file = open_media(source)
+  with _named_errors(source), Image.open(file) as picture:
     if getattr(picture, "is_animated", False):
       _logger.warning("%s holds several pictures; only the first is looked at", source)
     return _as_rgb(picture)

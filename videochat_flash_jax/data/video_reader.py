@@ -1,34 +1,44 @@
 """Reads chosen frames of a video without decoding all the others.
 
 A file is first walked once without decoding. That gives the time stamp of every frame, hence the
-presentation order, and the key frames, at which decoding can start. A frame is then reached by
-decoding forward from the last one, unless a key frame lies in between: then by a jump to it.
-For rising frame numbers, no stretch between key frames is decoded twice, or without need.
+presentation order, and the key frames, at which decoding can start. The frames asked for are then
+cut into runs between jumps. Of frames that are resized, several runs are decoded at a time, each
+by a decoder of its own; otherwise one decoder, of several threads, does one run after the other.
 
   with open_video("match.mp4") as video:
     frames = video.read([0, 30, 60], image_size=224)  # uint8 [3, 224, 224, 3]
 """
 
+import collections
+import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import av
 import numpy as np
-from PIL import Image
 
+from videochat_flash_jax.data.media_files import file_stamp, is_address
+from videochat_flash_jax.data.picture_folder import list_pictures, read_picture
 from videochat_flash_jax.data.preprocessing import resize
-from videochat_flash_jax.data.video_timeline import read_timeline, truncated
+from videochat_flash_jax.data.video_decoder import VideoDecoder
+from videochat_flash_jax.data.video_timeline import Timeline
 from videochat_flash_jax.errors import InputError
 
 _logger = logging.getLogger("videochat_flash_jax")
-_PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
-# A title that is not UTF-8 must not stop us; from PyAV 19 on it never does.
-_LENIENT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+_MAX_THREADS = 4  # each holds frames of its own
+_NUM_KNOWN = 4  # some megabytes each, of an hour of video
+# Timelines and (height, width) of the files opened last, for several questions about one film;
+# size and time of a file tell it from one that was there before.
+known_files: dict[tuple[Path, int, int], tuple[Timeline, tuple[int, int]]] = {}
+_Result = TypeVar("_Result")
+_ImageSize = int | tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +52,24 @@ class VideoInfo:
   width: int
 
 
-def open_video(path: str | Path, picture_fps: float = 1.0) -> "VideoReader":
-  """Opens a video file, or a folder of numbered pictures shown at `picture_fps`.
+def open_video(
+  path: str | Path, picture_fps: float = 1.0, num_threads: int | None = None
+) -> "VideoReader":
+  """Opens a video file, or a folder of numbered pictures.
+
+  Args:
+    path: the file or folder.
+    picture_fps: pictures shown a second, of a folder.
+    num_threads: threads that decode; by default up to four, one a core. Give 1 where several
+      processes read at once.
 
   Raises:
     InputError: there is no such file, or no frame can be read from it.
   """
   if not isinstance(path, str | os.PathLike) or not str(path):
     raise InputError(f"{path!r} is no path of a video; give a video file or a folder of pictures")
-  if re.match(r"\w+://", str(path)):
-    raise InputError(f"{path}: an address, not a file; download the video first")
+  if is_address(path):
+    return _VideoFile(str(path), num_threads or min(_MAX_THREADS, os.cpu_count() or 1))
   path = Path(path)
   if os.path.isdir(path):  # unlike Path's own, it takes a path that is too long, too
     return _PictureFolder(path, picture_fps)
@@ -59,7 +77,7 @@ def open_video(path: str | Path, picture_fps: float = 1.0) -> "VideoReader":
     raise InputError(f"{path}: there is no such video file or folder; check the path")
   if path.stat().st_size == 0:
     raise InputError(f"{path}: the file is empty; copy or download it again")
-  return _VideoFile(path)
+  return _VideoFile(path, num_threads or min(_MAX_THREADS, os.cpu_count() or 1))
 
 
 class VideoReader:
@@ -67,6 +85,7 @@ class VideoReader:
 
   path: Path
   info: VideoInfo
+  damaged = False  # whether a frame read so far was patched up, or a later one stood in for it
 
   def read(
     self, indices: Sequence[int] | np.ndarray, image_size: int | tuple[int, int] | None = None
@@ -84,35 +103,39 @@ class VideoReader:
     Args:
       indices: frame numbers.
       image_size: each frame is resized at once to this square, or (height, width), so that no
-        more than one frame of the video's own size is held.
+        more than one frame of the video's own size is held by each thread.
 
     Raises:
       InputError: the file ends early or cannot be decoded, or its frames differ in size and no
         `image_size` is given.
       IndexError: there is no such frame.
     """
-    size = (self.info.height, self.info.width)
-    last_index = None
-    for index in map(int, indices):
+    indices = [int(index) for index in indices]
+    for index in indices:
       if not 0 <= index < self.info.num_frames:
         raise IndexError(f"{self.path}: frame {index} of {self.info.num_frames}")
-      if index != last_index:
-        frame, last_index = self._frame(index), index
-        if image_size is not None:
-          frame = resize(frame, image_size)
-        elif frame.shape[:2] != size:
-          raise InputError(
-            f"{self.path}: frame {index} is {frame.shape[1]}x{frame.shape[0]}, the first one is "
-            f"{size[1]}x{size[0]}; give an image size, or frames of one size"
-          )
-      yield frame
+    repeats = [(index, len(list(same))) for index, same in itertools.groupby(indices)]
+    frames = self._frames([index for index, _ in repeats], image_size)
+    for (_, count), frame in zip(repeats, frames, strict=True):
+      yield from itertools.repeat(frame, count)
 
   def close(self) -> None:
     """Releases the file."""
 
-  def _frame(self, index: int) -> np.ndarray:
-    """Decodes one frame: uint8 `[H, W, 3]`."""
+  def _frames(self, indices: list[int], image_size: _ImageSize) -> Iterator[np.ndarray]:
+    """`frames`, of numbers that exist and of which no two neighbours are equal."""
     raise NotImplementedError
+
+  def _fit(self, index: int, frame: np.ndarray, image_size: _ImageSize) -> np.ndarray:
+    """Resizes a frame, or sees to it that it is as large as the others."""
+    if image_size is not None:
+      return resize(frame, image_size)
+    if frame.shape[:2] != (self.info.height, self.info.width):
+      raise InputError(
+        f"{self.path}: frame {index} is {frame.shape[1]}x{frame.shape[0]}, the first one is "
+        f"{self.info.width}x{self.info.height}; give an image size, or frames of one size"
+      )
+    return frame
 
   def __enter__(self) -> "VideoReader":
     return self
@@ -122,131 +145,118 @@ class VideoReader:
 
 
 class _PictureFolder(VideoReader):
-  """A folder of pictures whose names sort naturally: 2.jpg before 10.jpg."""
+  """A folder of pictures, in natural order."""
 
   def __init__(self, path: Path, fps: float):
     self.path = path
-    try:
-      files = list(path.iterdir())
-    except OSError as error:
-      raise InputError(f"{path}: cannot be read ({error.strerror}); check its rights") from error
-    self._pictures = sorted(
-      (file for file in files if file.suffix.lower() in _PICTURE_SUFFIXES),
-      key=lambda file: [
-        int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)
-      ],
-    )
-    if not self._pictures:
-      raise InputError(f"{path}: the folder has no .jpg or .png; give one of numbered pictures")
+    self._pictures = list_pictures(path)
     if fps <= 0:
       raise InputError(f"{path}: {fps:g} pictures a second; give a rate above 0")
     num_frames = len(self._pictures)
-    height, width = self._frame(0).shape[:2]
+    height, width = read_picture(self._pictures[0]).shape[:2]
     self.info = VideoInfo(num_frames, fps, num_frames / fps, height, width)
 
-  def _frame(self, index: int) -> np.ndarray:
-    file = self._pictures[index]
-    try:
-      with Image.open(file) as picture:
-        return np.asarray(picture.convert("RGB"))
-    except OSError as error:  # Pillow's own error for "no picture" is one, too
-      raise InputError(f"{file}: not a readable picture; replace or remove it") from error
+  def _frames(self, indices, image_size):
+    for index in indices:
+      yield self._fit(index, read_picture(self._pictures[index]), image_size)
 
 
 class _VideoFile(VideoReader):
   """A file that FFmpeg can decode."""
 
-  def __init__(self, path: Path):
-    self.path = path
-    self._warned = False
-    try:
-      self._open()
-      self._timeline = read_timeline(self._container, self._stream, path)
-      self._start_decoding(0)
-      height, width = self._decode_frame(0).shape[:2]
-    except av.FFmpegError as error:
-      raise InputError(
-        f"{path}: not a video, or one cut short before its index ({error.strerror}); "
-        "copy it again or re-encode it, e.g. as H.264 mp4"
-      ) from error
+  def __init__(self, path: Path, num_threads: int):
+    self.path, self._num_threads = path, num_threads
+    self._idle: dict[int, list[VideoDecoder]] = collections.defaultdict(list)  # by their threads
+    state = (path, *file_stamp(path))
+    known = known_files.get(state) or self._describe()
+    known_files[state] = known
+    if len(known_files) > _NUM_KNOWN:
+      known_files.pop(next(iter(known_files)), None)
+    self._timeline, (height, width) = known
     num_frames, seconds = self._timeline.num_frames, self._timeline.seconds
     self.info = VideoInfo(num_frames, float(num_frames / seconds), float(seconds), height, width)
 
   def close(self) -> None:
-    self._container.close()
+    for decoder in itertools.chain.from_iterable(self._idle.values()):
+      decoder.close()
+    self._idle.clear()
 
-  def _open(self) -> None:
-    # "file:" keeps a colon in a name from being read as a protocol.
-    self._container = av.open(f"file:{self.path}", **_LENIENT)
-    if self._container.format.name == "tty":  # FFmpeg would film the text
-      raise InputError(f"{self.path}: a text file, not a video; give a video")
-    # An audio file's cover picture is a video stream, too.
-    cover = av.stream.Disposition.attached_pic
-    streams = [s for s in self._container.streams.video if not s.disposition & cover]
-    if not streams:
-      raise InputError(f"{self.path}: the file has no video stream (audio only?); give a video")
-    self._stream = streams[0]
-    if self._stream.codec_context is None:  # a codec that FFmpeg has no decoder for
-      raise InputError(
-        f"{self.path}: the codec of its video is not supported; re-encode it as H.264 mp4"
-      )
-    self._stream.thread_type = "AUTO"
-    # Every thread holds whole frames and works ahead, in vain before a jump: a few are best.
-    self._stream.codec_context.thread_count = min(4, os.cpu_count() or 1)
+  @property
+  def num_decoded(self) -> int:
+    """Frames decoded so far, wanted or not: what reading has cost."""
+    return sum(d.num_decoded for d in itertools.chain.from_iterable(self._idle.values()))
 
-  def _start_decoding(self, key_frame: int) -> None:
-    """Makes `key_frame` the next frame to be decoded, or one before it."""
-    wanted = self._timeline.stamps[key_frame] if key_frame else None
-    while key_frame:
-      self._container.seek(self._timeline.stamps[key_frame], stream=self._stream)
-      packets = self._container.demux(self._stream)
-      landing = next((packet for packet in packets if packet.is_keyframe), None)
-      if landing and landing.pts <= wanted:
-        packets = itertools.chain([landing], packets)
-        break
-      key_frame = self._timeline.key_frame_before(key_frame - 1)  # some formats land too late
+  def _describe(self) -> tuple[Timeline, tuple[int, int]]:
+    """The timeline, and (height, width) of the first frame."""
+    with _named_errors(self.path):
+      decoder = VideoDecoder(self.path, self._num_threads)
+      (frame,) = decoder.read([0])
+    self._idle[self._num_threads].append(decoder)
+    return decoder.timeline, frame.shape[:2]
+
+  def _frames(self, indices, image_size):
+    runs = list(self._timeline.runs(indices))
+    if image_size is None or self._num_threads == 1:
+      for index, frame in zip(indices, self._decoded(runs), strict=True):
+        yield self._fit(index, frame, image_size)
+    elif len(runs) == 1:  # pictures are resized while the next ones are decoded
+      decoded = zip(indices, self._decoded(runs), strict=True)
+      resizes = (functools.partial(self._fit, index, frame, image_size) for index, frame in decoded)
+      yield from _in_order(resizes, num_threads=1)
     else:
-      self._container.close()
-      self._open()
-      packets = self._container.demux(self._stream)
-    self._position, self._decoded = -1, None
-    self._upcoming = self._decode(packets)
+      reads = (functools.partial(self._read_run, run, image_size) for run in runs)
+      for frames in _in_order(reads, num_threads=min(self._num_threads, len(runs))):
+        yield from frames
 
-  def _decode(self, packets: Iterable[av.Packet]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yields (frame number, frame) in presentation order."""
-    count, damaged = itertools.count(), False
-    for packet in packets:
-      try:
-        frames = packet.decode()
-      except av.error.InvalidDataError:
-        damaged = True  # the frame after it stands in
-        continue
-      for frame in frames:
-        if damaged and not self._warned:
-          _logger.warning("%s is damaged: later frames stand in for unreadable ones", self.path)
-          self._warned = True
-        stamps = self._timeline.number_of_stamp
-        number = stamps.get(frame.pts) if stamps else next(count)
-        if number is not None:
-          yield number, frame
+  def _decoded(self, runs: list[list[int]]) -> Iterator[np.ndarray]:
+    """The frames of all runs, from one decoder."""
+    with self._decoder(self._num_threads) as decoder:
+      for number, run in enumerate(runs, start=1):
+        yield from decoder.read(run, is_jump_next=number < len(runs))
 
-  def _frame(self, index: int) -> np.ndarray:
+  def _read_run(self, run: list[int], image_size: _ImageSize) -> list[np.ndarray]:
+    """The resized frames of one run, from a decoder that no one else uses meanwhile."""
+    with self._decoder(num_threads=1) as decoder:
+      frames = decoder.read(run, is_jump_next=True)
+      return [self._fit(index, frame, image_size) for index, frame in zip(run, frames, strict=True)]
+
+  @contextlib.contextmanager
+  def _decoder(self, num_threads: int) -> Iterator[VideoDecoder]:
+    """Lends an idle decoder, or a new one."""
+    idle = self._idle[num_threads]
+    with _named_errors(self.path):
+      decoder = idle.pop() if idle else VideoDecoder(self.path, num_threads, self._timeline)
     try:
-      return self._decode_frame(index)
-    except av.FFmpegError as error:
-      raise InputError(
-        f"{self.path}: frame {index} cannot be decoded ({error.strerror}); "
-        "copy the file again or re-encode it, e.g. as H.264 mp4"
-      ) from error
+      yield decoder
+    finally:
+      idle.append(decoder)
+      if decoder.damaged and not self.damaged:
+        self.damaged = True
+        _logger.warning(
+          "%s is damaged: some frames are patched up, or later ones stand in for them", self.path
+        )
 
-  def _decode_frame(self, index: int) -> np.ndarray:
-    key_frame = self._timeline.key_frame_before(index)
-    if index < self._position or key_frame > self._position + 1:
-      self._start_decoding(key_frame)
-    while self._position < index:
-      try:
-        self._position, self._decoded = next(self._upcoming)
-      except StopIteration:
-        raise truncated(self.path, self._position + 1, self._timeline.num_frames) from None
-    picture = self._decoded.to_ndarray(format="rgb24")
-    return np.rot90(picture, round(self._decoded.rotation / 90))  # both count counterclockwise
+
+def _in_order(tasks: Iterable[Callable[[], _Result]], num_threads: int) -> Iterator[_Result]:
+  """Yields what tasks return, of which a few are done ahead: not all, the caller may be slow."""
+  pool, coming = ThreadPoolExecutor(num_threads), collections.deque()
+  try:
+    for task in tasks:
+      coming.append(pool.submit(task))
+      if len(coming) > num_threads + 1:
+        yield coming.popleft().result()
+    while coming:
+      yield coming.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+  try:
+    yield
+  except av.FFmpegError as error:
+    raise InputError(
+      f"{path}: not a video, or one cut short before its index ({error.strerror}); "
+      "copy it again or re-encode it, e.g. as H.264 mp4"
+    ) from error

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -31,9 +32,23 @@ class Timeline:
     """Frame number of a time stamp."""
     return {stamp: number for number, stamp in enumerate(self.stamps)}
 
-  def key_frame_before(self, number: int) -> int:
-    """The last key frame that is shown no later than frame `number`."""
-    return self.key_frames[bisect.bisect_right(self.key_frames, number) - 1]
+  def key_before(self, number: int) -> int:
+    """Which of the key frames is the last one that is shown no later than frame `number`."""
+    return bisect.bisect_right(self.key_frames, number) - 1
+
+  def runs(self, indices: Iterable[int]) -> Iterator[list[int]]:
+    """Cuts frame numbers where it is best to jump on: to a key frame, or back.
+
+    Key frames 0 and 50: 3 7 49 55 60 59 are the runs 3 7 49 | 55 60 | 59; but 49 50 is one run.
+    """
+    run: list[int] = []
+    for index in indices:
+      if run and (index < run[-1] or self.key_frames[self.key_before(index)] > run[-1] + 1):
+        yield run
+        run = []
+      run.append(index)
+    if run:
+      yield run
 
 
 def read_timeline(container, stream, path: Path) -> Timeline:
@@ -55,7 +70,9 @@ def read_timeline(container, stream, path: Path) -> Timeline:
 
   rate = stream.average_rate or Fraction(1)
   stamps = {stamp for stamp, _, _ in packets}
-  if None in stamps or len(stamps) < len(packets):  # decoding counts the frames instead
+  # AVI numbers frames in the order in which they are decoded.
+  is_mixed_up = container.format.name == "avi" and stream.codec_context.has_b_frames
+  if is_mixed_up or None in stamps or len(stamps) < len(packets):  # decoding counts them instead
     return Timeline(len(packets), len(packets) / rate, [], [0])
   packets = sorted(packet for packet in packets if packet[:1] >= first_key)
   timeline = Timeline(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from videochat_flash_jax.checkpoints.convert import load_model
@@ -28,8 +29,12 @@ from videochat_flash_jax.data.video_reader import open_video
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.conversation import Conversation, SeenImages, WatchedVideo
 from videochat_flash_jax.inference.engine import Engine
+from videochat_flash_jax.inference.programs import check_mesh
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig, YarnConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
+from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.sharding import weight_spec
 
 
 class VideoChat:
@@ -41,8 +46,8 @@ class VideoChat:
   print(chat.look("team.jpg").ask("How many wear red?"))
   """
 
-  def __init__(self, model: VideoChatFlash, tokenizer: Tokenizer):
-    """Takes a model over; it must not be used elsewhere afterwards."""
+  def __init__(self, model: VideoChatFlash, tokenizer: Tokenizer, layout: Layout = ONE_DEVICE):
+    """Takes a model over; it must not be used elsewhere afterwards. For `layout` see `Engine`."""
     if tokenizer.vocab_size > model.config.decoder.vocab_size:
       raise InputError(
         f"the tokenizer has {tokenizer.vocab_size} tokens, but the model embeds only "
@@ -50,7 +55,7 @@ class VideoChat:
       )
     self.config = model.config
     self.tokenizer = tokenizer
-    self.engine = Engine(model, tokenizer.stop_ids)
+    self.engine = Engine(model, tokenizer.stop_ids, layout)
 
   def __repr__(self) -> str:
     return f"VideoChat({self.config.name!r}, dtype={self.engine.dtype})"
@@ -64,6 +69,7 @@ class VideoChat:
     context: int | None = None,
     yarn: YarnConfig | float | None = None,
     dropout: DropoutConfig | Literal[False] | None = None,
+    mesh: MeshConfig | None = None,
   ) -> "VideoChat":
     """Loads a checkpoint in the released layout.
 
@@ -76,6 +82,8 @@ class VideoChat:
         needle test does by 4; a `YarnConfig` also says how long that context was.
       dropout: visual tokens to drop between layers, such as `DropoutConfig.model_card()`; False
         for none, None for what the checkpoint says, which is none for the released ones.
+      mesh: how all devices share the work; None for one device alone. `MeshConfig(tensor=4)`
+        splits the model and its cache over four, and watches videos on all that there are.
 
     Raises:
       InputError: no such model, its files cannot be used, or one of the settings cannot be.
@@ -91,11 +99,19 @@ class VideoChat:
     if dtype is None:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     tokenizer = load_tokenizer(directory)
+    layout = ONE_DEVICE if mesh is None else Layout(make_mesh(mesh), gathered=True)
 
     def make_model(config):
-      return VideoChatFlash(_with_settings(config, context, yarn, dropout), rngs=nnx.Rngs(0))
+      config = _with_settings(config, context, yarn, dropout)
+      check_mesh(config, layout)  # before many gigabytes are read
+      return VideoChatFlash(config, rngs=nnx.Rngs(0))
 
-    return cls(load_model(make_model, directory, dtype), tokenizer)
+    def sharding_of(path, shape):
+      if layout.mesh is None:
+        return None
+      return NamedSharding(layout.mesh, weight_spec(path, len(shape), gathered=True))
+
+    return cls(load_model(make_model, directory, dtype, sharding_of), tokenizer, layout)
 
   def watch(
     self, path: str | Path, max_frames: int | None = None, *, progress: bool = True

@@ -4,7 +4,7 @@ A bucket is a padded size. Each new one is compiled once, which is logged. JAX's
 keeps it for the next process if `JAX_COMPILATION_CACHE_DIR` is set, as `vcflash` does.
 """
 
-import functools
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -15,15 +15,17 @@ import numpy as np
 from flax import nnx
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.inference.sampler import Sampling, sample
+from videochat_flash_jax.inference import programs
+from videochat_flash_jax.inference.programs import DECODE_STEPS, NO_TOKEN, bucket, check_mesh
+from videochat_flash_jax.inference.sampler import Sampling
 from videochat_flash_jax.models.qwen2 import Caches
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
+from videochat_flash_jax.parallel.sharding import weight_shardings
 from videochat_flash_jax.shapes import Array, Float, Int, UInt8
 
-CLIPS_PER_GROUP = 8
-_DECODE_STEPS = 16  # tokens decoded on the device before the host looks
-_NO_TOKEN = -1
+CLIPS_PER_GROUP = 8  # on each device
 
 _log = logging.getLogger("videochat_flash_jax")
 
@@ -40,10 +42,16 @@ class Reading(NamedTuple):
   """What the model has read: a cache for each part of its layers, and scores of the next token.
 
   Without dropout there is one part. With it, later parts hold fewer tokens of a row.
+
+  Attributes:
+    caches: of B rows: on a mesh, copies of the last one fill it up.
+    logits: of B rows.
+    num_rows: how many of them were asked for.
   """
 
   caches: Caches
   logits: Float[Array, "B vocab"]
+  num_rows: int
 
   def rewound(self, num_tokens: int) -> "Reading":
     """Forgets all but the first tokens of each row; all visual ones must be among these."""
@@ -54,34 +62,36 @@ class Reading(NamedTuple):
     return self._replace(caches=caches)
 
 
-def bucket(size: int, smallest: int = 64) -> int:
-  """The next of 64, 96, 128, 192, 256, 384...: at most a half more than needed."""
-  step = smallest
-  while step < size:
-    step = step * 3 // 2 if step & (step - 1) == 0 else step * 4 // 3
-  return step
-
-
 class Engine:
-  """A model ready to encode, read and write.
+  """A model ready to encode, read and write, on one device or on a mesh.
 
   All methods take batches. A row gives the same result alone, in a batch, and in any bucket; where
   answers are sampled, what is drawn depends on the row's number.
   """
 
-  def __init__(self, model: VideoChatFlash, stop_ids: Sequence[int]):
+  def __init__(self, model: VideoChatFlash, stop_ids: Sequence[int], layout: Layout = ONE_DEVICE):
     """Takes the model over; it must not be used elsewhere afterwards.
 
     Args:
       model: weights in the dtype to compute in.
       stop_ids: token ids that end an answer.
+      layout: a mesh whose `data` and `fsdp` share out rows, and whose `tensor` shares out the
+        model; all of it encodes clips. Any number of rows can be read: copies fill it up.
+
+    Raises:
+      InputError: the model cannot be split over the mesh.
     """
-    self.config = model.config
-    if jax.default_backend() == "cpu":
+    check_mesh(model.config, layout)
+    self.config, self._layout = model.config, dataclasses.replace(layout, gathered=True)
+    if layout.mesh is None and jax.default_backend() == "cpu":
       # XLA on the CPU copies scanned weights at every step (models/layer_stack.py).
       model.decoder.layers = model.decoder.layers.unstack()
-    self._graph, self._weights = nnx.split(model)
-    self.dtype = jax.tree.leaves(self._weights)[0].dtype
+    graph, weights = nnx.split(model)
+    weights = nnx.to_pure_dict(weights)
+    if layout.mesh is not None:
+      weights = jax.device_put(weights, weight_shardings(layout.mesh, weights, gathered=True))
+    self._model = graph, self._layout, weights
+    self.dtype = jax.tree.leaves(weights)[0].dtype
     self._stop_ids = jnp.asarray(stop_ids, jnp.int32)
     self._compiled: set[tuple] = set()
 
@@ -95,16 +105,16 @@ class Engine:
     for clip in clips:
       group.append(clip)
       num_clips += 1
-      if len(group) == CLIPS_PER_GROUP:
+      if len(group) == self._clips_at_once:
         groups.append(self._encode_group(np.stack(group)))
         group = []
     if group:
-      padding = [group[-1]] * (CLIPS_PER_GROUP - len(group))
+      padding = [group[-1]] * (self._clips_at_once - len(group))
       groups.append(self._encode_group(np.stack(group + padding)))
     if not groups:
       raise InputError("there is no clip to encode; give at least one frame")
-    tokens = jnp.concatenate(groups)[:num_clips]
-    return tokens.reshape(-1, tokens.shape[-1])
+    num_tokens = num_clips * (len(groups[0]) // self._clips_at_once)
+    return jnp.concatenate(groups)[:num_tokens]
 
   def read(
     self, prompts: Sequence[Prompt], max_new_tokens: int, *, after: Reading | None = None
@@ -120,6 +130,8 @@ class Engine:
     Raises:
       InputError: prompt and answer do not fit into the model's context.
     """
+    num_rows = len(prompts)
+    prompts = [*prompts, *prompts[-1:] * (-num_rows % self._layout.row_shards)]
     length = np.array([len(prompt.token_ids) for prompt in prompts])
     start = np.zeros_like(length) if after is None else np.asarray(after.caches[0].length)
     self._check_context(int((start + length).max()), max_new_tokens)
@@ -132,12 +144,14 @@ class Engine:
       num_slots = bucket(num_tokens + max_new_tokens)
       widths = [] if plan is None else [drop.slots.shape[1] for drop in plan.drops.values()]
       self._announce("prefill", *shape, num_slots, *widths)
-      return _prefill(self._graph, self._weights, *arguments, plan, num_slots=num_slots)
+      arguments = self._layout.put((*arguments, plan), "batch")
+      return Reading(*programs.prefill(*self._model, *arguments, num_slots), num_rows)
     if self.config.dropout is not None and (visual_index >= 0).any():
       raise ValueError("with dropout, all visual tokens of a row are read at once")
     caches = tuple(_with_room(cache, num_tokens + max_new_tokens) for cache in after.caches)
     self._announce("extend", *shape, *(cache.num_slots for cache in caches))
-    return _extend(self._graph, self._weights, caches, *arguments)
+    arguments = self._layout.put(arguments, "batch")
+    return Reading(*programs.extend(*self._model, caches, *arguments), num_rows)
 
   def write(
     self, reading: Reading, max_new_tokens: int, sampling: Sampling = Sampling()
@@ -153,14 +167,15 @@ class Engine:
       New tokens of each row, stop tokens included and -1 after them; and the reading so far.
     """
     key = jax.random.key(sampling.check().seed)
-    finished = jnp.zeros(reading.logits.shape[:1], bool)
-    for start in range(0, max_new_tokens, _DECODE_STEPS):
-      self._announce("decode", len(finished), *(cache.num_slots for cache in reading.caches))
-      num_steps = min(_DECODE_STEPS, max_new_tokens - start)
-      tokens, reading, finished = _decode(
-        self._graph,
-        self._weights,
-        reading,
+    caches, logits, num_rows = reading
+    finished = self._layout.put(np.arange(len(logits)) >= num_rows, "batch")
+    for start in range(0, max_new_tokens, DECODE_STEPS):
+      self._announce("decode", len(finished), *(cache.num_slots for cache in caches))
+      num_steps = min(DECODE_STEPS, max_new_tokens - start)
+      tokens, caches, logits, finished = programs.decode(
+        *self._model,
+        caches,
+        logits,
         finished,
         self._stop_ids,
         jax.random.fold_in(key, start),
@@ -168,7 +183,7 @@ class Engine:
         sampling.top_p,
         num_steps,
       )
-      yield np.asarray(tokens)[:, :num_steps], reading
+      yield np.asarray(tokens)[:num_rows, :num_steps], Reading(caches, logits, num_rows)
       if finished.all():
         return
 
@@ -178,12 +193,18 @@ class Engine:
     """Answers a batch of prompts; token ids of each row, without the stop token."""
     reading = self.read(prompts, max_new_tokens)
     steps = [tokens for tokens, _ in self.write(reading, max_new_tokens, sampling)]
-    unwanted = {_NO_TOKEN, *self._stop_ids.tolist()}
+    unwanted = {NO_TOKEN, *self._stop_ids.tolist()}
     return [[t for t in row if t not in unwanted] for row in np.concatenate(steps, 1).tolist()]
+
+  @property
+  def _clips_at_once(self):
+    mesh = self._layout.mesh
+    return CLIPS_PER_GROUP * (1 if mesh is None else mesh.size)
 
   def _encode_group(self, clips):
     self._announce("encode", *clips.shape[:3])
-    return _encode(self._graph, self._weights, clips)
+    clips = clips.reshape(self._layout.row_shards, -1, *clips.shape[1:])
+    return programs.encode(*self._model, self._layout.put(clips, "batch", "clips"))
 
   def _plan(self, visual_index, length):
     """What is dropped from prompts, padded to buckets like the prompts themselves."""
@@ -210,7 +231,7 @@ class Engine:
 def _pad_rows(prompts, num_tokens):
   """Token ids, visual tokens and visual index of all rows, padded alike."""
   token_ids = np.zeros((len(prompts), num_tokens), np.int32)
-  visual_index = np.full((len(prompts), num_tokens), _NO_TOKEN, np.int32)
+  visual_index = np.full((len(prompts), num_tokens), NO_TOKEN, np.int32)
   for row, prompt in enumerate(prompts):
     token_ids[row, : len(prompt.token_ids)] = prompt.token_ids
     visual_index[row, : len(prompt.visual_index)] = prompt.visual_index
@@ -228,56 +249,3 @@ def _with_room(cache, num_tokens):
   """The same cache with free slots for that many tokens in every row."""
   num_slots = bucket(int(cache.length.max()) + num_tokens)
   return cache if cache.num_slots >= num_slots else cache.widened(num_slots)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graph, weights, clips):
-  return nnx.merge(graph, weights).encode(clips)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="num_slots")
-def _prefill(graph, weights, token_ids, visual_tokens, visual_index, length, plan, *, num_slots):
-  model = nnx.merge(graph, weights)
-  sequence = model.embed_sequence(token_ids, visual_tokens, visual_index)
-  hidden, caches = model.decoder.prefill(sequence, length, num_slots, plan)
-  return Reading(caches, _last_logits(model, hidden, caches[-1].length))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extend(graph, weights, caches, token_ids, visual_tokens, visual_index, length):
-  model = nnx.merge(graph, weights)
-  sequence = model.embed_sequence(token_ids, visual_tokens, visual_index)
-  hidden, caches = model.decoder.extend(sequence, caches, length)
-  return Reading(caches, _last_logits(model, hidden, length))
-
-
-def _last_logits(model, hidden, length):
-  last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-  return model.decoder.logits(last)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(
-  graph, weights, reading, finished, stop_ids, key, temperature, top_p, num_steps
-) -> tuple[Array, Reading, Array]:
-  """Up to `num_steps` (at most `_DECODE_STEPS`) tokens a row: choose, record, read, repeat."""
-  decoder = nnx.merge(graph, weights).decoder
-
-  def unfinished(state):
-    step, _, _, finished = state
-    return (step < num_steps) & ~finished.all()
-
-  def one_token(state):
-    step, tokens, reading, finished = state
-    token = sample(reading.logits, jax.random.fold_in(key, step), temperature, top_p)
-    tokens = tokens.at[:, step].set(jnp.where(finished, _NO_TOKEN, token))
-    # A stop token is read, too: the next turn of a chat follows it.
-    num_read = 1 - finished.astype(jnp.int32)
-    hidden, caches = decoder.extend(decoder.embed(token[:, None]), reading.caches, num_read)
-    finished = finished | (token[:, None] == stop_ids).any(axis=-1)
-    return step + 1, tokens, Reading(caches, decoder.logits(hidden[:, 0])), finished
-
-  tokens = jnp.full((len(finished), _DECODE_STEPS), _NO_TOKEN, jnp.int32)
-  state = (0, tokens, reading, finished)
-  _, tokens, reading, finished = jax.lax.while_loop(unfinished, one_token, state)
-  return tokens, reading, finished

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from videochat_flash_jax.models.config import DecoderConfig
+from videochat_flash_jax.ops.attention import attention
+from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int
 
 
@@ -59,6 +61,45 @@ class KVCache(NamedTuple):
       lambda slots: jnp.pad(slots, [(0, 0)] * (slots.ndim - 2) + more), (self.k, self.v)
     )
     return self._replace(k=k, v=v)
+
+  def attend(
+    self,
+    layer: int | Int[Array, ""],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    is_empty: bool = False,
+    layout: Layout = ONE_DEVICE,
+  ) -> tuple[Float[Array, "B T N H"], "KVCache"]:
+    """Remembers new tokens of one layer, and what each of them sees: itself and all before it.
+
+    On a mesh (stacked layers only) every device does so for its own rows and heads: keys and
+    values never travel.
+
+    Args:
+      layer: counted from the first that this cache is for.
+      q: queries of the new tokens.
+      k: their keys.
+      v: their values.
+      is_empty: nothing was read before; attention in array order is cheaper.
+      layout: how rows and heads lie on a mesh.
+
+    Returns:
+      Mixed values, and the cache, whose `length` stays as it is.
+    """
+
+    def attend(layer, q, k, v, cache):
+      cache = cache.write(layer, k, v)
+      if is_empty:
+        return attention(q, k, v, causal=True), cache
+      order = cache.length[:, None] + jnp.arange(q.shape[1])[None]
+      return attention(q, *cache.read(layer), causal=True, query_order=order), cache
+
+    heads, slots = ("batch", "sequence", "heads"), ("layer", "batch", "heads")
+    cache_axes = KVCache(slots, slots, ("batch",))
+    local = layout.per_device(attend, ((), heads, heads, heads, cache_axes), (heads, cache_axes))
+    return local(layer, q, k, v, self)
 
   def write(
     self, layer: int | Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]

@@ -15,7 +15,6 @@ from videochat_flash_jax.models.token_dropout import (
   every_token,
   renumbered,
 )
-from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.embedding import embed
 from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.ops.norms import RMSNorm
@@ -120,6 +119,7 @@ class Qwen2(nnx.Module):
     length: Int[Array, "B"],
     num_slots: int,
     plan: DropoutPlan | None = None,
+    layout: Layout = ONE_DEVICE,
   ) -> tuple[Float[Array, "B S D"], Caches]:
     """Reads right-padded prompts into new caches.
 
@@ -128,6 +128,7 @@ class Qwen2(nnx.Module):
       length: tokens of each row that count; the rest is padding.
       num_slots: slots of the first cache, at least T; the others have as many to spare.
       plan: visual tokens to drop on the way.
+      layout: how rows, heads and weights lie on a mesh; `sequence` must be 1.
 
     Returns:
       Hidden states after the last norm, of the tokens that are left, and a cache for each part
@@ -144,12 +145,16 @@ class Qwen2(nnx.Module):
       cache = KVCache.empty(
         self.config, batch, num_tokens + spare, apart=apart, depth=len(part), dtype=x.dtype
       )
-      x, cache = self._read(x, cache, part, new_only=True)
+      x, cache = self._read(x, cache, part, layout, is_empty=True)
       caches.append(cache._replace(length=length.astype(jnp.int32)))
     return self.norm(x), tuple(caches)
 
   def extend(
-    self, x: Float[Array, "B T D"], caches: Caches, length: Int[Array, "B"]
+    self,
+    x: Float[Array, "B T D"],
+    caches: Caches,
+    length: Int[Array, "B"],
+    layout: Layout = ONE_DEVICE,
   ) -> tuple[Float[Array, "B T D"], Caches]:
     """Reads more tokens after those in the caches: a decoded token, or the next turn of a chat.
 
@@ -157,32 +162,31 @@ class Qwen2(nnx.Module):
       x: embedded tokens, right-padded. Every cache must have T free slots in every row.
       caches: what was read before.
       length: tokens of each row of `x` that count.
+      layout: as of `prefill`.
 
     Returns:
       Hidden states after the last norm, and the longer caches.
     """
     longer, first = [], 0
     for cache in caches:
-      x, read = self._read(x, cache, range(first, first + cache.depth), new_only=False)
+      x, read = self._read(x, cache, range(first, first + cache.depth), layout)
       longer.append(read._replace(length=cache.length + length.astype(jnp.int32)))
       first += cache.depth
     return self.norm(x), tuple(longer)
 
-  def _read(self, x, cache, part, new_only):
-    order = cache.length[:, None] + jnp.arange(x.shape[1])[None]
-    rope = self._rope(order)
+  def _read(self, x, cache, part, layout, is_empty=False):
+    rope = self._rope(cache.length[:, None] + jnp.arange(x.shape[1])[None])
 
     def apply(layer, index, carry):
       x, cache = carry
 
       def attend(q, k, v):
         nonlocal cache
-        cache = cache.write(index - part.start, k, v)
-        if new_only:  # nothing stands before, and attention in array order is cheaper
-          return attention(q, k, v, causal=True)
-        return attention(q, *cache.read(index - part.start), causal=True, query_order=order)
+        in_part = index - part.start
+        mixed, cache = cache.attend(in_part, q, k, v, is_empty=is_empty, layout=layout)
+        return mixed
 
-      return layer(x, rope, attend), cache
+      return layer(layout.place(x, "batch", "sequence"), rope, attend), cache
 
     if len(part) == self.config.depth:
       return self.layers.run(apply, (x, cache))

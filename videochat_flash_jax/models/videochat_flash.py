@@ -51,13 +51,28 @@ class VideoChatFlash(nnx.Module):
     return self.connector(self.encode_patches(frames))
 
   def encode_rows(
-    self, frames: UInt8[Array, "B C F height width 3"], layout: Layout = ONE_DEVICE
+    self,
+    frames: UInt8[Array, "B C F height width 3"],
+    layout: Layout = ONE_DEVICE,
+    tiles: UInt8[Array, "B I 1 height width 3"] | None = None,
   ) -> Float[Array, "B V D"]:
-    """The visual tokens of every row of a batch, one clip after another.
+    """The visual tokens of every row of a batch: clip by clip, then of its image tiles.
 
     On a mesh every device encodes clips of its own, whichever axis it is on. The clips of a row are
-    shared out evenly over the shards of its sequence, in order: those of the first shard first.
+    shared out evenly over the shards of its sequence, in order, those of the first shard first, and
+    so are its tiles; a shard's tokens are those of its clips, then those of its tiles.
     """
+    if tiles is None:
+      return self._encode_rows(frames, layout)
+
+    def join(*tokens):
+      return jnp.concatenate(tokens, axis=1)
+
+    tokens = ("batch", "sequence")
+    encoded = (self._encode_rows(pictures, layout) for pictures in (frames, tiles))
+    return layout.per_device(join, (tokens, tokens), tokens)(*encoded)
+
+  def _encode_rows(self, frames, layout):
     graph, weights = nnx.split({"vision": self.vision, "connector": self.connector})
     weights = nnx.to_pure_dict(weights)
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.sharding import MESH_AXES
 from videochat_flash_jax.shapes import Array, Float, Int
 
 
@@ -14,7 +13,8 @@ def embed(
   """Returns `table[token_ids]`.
 
   On a mesh every device looks up its columns for the tokens of all devices that share a table, and
-  gives each what belongs to it: tokens travel, the table does not.
+  gives each what belongs to it: tokens travel, the table does not. Where weights are kept gathered,
+  it has all columns, and looks up its own tokens.
 
   Args:
     table: split by words and by columns, as `parallel.sharding` says.
@@ -23,14 +23,19 @@ def embed(
   """
   if layout.mesh is None:
     return table[token_ids]
-  sharers = MESH_AXES["width"]
+  sharers = layout.axes["width"]
 
   def look_up(table, token_ids):
     words = layout.words(len(table))
-    place = jax.lax.all_gather(token_ids, sharers) - words[0]  # [devices, B, T]
+    place = token_ids - words[0]
+    if sharers is not None:
+      place = jax.lax.all_gather(place, sharers)  # [devices, B, T]
     is_here = (place >= 0) & (place < len(table))
     columns = jnp.where(is_here[..., None], table[jnp.where(is_here, place, 0)], 0)
-    columns = jax.lax.all_to_all(layout.sum_words(columns), sharers, split_axis=0, concat_axis=0)
+    columns = layout.sum_words(columns)
+    if sharers is None:
+      return columns
+    columns = jax.lax.all_to_all(columns, sharers, split_axis=0, concat_axis=0)
     return jnp.moveaxis(columns, 0, 2).reshape(*token_ids.shape, -1)
 
   tokens = ("batch", "sequence")

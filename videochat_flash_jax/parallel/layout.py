@@ -5,7 +5,8 @@ Without a mesh every method gives back what it got, so models are written once.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,32 +14,56 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.sharding import MESH_AXES, dotted_path, weight_spec
+from videochat_flash_jax.parallel.sharding import (
+  GATHERED_AXES,
+  MESH_AXES,
+  dotted_path,
+  weight_spec,
+)
 from videochat_flash_jax.parallel.zigzag import unzigzag_order, zigzag_order
 
-SEQUENCE_PARALLEL = ("all_gather", "ring")
+SEQUENCE_PARALLEL = ("none", "all_gather", "ring")
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """A mesh, and how attention reaches tokens on other devices.
 
   Attributes:
     mesh: from `make_mesh`; None for one device.
-    sequence_parallel: "all_gather": keys and values of the whole row are gathered for each layer;
-      "ring": they travel, and no device ever holds them all. Only read when `sequence` is split.
+    sequence_parallel: "none": a row is on one device; "all_gather": keys and values of the whole
+      row are gathered for each layer; "ring": they travel, and no device ever holds them all. The
+      latter two are read only when `sequence` is split.
     zigzag: every array with a value per token is in the order of `zigzag_order`.
+    gathered: weights are split over `tensor` alone and copied over the other axes, as inference
+      keeps them; else they are gathered when their layer's turn comes.
   """
 
   mesh: Mesh | None = None
   sequence_parallel: str = "ring"
   zigzag: bool = False
+  gathered: bool = False
 
   def __post_init__(self):
-    if self.sequence_parallel not in SEQUENCE_PARALLEL:
+    kind, shards = self.sequence_parallel, self.sequence_shards
+    if kind not in SEQUENCE_PARALLEL:
+      raise InputError(f"sequence_parallel is {kind!r}; choose {' or '.join(SEQUENCE_PARALLEL)}")
+    if kind == "none" and shards > 1:
       raise InputError(
-        f"sequence_parallel is {self.sequence_parallel!r}; choose {' or '.join(SEQUENCE_PARALLEL)}"
+        f"sequence_parallel is 'none', but mesh.sequence is {shards}: choose ring or all_gather, "
+        "or set mesh.sequence to 1"
       )
+
+  @property
+  def axes(self) -> Mapping[str, str | tuple[str, ...] | None]:
+    """The axis of the mesh along which a named axis is split, or several, or None."""
+    return GATHERED_AXES if self.gathered else MESH_AXES
+
+  @property
+  def row_shards(self) -> int:
+    """Devices, or groups of them, over which the rows of a batch are spread."""
+    return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in self.axes["batch"])
 
   @property
   def sequence_shards(self) -> int:
@@ -47,7 +72,7 @@ class Layout:
 
   def spec(self, *axes: str) -> PartitionSpec:
     """How an array with these named axes (keys of MESH_AXES) is split."""
-    return PartitionSpec(*(MESH_AXES[axis] for axis in axes))
+    return PartitionSpec(*(self.axes[axis] for axis in axes))
 
   def place(self, x: jax.Array, *axes: str) -> jax.Array:
     """Says how an activation is split; axes that are not named are whole."""
@@ -55,16 +80,20 @@ class Layout:
       return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*axes)))
 
-  def per_device(
-    self, function: Callable, inputs: Sequence[Sequence[str] | dict], output: Sequence[str]
-  ) -> Callable:
+  def put(self, arrays: Any, *axes: str) -> Any:
+    """Spreads a tree of arrays, which need not be on the mesh yet, over its devices."""
+    if self.mesh is None:
+      return arrays
+    return jax.device_put(arrays, NamedSharding(self.mesh, self.spec(*axes)))
+
+  def per_device(self, function: Callable, inputs: Sequence[Any], output: Any) -> Callable:
     """Makes `function` run on every device with that device's shards alone.
 
     Args:
-      function: of arrays (or trees of them), to one array.
-      inputs: for each argument the names of its axes; for nested dicts of weights, these dicts,
-        whose paths tell.
-      output: names of the axes of the result, or of each of them.
+      function: of arrays (or trees of them), to arrays.
+      inputs: for each argument the names of its axes, as a tuple, or a tree of such; for nested
+        dicts of weights, these dicts, whose paths tell.
+      output: as of an input, for the result; or one for all of several.
     """
     if self.mesh is None:
       return function
@@ -72,10 +101,18 @@ class Layout:
       function,
       mesh=self.mesh,
       in_specs=tuple(
-        _weight_specs(axes) if isinstance(axes, dict) else self.spec(*axes) for axes in inputs
+        self._weight_specs(axes) if isinstance(axes, dict) else self._specs(axes) for axes in inputs
       ),
-      out_specs=self.spec(*output),
+      out_specs=self._specs(output),
       check_vma=False,  # the check knows no `cond` whose branches differ in what varies
+    )
+
+  def _specs(self, axes):
+    return jax.tree.map(lambda names: self.spec(*names), axes, is_leaf=_are_names)
+
+  def _weight_specs(self, weights):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: weight_spec(dotted_path(path), leaf.ndim, gathered=self.gathered), weights
     )
 
   def gather_layer(self, layer: nnx.Module, prefix: str) -> nnx.Module:
@@ -87,7 +124,7 @@ class Layout:
       layer: cut out of the stack.
       prefix: path of the stack, such as "decoder.layers.stacked".
     """
-    if self.mesh is None:
+    if self.mesh is None or self.gathered:
       return layer
 
     def gather(path, leaf):
@@ -107,7 +144,7 @@ class Layout:
     Args:
       weights: nested dicts of this device's shards, with paths as in `parallel.sharding`.
     """
-    if self.mesh is None:
+    if self.mesh is None or self.gathered:
       return weights
 
     def gather(path, shard):
@@ -148,10 +185,8 @@ class Layout:
     return x[:, zigzag_order(x.shape[1], self.sequence_shards)]
 
 
-def _weight_specs(weights: dict) -> Any:
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: weight_spec(dotted_path(path), leaf.ndim), weights
-  )
+def _are_names(axes):
+  return isinstance(axes, tuple) and all(isinstance(name, str) for name in axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

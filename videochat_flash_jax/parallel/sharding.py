@@ -28,6 +28,8 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
   "sequence": "sequence",
   "clips": ("sequence", "tensor"),  # of a row; with the rows, over all axes
 }
+# Of a layer whose turn has come; and always at inference, lest weights travel for every token.
+GATHERED_AXES = {**MESH_AXES, "width": None, "summed": "tensor"}
 
 # End of a path -> named axes of one layer's array; behind `stacked`, "layer" comes before them.
 # Clips are split along all axes, so the encoder and the connector split no product over `tensor`.
@@ -50,23 +52,24 @@ def weight_spec(path: str, ndim: int, *, gathered: bool = False) -> PartitionSpe
   Args:
     path: such as `decoder.layers.stacked.up_proj.kernel`.
     ndim: number of axes of the array.
-    gathered: how it is split while its layer is computed: over `tensor` alone.
+    gathered: how it is split while its layer is computed, and at inference: over `tensor` alone.
   """
   names = next(names for ending, names in WEIGHTS if re.search(rf"(^|\.){ending}$", path))
   if ".stacked." in path and names:
     names = ("layer", *names)
   if names and len(names) != ndim:
     raise ValueError(f"{path} has {ndim} axes, but its rule names {len(names)}")
-  axes = {**MESH_AXES, "width": None, "summed": "tensor"} if gathered else MESH_AXES
+  axes = GATHERED_AXES if gathered else MESH_AXES
   return PartitionSpec(*(axes[name] for name in names))
 
 
-def weight_shardings(mesh: Mesh, weights: Any) -> Any:
+def weight_shardings(mesh: Mesh, weights: Any, *, gathered: bool = False) -> Any:
   """A sharding for every array of a tree whose paths end in those of weights.
 
   Args:
     mesh: from `make_mesh`.
     weights: nested dicts (or an optimiser's state) of arrays or their shapes.
+    gathered: see `weight_spec`.
 
   Raises:
     InputError: an axis that cannot be split into as many parts, with its path.
@@ -74,7 +77,7 @@ def weight_shardings(mesh: Mesh, weights: Any) -> Any:
 
   def sharding(path, leaf):
     dotted = dotted_path(path)
-    spec = weight_spec(dotted, leaf.ndim) if leaf.ndim else PartitionSpec()
+    spec = weight_spec(dotted, leaf.ndim, gathered=gathered) if leaf.ndim else PartitionSpec()
     check_divides(mesh, spec, leaf.shape, dotted)
     return NamedSharding(mesh, spec)
 

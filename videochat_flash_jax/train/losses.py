@@ -104,11 +104,13 @@ def next_token_loss(
   def sums_of_shard(head, hidden, targets):
     # Gathered here, once, and its gradient is summed over devices once, not for each block.
     kernel = layout.gather_shards(head)["decoder"]["lm_head"]["kernel"]
+    # A scan sums a gradient in the dtype of what it is of; many small blocks are lost in bfloat16.
+    precise, dtype = kernel.astype(jnp.float32), kernel.dtype
     blocks = _token_blocks(hidden, targets)
 
     @jax.checkpoint
     def add_block(sums, block):
-      return jax.tree.map(jnp.add, sums, _block_sums(kernel, *block, layout)), None
+      return jax.tree.map(jnp.add, sums, _block_sums(precise.astype(dtype), *block, layout)), None
 
     sums, _ = jax.lax.scan(add_block, (jnp.zeros(()), jnp.zeros((), jnp.int32)), blocks)
     return jax.tree.map(lambda x: x[None, None], sums)
@@ -149,12 +151,14 @@ def answer_loss(
 
   Args:
     model: encoder, connector and decoder.
-    batch: `frames [B, C, F, S, S, 3]`, and `[B, T]`: `token_ids`, `labels` (of the token itself,
-      IGNORE_LABEL where it is not learnt), `visual_index`, `positions`, `segment_ids`. With a
-      `dropout` (`models.token_dropout.DropoutPlan`), visual tokens are dropped by that plan.
+    batch: `frames [B, C, F, S, S, 3]`, perhaps `tiles [B, I, 1, S, S, 3]` of images, and `[B, T]`:
+      `token_ids`, `labels` (of the token itself, IGNORE_LABEL where it is not learnt),
+      `visual_index`, `positions`, `segment_ids`. With a `dropout`
+      (`models.token_dropout.DropoutPlan`), visual tokens are dropped by that plan.
     layout: how all of it lies on a mesh.
   """
-  return sequence_loss(model, model.encode_rows(batch["frames"], layout), batch, layout)
+  visual_tokens = model.encode_rows(batch["frames"], layout, batch.get("tiles"))
+  return sequence_loss(model, visual_tokens, batch, layout)
 
 
 def sequence_loss(

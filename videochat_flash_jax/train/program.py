@@ -48,7 +48,9 @@ def train_program(settings: TrainSettings, devices: Sequence[jax.Device]) -> Tra
   Raises:
     InputError: the sizes do not fit the devices, or each other.
   """
-  layout = Layout(make_mesh(settings.mesh, devices), settings.sequence_parallel, settings.zigzag)
+  mesh = make_mesh(settings.mesh, devices)
+  zigzag = settings.zigzag and mesh.shape["sequence"] > 1
+  layout = Layout(mesh, settings.sequence_parallel, zigzag)
   check_sizes(settings, layout)
   optimizer = make_adamw(settings.num_steps, settings.learning_rate, settings.vision_learning_rate)
 
@@ -76,11 +78,14 @@ def check_sizes(settings: TrainSettings, layout: Layout):
     InputError: names the field, and what it must be a multiple of.
   """
   sizes, decoder = layout.mesh.shape, settings.model.decoder
-  chunks = layout.sequence_shards * (2 if settings.zigzag and layout.sequence_shards > 1 else 1)
+  chunks, for_what = layout.sequence_shards, "mesh.sequence"
+  if layout.zigzag:
+    chunks, for_what = 2 * chunks, "2 x mesh.sequence, since a zigzag gives each part two chunks"
   needs = (
     ("rows", settings.rows, "mesh.data x mesh.fsdp", sizes["data"] * sizes["fsdp"]),
-    ("tokens_per_row", settings.tokens_per_row, "the parts of mesh.sequence", chunks),
+    ("tokens_per_row", settings.tokens_per_row, for_what, chunks),
     ("clips_per_shard", settings.clips_per_shard, "mesh.tensor", sizes["tensor"]),
+    ("tiles_per_shard", settings.tiles_per_shard, "mesh.tensor", sizes["tensor"]),
     ("model", decoder.num_heads, "mesh.tensor, to share its heads", sizes["tensor"]),
     ("model", decoder.num_kv_heads, "mesh.tensor, to share its key heads", sizes["tensor"]),
   )
@@ -95,12 +100,17 @@ def check_sizes(settings: TrainSettings, layout: Layout):
 def _batch_shapes(settings, layout):
   tokens = NamedSharding(layout.mesh, layout.spec("batch", "sequence"))
   clips = NamedSharding(layout.mesh, layout.spec("batch", "clips"))
-  num_clips, vision = layout.sequence_shards * settings.clips_per_shard, settings.model.vision
+  vision, shards = settings.model.vision, layout.sequence_shards
   picture = (vision.image_size, vision.image_size, 3)
-  frames = (settings.rows, num_clips, vision.clip_frames, *picture)
+  shapes = {"frames": (shards * settings.clips_per_shard, vision.clip_frames, *picture)}
+  if settings.tiles_per_shard:
+    shapes["tiles"] = (shards * settings.tiles_per_shard, 1, *picture)
   row = (settings.rows, settings.tokens_per_row)
   return {
-    "frames": jax.ShapeDtypeStruct(frames, jnp.uint8, sharding=clips),
+    **{
+      name: jax.ShapeDtypeStruct((settings.rows, *shape), jnp.uint8, sharding=clips)
+      for name, shape in shapes.items()
+    },
     **{name: jax.ShapeDtypeStruct(row, jnp.int32, sharding=tokens) for name in _PER_TOKEN},
   }
 

@@ -28,6 +28,7 @@ class TrainSettings:
     rows: of a step, on all devices together.
     tokens_per_row: conversations are packed into rows of so many tokens.
     clips_per_shard: room for clips on each part of a row's tokens.
+    tiles_per_shard: room for image tiles on each; 0 where nothing but videos is read.
     frames: the least and the most frames of a video.
     num_steps: of the run.
     learning_rate: the highest.
@@ -42,6 +43,7 @@ class TrainSettings:
   rows: int
   tokens_per_row: int
   clips_per_shard: int
+  tiles_per_shard: int
   frames: tuple[int, int]
   num_steps: int
   learning_rate: float
@@ -61,6 +63,8 @@ def train_settings(config: ConfigDict) -> TrainSettings:
   kind, zigzag = config.get("sequence_parallel"), config.get("zigzag")
   require(kind in SEQUENCE_PARALLEL, "sequence_parallel", kind, " or ".join(SEQUENCE_PARALLEL))
   require(isinstance(zigzag, bool), "zigzag", zigzag, "True or False")
+  tiles = config.get("tiles_per_shard")
+  require(is_count(tiles, 0), "tiles_per_shard", tiles, "0 or a positive integer")
   usable = isinstance(frames, tuple | list) and len(frames) == 2 and all(map(is_count, frames))
   usable = usable and frames[0] <= frames[1]
   require(usable, "frames", frames, "the least and the most frames, such as (64, 512)")
@@ -70,6 +74,7 @@ def train_settings(config: ConfigDict) -> TrainSettings:
     mesh=_mesh(config.get("mesh")),
     sequence_parallel=kind,
     zigzag=zigzag,
+    tiles_per_shard=tiles,
     frames=tuple(frames),
     **{name: _count(config, name) for name in ("rows", "tokens_per_row", "clips_per_shard")},
     **{name: _rate(config, name) for name in ("learning_rate", "vision_learning_rate")},

@@ -1,0 +1,137 @@
+"""`vcflash data`: exit codes, what is printed, and what is written."""
+
+import json
+
+import pytest
+
+from tests.data.mutations import turns, write_mutated_mixture
+from tests.data.video_files import pictures, write_video
+from videochat_flash_jax.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("VCF_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def data(capsys, *arguments):
+  """Exit code, and what was printed on both outputs."""
+  code = main(["data", *map(str, arguments)])
+  return code, *capsys.readouterr()
+
+
+def healthy(folder):
+  write_video(folder / "a.mp4", pictures(8))
+  path = folder / "rows.json"
+  path.write_text(json.dumps([{"video": "a.mp4", "conversations": turns("<image>?", "!")}]))
+  return path
+
+
+def test_a_healthy_file_gives_0_and_a_broken_one_1(tmp_path, capsys):
+  code, out, err = data(capsys, "check", healthy(tmp_path), "--all")
+  assert (code, err) == (0, "")
+  assert "nothing is broken" in out
+  (tmp_path / "a.mp4").unlink()
+  code, out, _ = data(capsys, "check", tmp_path / "rows.json")
+  assert code == 1
+  assert "1 x missing file" in out
+
+
+def test_the_report_as_json_holds_all_counts(tmp_path, capsys):
+  mixture = write_mutated_mixture(tmp_path, 22, 0, 8, seed=0)
+  code, out, _ = data(capsys, "check", mixture.path, "--all", "--json")
+  report = json.loads(out)
+  assert (code, report["rows"], report["broken"]) == (1, 30, 22)
+  assert report["by_reason"]["bad conversations"] == 6
+  assert [source["rows"] for source in report["sources"]] == [26, 2, 2]
+
+
+@pytest.mark.parametrize(
+  "arguments, said",
+  [
+    (["check", "none.yaml"], "none.yaml: cannot be read"),
+    (["check", "none.json"], "none.json: cannot be read"),
+    (["check", "none.json", "--sample", "-1"], "--sample is -1"),
+    (["check", "none.json", "--al"], "unknown argument --al"),
+    (["chek", "none.json"], "invalid choice: 'chek'"),
+    ([], "<action>"),
+    (["convert", "none.csv", "--out", "rows.jsonl"], "none.csv: No such file"),
+  ],
+)
+def test_what_cannot_be_used_gives_2_and_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+  monkeypatch.chdir(tmp_path)
+  code, out, err = data(capsys, *arguments)
+  assert (code, out) == (2, "")
+  assert said in err
+  assert err.count("\n") == 1
+
+
+def test_an_index_is_made_ahead(tmp_path, capsys):
+  code, out, _ = data(capsys, "index", healthy(tmp_path))
+  assert code == 0
+  assert "1 row(s) of 1 file(s) ready in" in out
+  assert len(list((tmp_path / "cache" / "rows").iterdir())) == 1
+
+
+TABLE = """\ufeffvideo,image,question,answer,id,start,end
+a.mp4,,What moves?,"A cat, and
+a dog.",one,,
+b/c.mp4,,"<image>When?",Später.,,2,8.5
+,d.png,What is it?,A star.,,,
+,,How many are two?,2,,,
+"""
+
+
+def test_a_table_becomes_rows(tmp_path, capsys):
+  (tmp_path / "table.csv").write_text(TABLE)
+  code, out, _ = data(capsys, "convert", tmp_path / "table.csv", "--out", tmp_path / "rows.jsonl")
+  assert (code, out) == (0, f"{tmp_path}/rows.jsonl: 4 row(s) written\n")
+  rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+  assert rows == [
+    {
+      "video": "a.mp4",
+      "id": "one",
+      "conversations": turns("<image>\nWhat moves?", "A cat, and\na dog."),
+    },
+    {"video": "b/c.mp4", "start": 2, "end": 8.5, "conversations": turns("<image>When?", "Später.")},
+    {"image": "d.png", "conversations": turns("<image>\nWhat is it?", "A star.")},
+    {"conversations": turns("How many are two?", "2")},
+  ]
+
+
+def test_rows_are_converted_from_lists_too(tmp_path, capsys):
+  code, _, _ = data(capsys, "convert", healthy(tmp_path), "--out", tmp_path / "rows.jsonl")
+  assert code == 0
+  (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()
+  assert json.loads(line) == json.loads((tmp_path / "rows.json").read_text())[0]
+
+
+@pytest.mark.parametrize(
+  "name, text, said",
+  [
+    ("a.csv", "video,question,answer\na.mp4,Q?,A\na.mp4,Q?,\n", "a.csv line 3: bad conversations"),
+    ("a.csv", "video,question,answer,start,end\na.mp4,Q?,A,5,2\n", "a.csv line 2: bad times"),
+    ("a.csv", "video,question,answer\na.mp4,Q?,A,more\n", "a.csv line 2: bad json"),
+    ("a.csv", "video,qestion,answer\n", "unknown column 'qestion'; did you mean question"),
+    ("a.csv", "", "holds no row"),
+    ("a.jsonl", '\n{"id": 1}\n{"id": 2}\n\nx', "a.jsonl line 2 and 2 more rows: bad conv"),
+    ("a.json", "[\n\n 3]", "a.json line 3: bad json"),
+    ("a.json", "[", "broken JSON"),
+  ],
+)
+def test_a_row_that_cannot_be_used_is_named_and_nothing_is_written(
+  tmp_path, capsys, name, text, said
+):
+  (tmp_path / name).write_text(text)
+  code, _, err = data(capsys, "convert", tmp_path / name, "--out", tmp_path / "rows.jsonl")
+  assert code == 2
+  assert said in err
+  assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_that_exists_is_kept(tmp_path, capsys):
+  (tmp_path / "rows.jsonl").write_text("mine")
+  code, _, err = data(capsys, "convert", healthy(tmp_path), "--out", tmp_path / "rows.jsonl")
+  assert code == 2
+  assert "exists already" in err
+  assert (tmp_path / "rows.jsonl").read_text() == "mine"

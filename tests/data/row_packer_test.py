@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+
+from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.data.examples import Example
+from videochat_flash_jax.data.row_packer import Packed, RowPacker, write_row
+from videochat_flash_jax.data.sharded_rows import RowLayout, empty_rows
+from videochat_flash_jax.parallel.zigzag import unzigzag_order
+
+STAGE3 = RowLayout(32_768, 64, clips_per_shard=132, tiles_per_shard=132, num_shards=4, zigzag=True)
+SMALL = RowLayout(96, 4, clips_per_shard=7, tiles_per_shard=5, num_shards=4, zigzag=True)
+
+
+def example(mark, num_clips, num_tiles, num_text, clip_tokens):
+  """Clips, then tiles, inside of text; every picture, token and label holds one number."""
+  num_visual = (num_clips + num_tiles) * clip_tokens
+  length = num_visual + num_text
+  visual_index = np.full(length, -1, np.int32)
+  visual_index[num_text // 2 : num_text // 2 + num_visual] = np.arange(num_visual)
+  tokens = np.full(length, mark, np.int32)
+  frames, tiles = (
+    np.broadcast_to(
+      (10 * mark + np.arange(count, dtype=np.uint8))[:, None, None, None, None], shape
+    )
+    for count, shape in ((num_clips, (num_clips, 4, 1, 1, 3)), (num_tiles, (num_tiles, 1, 1, 1, 3)))
+  )
+  return Example(frames, tiles, tokens, tokens, visual_index, np.arange(length, dtype=np.int32))
+
+
+def draw(rng, mark):
+  """Of a stage-3 mixture: 64 to 512 frames, images of 2 to 37 tiles, text alone."""
+  kind = rng.choice(["long", "short", "image", "text"], p=[0.3, 0.35, 0.25, 0.1])
+  clips = {"long": rng.integers(17, 129), "short": 16}.get(kind, 0)
+  tiles = rng.integers(2, 38) if kind == "image" else 0
+  return example(mark, int(clips), int(tiles), int(rng.integers(40, 600)), STAGE3.clip_tokens)
+
+
+@pytest.fixture(scope="module")
+def packed():
+  """Rows packed from 800 examples, and what is left in the packer."""
+  rng, packer, rows = np.random.default_rng(0), RowPacker(STAGE3), []
+  for number in range(800):
+    row = packer.add(Packed(number, draw(rng, number % 20)))
+    if row:
+      rows.append(row)
+  return rows, packer.numbers
+
+
+def test_no_example_is_lost_or_doubled(packed):
+  rows, waiting = packed
+  numbers = [[item.number for item in row] for row in rows] + waiting
+  assert sorted(number for row in numbers for number in row) == list(range(800))
+
+
+def test_rows_are_filled_to_99_percent(packed):
+  rows, _ = packed
+  filled = [sum(len(item.example.token_ids) for item in row) for row in rows]
+  assert max(filled) <= STAGE3.tokens
+  assert np.mean(filled) > 0.99 * STAGE3.tokens
+
+
+def test_no_example_waits_for_long(packed):
+  rows, _ = packed
+  for number, row in enumerate(rows):
+    newest = max(item.number for row in rows[: number + 1] for item in row)
+    assert newest - min(item.number for item in row) < 200
+
+
+def test_rows_begun_again_are_packed_as_before():
+  rng = np.random.default_rng(1)
+  items = [Packed(number, draw(rng, 1)) for number in range(120)]
+  one, other = RowPacker(STAGE3), RowPacker(STAGE3)
+  for item in items[:60]:
+    one.add(item)
+  for row in one.numbers:
+    other.put_together([items[number] for number in row])
+  rest = [[packer.add(item) for item in items[60:]] for packer in (one, other)]
+  told = [[row and [item.number for item in row] for row in rows] for rows in rest]
+  assert told[0] == told[1] and any(told[0]) and one.numbers == other.numbers
+
+
+def test_clips_and_tiles_of_every_shard_fit_and_each_place_sees_its_own_picture():
+  rng, packer, num_rows, fullest = np.random.default_rng(2), RowPacker(SMALL, num_bins=3), 0, 0
+  for number in range(400):
+    sizes = rng.integers(0, 6), rng.integers(0, 4), rng.integers(1, 14)
+    row = packer.add(Packed(number, example(number % 20, *map(int, sizes), SMALL.clip_tokens)))
+    if row:
+      num_rows += 1
+      written = empty_rows(SMALL, 1, (4, 1, 1, 3))
+      write_row(row, SMALL, written, 0)  # raises where a shard has no room
+      fullest = max(fullest, check_written(row, written))
+  assert num_rows > 50
+  assert fullest == SMALL.clips_per_shard  # so that the budget was in the way at least once
+
+
+def check_written(row, written):
+  """Compares a row with its examples, token by token; gives the most clips of a shard."""
+  per_shard = [
+    np.concatenate([part.reshape(-1) for part in parts])
+    for parts in zip(
+      written["frames"][0, :, 0, 0, 0, 0].reshape(SMALL.num_shards, -1),
+      written["tiles"][0, :, 0, 0, 0, 0].reshape(SMALL.num_shards, -1),
+      strict=True,
+    )
+  ]
+  own = written["visual_index"][0].reshape(SMALL.num_shards, -1)
+  pictures = np.stack(per_shard)
+  seen = np.take_along_axis(pictures, np.maximum(own, 0) // SMALL.clip_tokens, axis=1).reshape(-1)
+  back = unzigzag_order(SMALL.tokens, SMALL.num_shards)
+  seen, token = seen[back], (own % SMALL.clip_tokens).reshape(-1)[back]
+  fields = {name: written[name][0][back] for name in ("token_ids", "labels", "positions")}
+  segments, offset = written["segment_ids"][0][back], 0
+  for segment, item in enumerate(row, start=1):
+    place = slice(offset, offset + len(item.example.token_ids))
+    is_visual = item.example.visual_index >= 0
+    every = np.concatenate([item.example.frames[:, 0, 0, 0, 0], item.example.tiles[:, 0, 0, 0, 0]])
+    index = item.example.visual_index[is_visual]
+    np.testing.assert_array_equal(seen[place][is_visual], every[index // SMALL.clip_tokens])
+    np.testing.assert_array_equal(token[place][is_visual], index % SMALL.clip_tokens)
+    np.testing.assert_array_equal(written["visual_index"][0][back][place] >= 0, is_visual)
+    for name, values in fields.items():
+      np.testing.assert_array_equal(values[place], getattr(item.example, name))
+    assert (segments[place] == segment).all()
+    offset = place.stop
+  assert (segments[offset:] == 0).all() and (fields["labels"][offset:] == IGNORE_LABEL).all()
+  is_clip = (own >= 0) & (own < SMALL.clips_per_shard * SMALL.clip_tokens)
+  return max(
+    len(np.unique(part[mask] // SMALL.clip_tokens)) for part, mask in zip(own, is_clip, strict=True)
+  )

@@ -1,0 +1,156 @@
+"""Batches arrive on the mesh as they left the host, on one process or two."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from tests.data.saved_batches import digest
+from tests.data.small_mixture import config, make_tokenizer, read_rows, write_mixture
+from tests.multidevice.two_processes_test import free_port
+from videochat_flash_jax.data.train_batches import TrainBatches
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel.layout import Layout
+from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.train.device_batches import device_batches, own_streams, row_groups
+
+ROOT = Path(__file__).parents[2]
+SHAPE = NUM_ROWS, _ = 4, 256
+BY_ROWS = MeshConfig(data=2, fsdp=2, sequence=2)
+BY_TOKENS = MeshConfig(fsdp=1, sequence=8)
+
+
+def shardings(mesh_config):
+  layout = Layout(make_mesh(mesh_config))
+  tokens = NamedSharding(layout.mesh, layout.spec("batch", "sequence"))
+  clips = NamedSharding(layout.mesh, layout.spec("batch", "clips"))
+  per_token = ("token_ids", "labels", "visual_index", "positions", "segment_ids")
+  return dict.fromkeys(per_token, tokens) | dict.fromkeys(("frames", "tiles"), clips)
+
+
+def data(mesh_config):
+  return config(rows=NUM_ROWS, streams=2, num_shards=mesh_config.sequence, clips_per_shard=16)
+
+
+def digests_on(mesh_config, mixture, num_batches=3):
+  """Digests of batches, gathered from all devices, with this process's rows read by it alone."""
+  made, placed = data(mesh_config), shardings(mesh_config)
+  streams = own_streams(placed["token_ids"], SHAPE, made.streams)
+  batches = TrainBatches(made, read_rows(mixture), make_tokenizer, streams)
+  batches = device_batches(batches, placed, NUM_ROWS)
+  gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+  digests = [digest(jax.tree.map(gather, next(batches))) for _ in range(num_batches)]
+  batches.close()
+  return streams, digests
+
+
+PROCESS = f"""
+import json, sys
+from pathlib import Path
+from videochat_flash_jax.parallel.processes import join_processes
+join_processes(sys.argv[1], 2, int(sys.argv[2]))
+from tests.multidevice.{Path(__file__).stem} import BY_ROWS, BY_TOKENS, digests_on
+print(json.dumps([digests_on(mesh, Path(sys.argv[3])) for mesh in (BY_ROWS, BY_TOKENS)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+  return write_mixture(tmp_path_factory.mktemp("mixture"))
+
+
+def host_batches(mesh_config, mixture):
+  return iter(TrainBatches(data(mesh_config), read_rows(mixture), make_tokenizer))
+
+
+def test_devices_hold_what_the_host_gave_and_the_state_is_of_the_batch_given(mixture):
+  host, placed = host_batches(BY_ROWS, mixture), shardings(BY_ROWS)
+  batches = TrainBatches(data(BY_ROWS), read_rows(mixture), make_tokenizer)
+  batches = device_batches(batches, placed, NUM_ROWS)
+  for _ in range(3):
+    expected, found = next(host), next(batches)
+    assert batches.get_state() == host.get_state()
+    for name, array in expected.items():
+      assert found[name].sharding.is_equivalent_to(placed[name], array.ndim)
+      np.testing.assert_array_equal(found[name], array)
+  state = batches.get_state()
+  following = digest(jax.tree.map(np.asarray, next(batches)))
+  batches.set_state(state)
+  assert digest(jax.tree.map(np.asarray, next(batches))) == following
+  with pytest.raises(InputError, match="format 0"):
+    batches.set_state(state | {"version": 0})
+  batches.close()
+
+
+def test_two_processes_read_their_rows_and_together_have_the_batches_of_one(mixture):
+  expected = []
+  for mesh in (BY_ROWS, BY_TOKENS):
+    host = host_batches(mesh, mixture)
+    expected.append([digest(next(host)) for _ in range(3)])
+  address, environment = f"localhost:{free_port()}", dict(os.environ)
+  environment |= {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "PYTHONPATH": str(ROOT),
+  }
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROCESS, address, str(number), str(mixture)],
+      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for number in range(2)
+  ]  # fmt: skip
+  for number, process in enumerate(processes):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    by_rows, by_tokens = json.loads(output.splitlines()[-1])
+    assert by_rows == [[number], expected[0]]
+    assert by_tokens == [[0, 1], expected[1]]
+
+
+def test_all_rows_of_one_process_are_one_group():
+  sharding = shardings(BY_ROWS)["token_ids"]
+  assert row_groups(sharding, SHAPE) == [(0, 1, 2, 3)]
+  assert own_streams(sharding, SHAPE, 2) == [0, 1]
+
+
+class FakeDevice:
+  def __init__(self, process_index):
+    self.process_index = process_index
+
+
+class FakeSharding:
+  """Rows that devices hold, `rows[process]` each on a device of that process; we are the first."""
+
+  def __init__(self, *rows):
+    self.rows = rows
+
+  def devices_indices_map(self, shape):
+    return {
+      FakeDevice(process): (slice(*held),)
+      for process, rows in enumerate(self.rows)
+      for held in rows
+    }
+
+  def addressable_devices_indices_map(self, shape):
+    return {FakeDevice(0): (slice(*held),) for held in self.rows[0]}
+
+
+def test_processes_that_share_rows_are_one_group():
+  sharding = FakeSharding([(0, 2), (2, 4)], [(0, 2), (2, 4)], [(4, 6), (6, 8)], [(4, 6), (6, 8)])
+  assert row_groups(sharding, (8, 16)) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+  assert own_streams(sharding, (8, 16), 2) == [0] and own_streams(sharding, (8, 16), 4) == [0, 1]
+  with pytest.raises(InputError, match=r"streams is 1, .* 2 groups of processes; give 2, or"):
+    own_streams(sharding, (8, 16), 1)
+
+
+def test_processes_with_overlapping_rows_are_refused():
+  with pytest.raises(InputError, match="in equal groups"):
+    row_groups(FakeSharding([(0, 2), (2, 4)], [(2, 4), (4, 6)]), (6, 16))

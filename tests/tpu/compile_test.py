@@ -1,0 +1,269 @@
+"""Programs as the TPU's compiler makes them, and `vcflash compile` (`make test-tpu`)."""
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from videochat_flash_jax.benchmarks import ahead_of_time, hlo_flops
+from videochat_flash_jax.benchmarks.hlo_costs import program_costs
+from videochat_flash_jax.benchmarks.hlo_text import parse
+from videochat_flash_jax.cli.config_file import read_config
+from videochat_flash_jax.cli.main import main
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.models.qwen2 import Qwen2
+from videochat_flash_jax.ops.sharded_attention import self_attention
+from videochat_flash_jax.parallel.layout import Layout
+from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.sharding import weight_shardings
+from videochat_flash_jax.train.program import train_program
+from videochat_flash_jax.train.settings import train_settings
+
+pytestmark = pytest.mark.tpu
+
+STAGE_3 = Path(__file__).parents[2] / "configs" / "stage3_long.py"
+ROWS, LENGTH, CLIPS, CHIPS, SHARDS = 2, 2048, 4, 8, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+      patch.setenv(name, "")  # put back afterwards
+    ahead_of_time.prepare()
+    yield
+
+
+@pytest.fixture
+def in_haste():
+  """The compiler does not look for the fastest program; it has the same products."""
+  jax.config.update("jax_exec_time_optimization_effort", -1.0)
+  yield
+  jax.config.update("jax_exec_time_optimization_effort", 0.0)
+
+
+def small_settings():
+  """A step of a model that has all that the released ones have, but is narrow."""
+  sizes = {"rows": ROWS, "tokens_per_row": LENGTH, "clips_per_shard": CLIPS, "mesh.fsdp": 2}
+  sizes["tiles_per_shard"] = 0
+  sizes["image_size"] = 96  # small pictures, and short rows: kernels compile sooner
+  settings = train_settings(
+    read_config(STAGE_3, [f"--config.{name}={size}" for name, size in sizes.items()])
+  )
+  model = settings.model
+  sizes = {"width": 1024, "depth": 5, "num_heads": 8, "num_kv_heads": 2, "mlp_width": 2816}
+  decoder = dataclasses.replace(model.decoder, vocab_size=32_000, **sizes)
+  vision = dataclasses.replace(model.vision, width=256, depth=3, num_heads=4, mlp_width=1024)
+  return dataclasses.replace(
+    settings, model=dataclasses.replace(model, decoder=decoder, vision=vision)
+  )
+
+
+@pytest.fixture(scope="module")
+def ring():
+  """Text of the step's program."""
+  program = train_program(small_settings(), ahead_of_time.topology_devices("v5e:2x4"))
+  return program.step.lower(program.state, program.batch).compile().as_text()
+
+
+def gathered_attention():
+  """Text of the attention of one row whose keys are gathered."""
+  mesh = make_mesh(MeshConfig(fsdp=1, sequence=4), ahead_of_time.topology_devices("v5e:2x2"))
+  layout = Layout(mesh, "all_gather", zigzag=True)
+  tokens = NamedSharding(mesh, layout.spec("batch", "sequence"))
+  shapes = [(1, LENGTH, heads, 128) for heads in (8, 2, 2)]
+  operands = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=tokens) for s in shapes]
+  segments = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32, sharding=tokens)
+  attend = jax.jit(functools.partial(self_attention, layout=layout))
+  return attend.lower(*operands, segments).compile().as_text()
+
+
+def shapes_in(text):
+  """Shapes of all arrays that a chip ever holds."""
+  computations, _ = parse(text)
+  return {
+    array.shape
+    for computation in computations.values()
+    for instruction in computation.instructions.values()
+    for array in instruction.arrays
+  }
+
+
+def gathered_along_the_sequence(text):
+  """Numbers in each array that an all-gather makes of the parts of a row."""
+  computations, _ = parse(text)
+  return [
+    math.prod(array.shape)
+    for computation in computations.values()
+    for instruction in computation.instructions.values()
+    if instruction.opcode.startswith("all-gather")
+    for array in instruction.arrays
+    if LENGTH in array.shape or SHARDS * LENGTH in array.shape
+  ]
+
+
+def test_a_ring_step_gathers_nothing_like_hidden_states_along_the_sequence(ring):
+  """Of a row only numbers, such as labels, are ever gathered."""
+  assert all(size <= CHIPS * LENGTH for size in gathered_along_the_sequence(ring))
+
+
+def test_gathered_keys_would_be_seen():
+  decoder = small_settings().model.decoder
+  keys = LENGTH * decoder.num_kv_heads * decoder.head_size
+  assert max(gathered_along_the_sequence(gathered_attention())) >= keys > CHIPS * LENGTH
+
+
+def test_no_chip_holds_the_hidden_states_of_a_whole_row(ring):
+  assert [s for s in shapes_in(ring) if LENGTH in s and math.prod(s) > CHIPS * LENGTH] == []
+
+
+def test_no_chip_holds_the_logits_of_all_its_tokens(ring):
+  decoder = small_settings().model.decoder
+  with_words = [s for s in shapes_in(ring) if decoder.vocab_size in s]
+  assert max(math.prod(s) for s in with_words) == decoder.width * decoder.vocab_size
+
+
+def test_weights_are_gathered_layer_by_layer(ring):
+  decoder, shapes = small_settings().model.decoder, shapes_in(ring)
+  kernel = {decoder.width, decoder.mlp_width}
+  assert any(kernel == {n for n in s if n > 1} for s in shapes), "one layer's"
+  assert not any(kernel <= set(s) and decoder.depth in s for s in shapes), "all layers'"
+
+
+def test_keys_and_values_travel_in_bfloat16_and_their_gradients_in_float32(ring):
+  decoder = small_settings().model.decoder
+  hop = 2 * LENGTH // SHARDS * decoder.num_kv_heads * decoder.head_size * 2  # bytes
+  costs = program_costs(ring)
+  hops = costs.sizes["collective-permute"] / hop / decoder.depth
+  # Forwards, again, and beside the gradients, which are twice as wide and go home. A first hop
+  # may serve for two.
+  assert 3 * (SHARDS - 1) + 2 * SHARDS - 3 <= hops <= 3 * (SHARDS - 1) + 2 * SHARDS + 0.5
+  assert costs.guessed_loops == 0
+
+
+def layer_weights(decoder):
+  heads = 2 * decoder.num_heads + 2 * decoder.num_kv_heads
+  return decoder.width * (heads * decoder.head_size + 3 * decoder.mlp_width)
+
+
+def test_flops_of_a_step_are_those_counted_by_hand(ring):
+  model = small_settings().model
+  decoder, vision = model.decoder, model.vision
+  heads = decoder.num_heads * decoder.head_size
+  weights = decoder.depth * layer_weights(decoder) + decoder.width * decoder.vocab_size
+  products = 4 * ROWS * LENGTH * weights  # forwards, again, and two for the gradients
+  products += 11 * ROWS * LENGTH**2 / 2 * heads * decoder.depth  # see ops/splash.py
+  patches = ROWS * SHARDS * CLIPS * vision.clip_frames * vision.grid_size**2
+  block = 4 * vision.width**2 + 2 * vision.width * vision.mlp_width
+  products += 4 * patches * vision.depth * block
+  products += 11 * patches * vision.clip_frames * vision.grid_size**2 * vision.width * vision.depth
+  assert program_costs(ring).flops == pytest.approx(2 * products / CHIPS, rel=0.1)
+
+
+def decoder_gradients(depth):
+  """A decoder's gradients on four chips, its weights spread over them: compiled."""
+  config = dataclasses.replace(small_settings().model.decoder, depth=depth)
+  model = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+  graph, weights = nnx.split({"decoder": model})
+  weights = nnx.to_pure_dict(weights)
+  layout = Layout(make_mesh(MeshConfig(), ahead_of_time.topology_devices("v5e:2x2")), "none")
+  shardings = weight_shardings(layout.mesh, weights)
+
+  def loss(weights, x):
+    hidden = nnx.merge(graph, weights)["decoder"](x, layout=layout)
+    return hidden.astype(jnp.float32).sum()
+
+  rows = NamedSharding(layout.mesh, layout.spec("batch"))
+  x = jax.ShapeDtypeStruct((32, 128, config.width), jnp.bfloat16, sharding=rows)
+  weights = jax.tree.map(
+    lambda w, sharding: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=sharding),
+    weights,
+    shardings,
+  )
+  gradients = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(shardings, rows))
+  return gradients.lower(weights, x).compile()
+
+
+def test_loops_count_as_often_as_they_run(monkeypatch, in_haste):
+  """Against the compiler's own count, which is right where no loop is left.
+
+  It knows nothing of what a kernel does, so kernels are left out.
+  """
+  monkeypatch.setattr(hlo_flops, "_KERNEL_PRODUCTS", {})
+  looped = program_costs(decoder_gradients(depth=4).as_text())
+  with monkeypatch.context() as patch:
+    patch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
+    one, two = (decoder_gradients(depth) for depth in (1, 2))
+  counted = [program.cost_analysis()["flops"] for program in (one, two)]
+  true = counted[0] + 3 * (counted[1] - counted[0])  # linear in the depth
+  assert looped.flops == pytest.approx(true, rel=0.05)
+  gathered = 2 * 4 * 2 * layer_weights(small_settings().model.decoder)  # bytes, twice, 4 layers
+  assert looped.sizes["all-gather"] == pytest.approx(gathered, rel=0.01)
+
+
+TINY = ["--config.model=tiny", "--config.image_size=32", "--config.clips_per_shard=8"]
+
+
+def compile_verb(topology, *options):
+  return main(["compile", "--config", str(STAGE_3), "--topology", topology, *options])
+
+
+def test_compile_prints_one_json_object(capsys, in_haste):
+  assert compile_verb("v5e:2x2", *TINY, "--config.rows=2", "--config.tokens_per_row=2048") == 0
+  report = json.loads(capsys.readouterr().out)
+  assert report["topology"] == "v5e:2x2" and report["chips"] == 4
+  parts = ("argument_bytes", "temporary_bytes", "peak_bytes", "flops", "bytes_accessed")
+  assert all(report[part] > 0 for part in parts)
+  whole = report["argument_bytes"] + report["temporary_bytes"]
+  assert report["argument_bytes"] < report["peak_bytes"] <= 1.1 * whole
+  assert report["collectives"]["collective-permute"]["bytes"] > 0
+  assert report["roofline"]["bound_by"] in ("compute", "memory", "link")
+
+
+def test_too_little_memory_is_told_with_what_is_wanted_and_what_helps(capsys):
+  assert compile_verb("v5e:1x1", *TINY, "--config.mesh.sequence=1", "--config.rows=1024") == 2
+  captured = capsys.readouterr()
+  report = json.loads(captured.out)
+  assert report["wanted_bytes"] > report["available_bytes"] > 15 * 2**30
+  assert "mesh.sequence" in report["error"] and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_prefill_and_decode_share_heads_and_print_a_row_of_a_table(program, capsys):
+  mesh = ["--config.mesh.fsdp=1", "--config.mesh.sequence=1", "--config.mesh.tensor=2"]
+  sizes = ["--config.mesh.data=2", "--config.rows=2", "--config.tokens_per_row=512"]
+  assert compile_verb("v5e:2x2", *TINY, *mesh, *sizes, "--program", program, "--table") == 0
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith("| stage3_long.py ") and f"--program {program} | v5e:2x2 |" in line
+
+
+def test_several_slices_are_one_mesh():
+  devices = ahead_of_time.topology_devices("v5e:2x2", num_slices=2)
+  mesh = make_mesh(MeshConfig(data=2, num_slices=2), devices)
+  slices = [{chip.slice_index for chip in half.flat} for half in mesh.devices]
+  assert slices == [{0}, {1}]
+
+
+@pytest.mark.parametrize("topology", ["v5e:3x5", "v9:2x2", "v5e", "8x8"])
+def test_an_unknown_slice_is_refused_with_known_ones(topology):
+  with pytest.raises(
+    InputError, match=r"--topology \S+ no such slice .* give one such as .*v5e:4x4"
+  ):
+    ahead_of_time.topology_devices(topology)
+
+
+def test_memory_of_a_product_is_reported_per_chip():
+  (device,) = ahead_of_time.topology_devices("v5e:1x1")
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  square = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=sharding)
+  report = ahead_of_time.report("v5e:1x1", jax.jit(jnp.matmul), (square, square))
+  assert report["argument_bytes"] == 2 * report["output_bytes"] == 2 * 4096**2 * 2
+  assert report["peak_bytes"] >= 3 * 4096**2 * 2
+  assert report["flops"] == 2 * 4096**3

@@ -1,0 +1,72 @@
+"""`vcflash data`: checks, converts and indexes annotations before a run reads them."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from videochat_flash_jax.errors import InputError
+
+EXAMPLE = "vcflash data check mixture.yaml --all"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares what can be done, and the options of each."""
+  actions = parser.add_subparsers(title="actions", metavar="<action>", required=True)
+
+  def add(run_action, name, text):
+    action = actions.add_parser(
+      name, help=text, description=text, allow_abbrev=False, formatter_class=parser.formatter_class
+    )
+    action.set_defaults(run_action=run_action)
+    return action
+
+  check = add(_check, "check", "Read every annotation, open media, and tell what is broken.")
+  check.add_argument("mixture", help="a mixture (.yaml) or one annotation file (.json, .jsonl)")
+  check.add_argument("--all", action="store_true", help="open all videos and images")
+  check.add_argument("--sample", type=int, default=16, help="rows of a source whose media to open")
+  check.add_argument("--json", action="store_true", help="print one JSON object")
+
+  convert = add(_convert, "convert", "Write questions of a table as checked annotations.")
+  convert.add_argument("rows", type=Path, help="a .csv, .json or .jsonl file")
+  convert.add_argument("--out", type=Path, required=True, help=".jsonl file to write; must be new")
+
+  index = add(_index, "index", "Make the indices that a run would make when it starts.")
+  index.add_argument("mixture", help="a mixture (.yaml) or one annotation file (.json, .jsonl)")
+
+
+def run(args: argparse.Namespace) -> int | None:
+  """Does the chosen action."""
+  return args.run_action(args)
+
+
+def _check(args) -> int:
+  from videochat_flash_jax.data.check_report import as_json, as_table
+  from videochat_flash_jax.data.media_check import check_mixture
+  from videochat_flash_jax.data.mixture import read_mixture
+  from videochat_flash_jax.data.rows import open_rows
+
+  if args.sample < 0:
+    raise InputError(f"--sample is {args.sample}; give 0 or more")
+  rows = open_rows(read_mixture(args.mixture))
+  reports = check_mixture(rows, None if args.all else args.sample)
+  print(json.dumps(as_json(reports)) if args.json else as_table(reports))
+  return int(any(report.broken for report in reports))
+
+
+def _convert(args) -> None:
+  from videochat_flash_jax.data.row_conversion import convert_rows
+
+  print(f"{args.out}: {convert_rows(args.rows, args.out):,} row(s) written")
+
+
+def _index(args) -> None:
+  from videochat_flash_jax.data.mixture import read_mixture
+  from videochat_flash_jax.data.rows import open_rows
+
+  start = time.perf_counter()
+  rows = open_rows(read_mixture(args.mixture))
+  print(
+    f"{args.mixture}: {len(rows):,} row(s) of {len(rows.sources)} file(s) ready in "
+    f"{time.perf_counter() - start:.1f} s; the indices take {rows.index_bytes() / 1e6:,.1f} MB"
+  )

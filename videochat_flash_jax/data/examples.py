@@ -1,0 +1,179 @@
+r"""From a row of annotations to an example: frames, image tiles, tokens and labels.
+
+  row       video of 100 s, "<image>\nWhat moves?", "A cat."
+  frames    25 clips of 4 frames, one a second
+  tokens    [the time message and the question, 1,600 visual tokens, the answer]
+
+The rules are those of the official training code; see `annotations`, `frame_sampling` and
+`conversation`. A row that cannot be used raises `BrokenRow`, whatever is wrong with it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from videochat_flash_jax.data.broken import BrokenRow, because
+from videochat_flash_jax.data.conversation import (
+  IGNORE_LABEL,
+  TokenizedText,
+  encode_row,
+  time_message,
+)
+from videochat_flash_jax.data.data_config import ExampleConfig
+from videochat_flash_jax.data.frame_sampling import CLIP_FRAMES
+from videochat_flash_jax.data.image_tiling import (
+  choose_grid,
+  cut_tiles,
+  pad_to_square,
+  sequence_order,
+)
+from videochat_flash_jax.data.packing import lay_out
+from videochat_flash_jax.data.preprocessing import resize
+from videochat_flash_jax.data.row_media import read_row_images, read_row_video
+from videochat_flash_jax.data.sharded_rows import RowLayout
+from videochat_flash_jax.data.tokenizer import Tokenizer
+
+
+class Example(NamedTuple):
+  """A conversation with what is seen.
+
+  Attributes:
+    frames: uint8 `[C, 4, S, S, 3]`, clips of four frames.
+    tiles: uint8 `[I, 1, S, S, 3]`, views of images.
+    token_ids: int32 `[T]`, 0 where a visual token will stand.
+    labels: int32 `[T]`.
+    visual_index: int32 `[T]`: which visual token, those of clips first, or -1.
+    positions: int32 `[T]`.
+  """
+
+  frames: np.ndarray
+  tiles: np.ndarray
+  token_ids: np.ndarray
+  labels: np.ndarray
+  visual_index: np.ndarray
+  positions: np.ndarray
+
+
+class Seen(NamedTuple):
+  """What a row shows, before its text is read.
+
+  Attributes:
+    frames: as in `Example`.
+    tiles: as in `Example`.
+    counts: visual tokens of each video or image.
+    order: which visual token stands where, if not one after the other.
+    message: of the time.
+  """
+
+  frames: np.ndarray
+  tiles: np.ndarray
+  counts: list[int]
+  order: np.ndarray | None = None
+  message: str = ""
+
+
+class ExampleReader:
+  """Reads rows of annotations, with their media."""
+
+  def __init__(
+    self, config: ExampleConfig, layout: RowLayout, make_tokenizer: Callable[[], Tokenizer]
+  ):
+    """Opens nothing yet.
+
+    Args:
+      config: how rows become examples.
+      layout: of a row of tokens, which each example has to fit by itself.
+      make_tokenizer: gives the tokenizer, once in each process.
+    """
+    self._config, self._layout = config, layout
+    self._make_tokenizer, self._tokenizer = make_tokenizer, None
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {"_tokenizer": None}  # other processes make their own
+
+  def read(self, row: Mapping[str, Any], rng: np.random.Generator) -> Example:
+    """Reads a row, with whole paths of its media; `rng` draws the positions.
+
+    Raises:
+      BrokenRow: the row or its media cannot be used.
+    """
+    if self._tokenizer is None:
+      self._tokenizer = self._make_tokenizer()
+    seen = self._see(row)
+    text = self._encode(row, seen.message)
+    token_ids, visual_index = lay_out(text.ids, seen.counts)
+    labels = np.full(len(token_ids), IGNORE_LABEL, np.int32)
+    labels[visual_index < 0] = text.labels[text.ids >= 0]
+    if seen.order is not None:
+      visual_index[visual_index >= 0] = seen.order
+    positions = skipped_positions(len(token_ids), self._config.position_skip, rng)
+    length = self._layout.tokens
+    per_token = (values[:length] for values in (token_ids, labels, visual_index, positions))
+    example = Example(seen.frames, seen.tiles, *per_token)
+    self._check_fits(example, len(token_ids))
+    return example
+
+  def _see(self, row) -> Seen:
+    size, tokens = self._config.image_size, self._layout.clip_tokens
+    no_clips = np.empty((0, CLIP_FRAMES, size, size, 3), np.uint8)
+    no_tiles = np.empty((0, 1, size, size, 3), np.uint8)
+    if row.get("video") is not None:
+      video = read_row_video(row, self._config)
+      clips = video.frames.reshape(-1, *no_clips.shape[1:])
+      message = time_message(self._config.time_message, video.seconds, video.frame_seconds)
+      return Seen(clips, no_tiles, [len(clips) * tokens], message=message)
+    images = read_row_images(row)
+    if not images:
+      return Seen(no_clips, no_tiles, [])
+    if len(images) > 1:
+      with because("unreadable image"):
+        tiles = np.stack([resize(pad_to_square(image), size) for image in images])
+      return Seen(no_clips, tiles[:, None], [tokens] * len(images))
+    height, width = images[0].shape[:2]
+    grid = choose_grid(width, height, self._config.tiling, size)
+    tiles, order = cut_tiles(images[0], *grid, size), sequence_order(*grid, tokens)
+    return Seen(no_clips, tiles[:, None], [len(order)], order)
+
+  def _encode(self, row, message) -> TokenizedText:
+    template, style = self._config.template, self._config.label_style
+    with because("bad conversations"):
+      try:
+        return encode_row(row, self._tokenizer, template, message, style)
+      except (TypeError, UnicodeError) as error:  # JSON may hold half of a surrogate pair
+        raise BrokenRow("bad conversations", "a text is not valid UTF-8; mend it") from error
+
+  def _check_fits(self, example, num_tokens):
+    """Refuses an example that would lose a part of what is seen, or all answers."""
+    num_clips, room = len(example.frames), self._layout.room
+    num_visual = (num_clips + len(example.tiles)) * self._layout.clip_tokens
+    tokenizer = self._tokenizer
+    marks = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id
+    is_answer = (example.labels != IGNORE_LABEL) & ~np.isin(example.labels, marks)
+    if (example.visual_index >= 0).sum() < num_visual or not is_answer.any():
+      raise BrokenRow(
+        "too long",
+        f"{num_tokens} tokens, {num_visual} of them visual, but a row has {self._layout.tokens}; "
+        "give longer rows, or fewer frames",
+      )
+    needs = self._layout.needs(example.visual_index, num_clips)
+    for kind, needed, space in zip(("clips", "tiles"), needs.max(axis=1), room[:, 0], strict=True):
+      if needed > space:
+        raise BrokenRow(
+          "too long",
+          f"a part of a row needs {needed} {kind}, but {kind}_per_shard is {space}; give more",
+        )
+
+
+def skipped_positions(length: int, most: int, rng: np.random.Generator) -> np.ndarray:
+  """Positions that jump, so that short examples teach late positions, too.
+
+  All move by a first step, those behind a random place by a second one that is no smaller, both at
+  most `most`: of 5 tokens, steps 2 and 4, place 3: 2 3 4 7 8. As `pos_skipping_range` of
+  LLaVA-NeXT's training code.
+  """
+  place = rng.integers(length, endpoint=True)
+  first = rng.integers(most, endpoint=True)
+  second = rng.integers(first, most, endpoint=True)
+  positions = np.arange(length, dtype=np.int32)
+  return positions + np.where(positions < place, first, second).astype(np.int32)

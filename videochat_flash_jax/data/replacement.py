@@ -1,0 +1,108 @@
+"""Rows that cannot be read do not stop a run: the next one of the same kind stands in.
+
+  example 17 is row 204, a video:   204 unreadable video, 205 missing file, 206 is read
+
+What was passed over travels with the example, to be counted and logged where the run is.
+"""
+
+import errno
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from videochat_flash_jax.data.broken import BrokenRow
+from videochat_flash_jax.data.example_order import ExampleOrder
+from videochat_flash_jax.data.examples import Example, ExampleReader
+from videochat_flash_jax.errors import InputError
+
+_MOST_REPLACEMENTS = 100
+_RETRY_SECONDS = 0.2, 1.0
+_PASSING = {  # what a network or a busy machine may get over
+  getattr(errno, name)
+  for name in (
+    "EAGAIN", "EBUSY", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTUNREACH", "EINTR", "EIO",
+    "EMFILE", "ENETDOWN", "ENETUNREACH", "ENFILE", "ENOBUFS", "ESTALE", "ETIMEDOUT",
+  )
+}  # fmt: skip
+
+
+class PassedOver(NamedTuple):
+  """A row that could not be used: number, source, name, one of `broken.REASONS`, and more."""
+
+  row: int
+  source: str
+  label: str
+  reason: str
+  message: str
+
+
+class Drawn(NamedTuple):
+  """An example, and what was passed over for it: the row drawn, then those tried in its place."""
+
+  example: Example
+  passed_over: tuple[PassedOver, ...]
+
+
+class ReplacingReader:
+  """Gives the n-th example of a stream, always."""
+
+  def __init__(self, rows, reader: ExampleReader, order: ExampleOrder, seed: int):
+    """Reads nothing yet.
+
+    Args:
+      rows: of the mixture.
+      reader: of rows.
+      order: which row is which example.
+      seed: of what is drawn for an example.
+    """
+    self._rows, self._reader, self._order, self._seed = rows, reader, order, seed
+
+  def read(self, stream: int, number: int) -> Drawn:
+    """Reads example `number` of a stream, or what stands in for it.
+
+    Raises:
+      InputError: neither the row nor any of the next hundred of its kind can be read.
+    """
+    row, passed_over = self._order.row(stream, number), []
+    for _ in range(1 + _MOST_REPLACEMENTS):
+      try:
+        rng = np.random.default_rng([self._seed, stream, number])
+        return Drawn(self._read_patiently(row, rng), tuple(passed_over))
+      except BrokenRow as error:
+        names = self._rows.source(row), self._rows.label(row)
+        passed_over.append(PassedOver(row, *names, error.reason, str(error)))
+      row = self._rows.next_of_kind(row)
+      if row == passed_over[0].row:
+        break
+    raise InputError(
+      f"{len(passed_over)} rows in turn cannot be read, the first one because of "
+      f"{passed_over[0].message}; mend them: vcflash data check names all"
+    )
+
+  def _read_patiently(self, row, rng) -> Example:
+    """Tries again where a failure may pass."""
+    for seconds in (*_RETRY_SECONDS, None):
+      try:
+        return self._reader.read(self._rows[row], rng)
+      except (BrokenRow, OSError) as error:
+        if seconds is None or not may_pass(error):
+          raise self._as_broken(row, error) from error
+      time.sleep(seconds)
+    raise AssertionError("unreachable")
+
+  def _as_broken(self, row, error):
+    if isinstance(error, BrokenRow):
+      return error
+    kind = self._rows.kind(row)
+    return BrokenRow(f"unreadable {kind}" if kind != "text" else "missing file", str(error))
+
+
+def may_pass(error: BaseException | None) -> bool:
+  """Whether an error, or what caused it, is one that the same call may not meet again."""
+  if error is None:
+    return False
+  is_passing = isinstance(error, OSError) and error.errno in _PASSING
+  return (
+    is_passing or isinstance(error, TimeoutError | ConnectionError) or may_pass(error.__cause__)
+  )

@@ -1,0 +1,270 @@
+"""The engine's jitted programs; and two of them described by shapes, for `vcflash compile`.
+
+On a mesh, rows are split over `data` and `fsdp`; heads (and so the cache), MLP and vocabulary
+over `tensor`. Weights are copied over rows, so that none travel while an answer is written.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.inference.sampler import sample
+from videochat_flash_jax.models.config import VideoChatFlashConfig
+from videochat_flash_jax.models.kv_cache import KVCache
+from videochat_flash_jax.models.qwen2 import Caches, Qwen2
+from videochat_flash_jax.models.token_dropout import DropoutPlan, plan_dropout
+from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.parallel.layout import Layout
+from videochat_flash_jax.parallel.sharding import weight_shardings
+from videochat_flash_jax.shapes import Array, Bool, Float, Int, UInt8
+
+DECODE_STEPS = 16  # tokens decoded on the device before the host looks
+NO_TOKEN = -1
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "layout"))
+def encode(
+  graph: nnx.GraphDef, layout: Layout, weights: dict, clips: UInt8[Array, "R C F S S 3"]
+) -> Float[Array, "V D"]:
+  """Visual tokens of clips, whole on every device; see `VideoChatFlash.encode_rows`."""
+  tokens = nnx.merge(graph, weights).encode_rows(clips, layout)
+  return layout.place(tokens.reshape(-1, tokens.shape[-1]))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "layout", "num_slots"))
+def prefill(
+  graph: nnx.GraphDef,
+  layout: Layout,
+  weights: dict,
+  token_ids: Int[Array, "B T"],
+  visual_tokens: Float[Array, "B V D"],
+  visual_index: Int[Array, "B T"],
+  length: Int[Array, "B"],
+  plan: DropoutPlan | None,
+  num_slots: int,
+) -> tuple[Caches, Float[Array, "B vocab"]]:
+  """Reads prompts into new caches; also scores the next token. See `Qwen2.prefill`."""
+  model = nnx.merge(graph, weights)
+  sequence = model.embed_sequence(token_ids, visual_tokens, visual_index, layout)
+  hidden, caches = model.decoder.prefill(sequence, length, num_slots, plan, layout)
+  return caches, _last_logits(model.decoder, hidden, caches[-1].length, layout)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "layout"), donate_argnames="caches")
+def extend(
+  graph: nnx.GraphDef,
+  layout: Layout,
+  weights: dict,
+  caches: Caches,
+  token_ids: Int[Array, "B T"],
+  visual_tokens: Float[Array, "B V D"],
+  visual_index: Int[Array, "B T"],
+  length: Int[Array, "B"],
+) -> tuple[Caches, Float[Array, "B vocab"]]:
+  """Reads on, behind what the caches hold. See `Qwen2.extend`."""
+  model = nnx.merge(graph, weights)
+  sequence = model.embed_sequence(token_ids, visual_tokens, visual_index, layout)
+  hidden, caches = model.decoder.extend(sequence, caches, length, layout)
+  return caches, _last_logits(model.decoder, hidden, length, layout)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("graph", "layout"), donate_argnames=("caches", "logits")
+)
+def decode(
+  graph: nnx.GraphDef,
+  layout: Layout,
+  weights: dict,
+  caches: Caches,
+  logits: Float[Array, "B vocab"],
+  finished: Bool[Array, "B"],
+  stop_ids: Int[Array, "S"],
+  key: Array,
+  temperature: float,
+  top_p: float,
+  num_steps: int,
+) -> tuple[Int[Array, "B steps"], Caches, Float[Array, "B vocab"], Bool[Array, "B"]]:
+  """Up to `num_steps` (at most `DECODE_STEPS`) tokens a row: choose, record, read, repeat."""
+  decoder = nnx.merge(graph, weights).decoder
+
+  def unfinished(state):
+    step, *_, finished = state
+    return (step < num_steps) & ~finished.all()
+
+  def one_token(state):
+    step, tokens, caches, logits, finished = state
+    token = sample(logits, jax.random.fold_in(key, step), temperature, top_p)
+    tokens = tokens.at[:, step].set(jnp.where(finished, NO_TOKEN, token))
+    # A stop token is read, too: the next turn of a chat follows it.
+    num_read = 1 - finished.astype(jnp.int32)
+    embedded = decoder.embed(token[:, None], layout)
+    hidden, caches = decoder.extend(embedded, caches, num_read, layout)
+    finished = finished | (token[:, None] == stop_ids).any(axis=-1)
+    return step + 1, tokens, caches, _logits(decoder, hidden[:, 0], layout), finished
+
+  tokens = jnp.full((len(finished), DECODE_STEPS), NO_TOKEN, jnp.int32)
+  state = (0, tokens, caches, logits, finished)
+  return jax.lax.while_loop(unfinished, one_token, state)[1:]
+
+
+def _last_logits(decoder, hidden, length, layout):
+  last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+  return _logits(decoder, last, layout)
+
+
+def _logits(decoder: Qwen2, hidden, layout):
+  return layout.place(decoder.logits(hidden), "batch", "vocabulary")
+
+
+def bucket(size: int, smallest: int = 64) -> int:
+  """The next of 64, 96, 128, 192, 256, 384...: at most a half more than needed."""
+  step = smallest
+  while step < size:
+    step = step * 3 // 2 if step & (step - 1) == 0 else step * 4 // 3
+  return step
+
+
+def check_mesh(config: VideoChatFlashConfig, layout: Layout) -> None:
+  """Refuses a mesh over which a model cannot be split for inference, before anything is compiled.
+
+  Raises:
+    InputError: names the axis of the mesh, and what it must divide.
+  """
+  if layout.mesh is None:
+    return
+  if layout.sequence_shards > 1:
+    raise InputError(
+      f"mesh.sequence is {layout.sequence_shards}, but only training splits the tokens of a row; "
+      "give mesh.sequence=1: in inference mesh.tensor shares out the cache of a long video"
+    )
+  decoder, parts = config.decoder, layout.mesh.shape["tensor"]
+  for of_what in ("num_kv_heads", "num_heads", "mlp_width", "vocab_size"):
+    size = getattr(decoder, of_what)
+    if size % parts:
+      raise InputError(
+        f"mesh.tensor is {parts}, but {config.name} has {of_what} {size}, which cannot be shared "
+        f"out evenly; give mesh.tensor a divisor of {size}"
+      )
+
+
+def prefill_program(
+  model_config: VideoChatFlashConfig, mesh: Mesh, *, rows: int, num_tokens: int, num_visual: int
+) -> tuple[Callable, tuple]:
+  """Reading prompts, each about one video.
+
+  Args:
+    model_config: of the model; its weights are bfloat16.
+    mesh: of the devices to compile for.
+    rows: prompts, on all devices together.
+    num_tokens: of a prompt; the cache of the first layers has as many slots.
+    num_visual: how many of them are visual.
+
+  Returns:
+    The jitted program, and its arguments: shapes with shardings, and what is static.
+
+  Raises:
+    InputError: rows or model cannot be split over the mesh.
+  """
+  layout = _layout(model_config, mesh, rows)
+  shapes = (
+    jax.ShapeDtypeStruct((rows, num_tokens), jnp.int32),
+    jax.ShapeDtypeStruct((rows, num_visual, model_config.decoder.width), jnp.bfloat16),
+    jax.ShapeDtypeStruct((rows, num_tokens), jnp.int32),
+    jax.ShapeDtypeStruct((rows,), jnp.int32),
+    _plan(model_config, rows, num_tokens, num_visual),
+  )
+  arguments = _split(layout, shapes, "batch")
+  return prefill, (*_model(model_config, layout), *arguments, num_tokens)
+
+
+def decode_program(
+  model_config: VideoChatFlashConfig, mesh: Mesh, *, rows: int, num_slots: int
+) -> tuple[Callable, tuple]:
+  """Writing up to `DECODE_STEPS` tokens a row; the compiler is not told how many.
+
+  Args:
+    model_config: of the model; its weights are bfloat16.
+    mesh: of the devices to compile for.
+    rows: answers, on all devices together.
+    num_slots: tokens of a row, all of them visual, that fit into the cache of the first layers;
+      the others' are as long as dropout leaves them.
+
+  Returns:
+    The jitted program, and its arguments: shapes with shardings, and what is static.
+
+  Raises:
+    InputError: rows or model cannot be split over the mesh.
+  """
+  layout, decoder = _layout(model_config, mesh, rows), model_config.decoder
+  plan = _plan(model_config, rows, num_slots, num_slots)
+  drops = {} if plan is None else plan.drops
+  edges = (0, *drops, decoder.depth)
+  widths = (num_slots, *(drop.slots.shape[1] for drop in drops.values()))
+
+  def empty():
+    return tuple(
+      KVCache.empty(decoder, rows, width, apart=False, depth=stop - start, dtype=jnp.bfloat16)
+      for start, stop, width in zip(edges, edges[1:], widths, strict=False)
+    )
+
+  caches = tuple(
+    KVCache(
+      *_split(layout, (cache.k, cache.v), "layer", "batch", "heads"),
+      _split(layout, cache.length, "batch"),
+    )
+    for cache in jax.eval_shape(empty)
+  )
+  logits = jax.ShapeDtypeStruct((rows, decoder.vocab_size), jnp.float32)
+  options = jax.eval_shape(lambda: (jnp.zeros(1, jnp.int32), jax.random.key(0), 0.0, 1.0, 1))
+  return decode, (
+    *_model(model_config, layout),
+    caches,
+    _split(layout, logits, "batch", "vocabulary"),
+    _split(layout, jax.ShapeDtypeStruct((rows,), jnp.bool_), "batch"),
+    *_split(layout, options),
+  )
+
+
+def _layout(config, mesh, rows):
+  layout = Layout(mesh, gathered=True)
+  check_mesh(config, layout)
+  if rows % layout.row_shards:
+    raise InputError(
+      f"rows: {rows} is no multiple of {layout.row_shards}, which is mesh.data x mesh.fsdp; "
+      "change it or the mesh"
+    )
+  return layout
+
+
+def _model(config, layout):
+  model = nnx.eval_shape(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+  graph, weights = nnx.split(model)
+  weights = nnx.to_pure_dict(weights)
+  shardings = weight_shardings(layout.mesh, weights, gathered=True)
+  return graph, layout, jax.tree.map(_shape, weights, shardings)
+
+
+def _plan(config, rows, num_tokens, num_visual):
+  """What the engine drops from rows that are full of one video."""
+  if config.dropout is None:
+    return None
+  is_visual = np.broadcast_to(np.arange(num_tokens) < num_visual, (rows, num_tokens))
+  return plan_dropout(
+    config.dropout, is_visual, np.ones_like(is_visual, np.int32), round_length=bucket
+  )
+
+
+def _split(layout: Layout, shapes: Any, *axes: str) -> Any:
+  sharding = NamedSharding(layout.mesh, layout.spec(*axes))
+  return jax.tree.map(lambda leaf: _shape(leaf, sharding), shapes)
+
+
+def _shape(array, sharding):
+  return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
