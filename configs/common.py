@@ -2,8 +2,8 @@
 
 A step computes `rows` rows of `tokens_per_row` tokens. A row's tokens are spread over
 `mesh.sequence` chips; each of its parts holds room for `clips_per_shard` clips of 4 frames and for
-`tiles_per_shard` tiles of images, which are 64 tokens each. Mesh and rows are sized for the slice in
-a config's header; docs/memory.md has others.
+`tiles_per_shard` tiles of images, 64 tokens each. Mesh and rows are sized for the slice in a
+config's header; docs/memory.md has others.
 """
 
 from ml_collections import ConfigDict

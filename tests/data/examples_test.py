@@ -113,7 +113,9 @@ def test_a_clip_is_read_where_it_is_and_its_times_count_from_its_start(folder, t
 def test_folders_of_pictures_are_read_as_by_the_original(folder, name, fields, seconds, files):
   row = {"video": str(folder / name), "video_read_type": "img"} | fields
   video = read_row_video(row, config().example)
-  np.testing.assert_array_equal(video.frames, resize(pictures(12)[files], SIZE))
+  np.testing.assert_array_equal(
+    video.clips.reshape(-1, SIZE, SIZE, 3), resize(pictures(12)[files], SIZE)
+  )
   assert video.seconds == seconds
   fps = 3.0 if name == "tvqa" else 1.0
   np.testing.assert_allclose(video.frame_seconds, np.array(files) / fps - fields.get("start", 0))
@@ -122,7 +124,7 @@ def test_folders_of_pictures_are_read_as_by_the_original(folder, name, fields, s
 def test_a_gif_is_counted_at_one_frame_a_second(folder):
   row = {"video": str(folder / "a.mp4"), "video_read_type": "gif"}
   video = read_row_video(row, config().example)
-  assert video.seconds == 40 and len(video.frames) == 32
+  assert video.seconds == 40 and len(video.clips) == 8
 
 
 def test_one_image_is_cut_into_tiles_whose_tokens_stand_as_in_one_picture(folder):

@@ -86,7 +86,7 @@ def test_clips_and_tiles_of_every_shard_fit_and_each_place_sees_its_own_picture(
     row = packer.add(Packed(number, example(number % 20, *map(int, sizes), SMALL.clip_tokens)))
     if row:
       num_rows += 1
-      written = empty_rows(SMALL, 1, (4, 1, 1, 3))
+      written = empty_rows(SMALL, 1, (4, 1, 1, 3), (1, 1, 1, 3))
       write_row(row, SMALL, written, 0)  # raises where a shard has no room
       fullest = max(fullest, check_written(row, written))
   assert num_rows > 50

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="drop visual tokens as the model cards propose; for decoders of over 18 layers",
   )
   parser.add_argument(
+    "--features",
+    metavar="FOLDER",
+    help="keep what the encoder makes of videos there, for the next questions",
+  )
+  parser.add_argument(
     "--tensor", type=int, default=1, metavar="DEVICES", help="devices that share the model"
   )
 
@@ -60,7 +65,12 @@ def run(args: argparse.Namespace) -> None:
   dropout = DropoutConfig.model_card() if args.dropout else None
   mesh = None if args.tensor == 1 else MeshConfig(tensor=args.tensor)
   chat = VideoChat.from_pretrained(
-    args.model, context=args.context, yarn=args.yarn, dropout=dropout, mesh=mesh
+    args.model,
+    context=args.context,
+    yarn=args.yarn,
+    dropout=dropout,
+    mesh=mesh,
+    features=args.features,
   )
   if args.image:
     seen = chat.look(args.image)

@@ -1,4 +1,4 @@
-"""`vcflash data`: checks, converts and indexes annotations before a run reads them."""
+"""`vcflash data`: checks, converts, indexes and encodes annotations before a run reads them."""
 
 import argparse
 import json
@@ -33,6 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
   index = add(_index, "index", "Make the indices that a run would make when it starts.")
   index.add_argument("mixture", help="a mixture (.yaml) or one annotation file (.json, .jsonl)")
+
+  encode = add(_encode, "encode", "Keep what a frozen encoder makes of videos and images.")
+  encode.add_argument("mixture", help="a mixture (.yaml) or one annotation file (.json, .jsonl)")
+  encode.add_argument("--model", required=True, help="whose encoder: a directory or a released one")
+  encode.add_argument("--out", required=True, help="folder of features; a second run goes on there")
+  encode.add_argument(
+    "--frames", type=int, nargs=2, default=(64, 512), metavar=("LEAST", "MOST"), help="of a video"
+  )
+  encode.add_argument(
+    "--sampling", default="dynamic_fps1", choices=("dynamic_fps1", "middle"), help="of frames"
+  )
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -69,4 +80,25 @@ def _index(args) -> None:
   print(
     f"{args.mixture}: {len(rows):,} row(s) of {len(rows.sources)} file(s) ready in "
     f"{time.perf_counter() - start:.1f} s; the indices take {rows.index_bytes() / 1e6:,.1f} MB"
+  )
+
+
+def _encode(args) -> None:
+  from videochat_flash_jax.data.data_config import ExampleConfig
+  from videochat_flash_jax.data.mixture import read_mixture
+  from videochat_flash_jax.data.rows import open_rows
+  from videochat_flash_jax.inference.chat import VideoChat
+  from videochat_flash_jax.inference.feature_encoding import encode_mixture
+
+  rows = open_rows(read_mixture(args.mixture))
+  ExampleConfig(1, tuple(args.frames), args.sampling)  # refused before many gigabytes are read
+  chat = VideoChat.from_pretrained(args.model, features=args.out)
+  size, tiling = chat.config.vision.image_size, chat.config.tiling
+  config = ExampleConfig(size, tuple(args.frames), args.sampling, tiling=tiling)
+  report = encode_mixture(rows, config, chat.engine, chat.features)
+  for message in report.broken:
+    print(f"passed over: {message}")
+  print(
+    f"{args.out}: {report.rows:,} row(s) read, {report.clips:,} clip(s) and tile(s) new, "
+    f"{len(report.broken):,} row(s) broken; {len(chat.features):,} entries there"
   )

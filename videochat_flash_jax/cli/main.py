@@ -32,7 +32,7 @@ VERBS = {
   "demo": "See the embedded model answer questions about a video.",
   "evaluate": "Count the right answers to an annotation file's questions.",
   "synth": "Write synthetic videos, with questions and their answers.",
-  "data": "Check, convert and index annotations.",
+  "data": "Check, convert, index and encode annotations.",
   "train": "Train a model from a config file.",
   "compile": "Compile a config's program for TPUs that are not here.",
   "convert": "Write a checkpoint, or its parts, in the layout of the hub.",

@@ -21,6 +21,7 @@ REASONS = (
   "unreadable video",
   "unreadable image",
   "no frames",  # a video without a frame
+  "no features",  # the feature store has none of the row's video or image
   "too long",  # no answer is left in the tokens of a row
 )
 

@@ -11,6 +11,7 @@ The rules are those of the official training code; see `annotations`, `frame_sam
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from videochat_flash_jax.data.broken import BrokenRow, because
@@ -21,16 +22,17 @@ from videochat_flash_jax.data.conversation import (
   time_message,
 )
 from videochat_flash_jax.data.data_config import ExampleConfig
+from videochat_flash_jax.data.feature_store import FeatureStore
 from videochat_flash_jax.data.frame_sampling import CLIP_FRAMES
-from videochat_flash_jax.data.image_tiling import (
-  choose_grid,
-  cut_tiles,
-  pad_to_square,
-  sequence_order,
-)
+from videochat_flash_jax.data.image_tiling import sequence_order
 from videochat_flash_jax.data.packing import lay_out
-from videochat_flash_jax.data.preprocessing import resize
-from videochat_flash_jax.data.row_media import read_row_images, read_row_video
+from videochat_flash_jax.data.row_media import (
+  choose_grids,
+  read_row_images,
+  read_row_video,
+  read_tiles,
+  tile_features,
+)
 from videochat_flash_jax.data.sharded_rows import RowLayout
 from videochat_flash_jax.data.tokenizer import Tokenizer
 
@@ -39,8 +41,8 @@ class Example(NamedTuple):
   """A conversation with what is seen.
 
   Attributes:
-    frames: uint8 `[C, 4, S, S, 3]`, clips of four frames.
-    tiles: uint8 `[I, 1, S, S, 3]`, views of images.
+    frames: uint8 `[C, 4, S, S, 3]`, clips of four frames; or features, bfloat16 `[C, V, E]`.
+    tiles: uint8 `[I, 1, S, S, 3]`, views of images; or features, bfloat16 `[I, V, E]`.
     token_ids: int32 `[T]`, 0 where a visual token will stand.
     labels: int32 `[T]`.
     visual_index: int32 `[T]`: which visual token, those of clips first, or -1.
@@ -77,7 +79,11 @@ class ExampleReader:
   """Reads rows of annotations, with their media."""
 
   def __init__(
-    self, config: ExampleConfig, layout: RowLayout, make_tokenizer: Callable[[], Tokenizer]
+    self,
+    config: ExampleConfig,
+    layout: RowLayout,
+    make_tokenizer: Callable[[], Tokenizer],
+    features: FeatureStore | None = None,
   ):
     """Opens nothing yet.
 
@@ -85,8 +91,9 @@ class ExampleReader:
       config: how rows become examples.
       layout: of a row of tokens, which each example has to fit by itself.
       make_tokenizer: gives the tokenizer, once in each process.
+      features: to take in place of frames and tiles, which are then not read.
     """
-    self._config, self._layout = config, layout
+    self._config, self._layout, self._features = config, layout, features
     self._make_tokenizer, self._tokenizer = make_tokenizer, None
 
   def __getstate__(self) -> dict[str, Any]:
@@ -115,25 +122,27 @@ class ExampleReader:
     return example
 
   def _see(self, row) -> Seen:
-    size, tokens = self._config.image_size, self._layout.clip_tokens
-    no_clips = np.empty((0, CLIP_FRAMES, size, size, 3), np.uint8)
-    no_tiles = np.empty((0, 1, size, size, 3), np.uint8)
+    tokens = self._layout.clip_tokens
+    clip_shape, tile_shape, dtype = seen_as(self._config, self._features)
+    no_clips, no_tiles = np.empty((0, *clip_shape), dtype), np.empty((0, *tile_shape), dtype)
     if row.get("video") is not None:
-      video = read_row_video(row, self._config)
-      clips = video.frames.reshape(-1, *no_clips.shape[1:])
+      video = read_row_video(row, self._config, self._features)
       message = time_message(self._config.time_message, video.seconds, video.frame_seconds)
-      return Seen(clips, no_tiles, [len(clips) * tokens], message=message)
+      return Seen(video.clips, no_tiles, [len(video.clips) * tokens], message=message)
     images = read_row_images(row)
     if not images:
       return Seen(no_clips, no_tiles, [])
+    grids = choose_grids(images, self._config)
+    tiles = np.concatenate([self._tiles(*view) for view in zip(images, grids, strict=True)])
     if len(images) > 1:
-      with because("unreadable image"):
-        tiles = np.stack([resize(pad_to_square(image), size) for image in images])
-      return Seen(no_clips, tiles[:, None], [tokens] * len(images))
-    height, width = images[0].shape[:2]
-    grid = choose_grid(width, height, self._config.tiling, size)
-    tiles, order = cut_tiles(images[0], *grid, size), sequence_order(*grid, tokens)
-    return Seen(no_clips, tiles[:, None], [len(order)], order)
+      return Seen(no_clips, tiles, [tokens] * len(images))
+    order = sequence_order(*grids[0], tokens)
+    return Seen(no_clips, tiles, [len(order)], order)
+
+  def _tiles(self, image, grid):
+    if self._features is None:
+      return read_tiles(image, grid, self._config.image_size)
+    return tile_features(image, grid, self._features)
 
   def _encode(self, row, message) -> TokenizedText:
     template, style = self._config.template, self._config.label_style
@@ -163,6 +172,16 @@ class ExampleReader:
           "too long",
           f"a part of a row needs {needed} {kind}, but {kind}_per_shard is {space}; give more",
         )
+
+
+def seen_as(
+  config: ExampleConfig, features: FeatureStore | None
+) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype]:
+  """Shape of a clip, that of a tile, and the dtype of both: of pixels, or of features."""
+  if features is not None:
+    return features.clip_shape, features.clip_shape, np.dtype(ml_dtypes.bfloat16)
+  picture = (config.image_size, config.image_size, 3)
+  return (CLIP_FRAMES, *picture), (1, *picture), np.dtype(np.uint8)
 
 
 def skipped_positions(length: int, most: int, rng: np.random.Generator) -> np.ndarray:

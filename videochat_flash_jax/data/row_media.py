@@ -6,7 +6,7 @@ Videos, clips of them and folders of pictures follow the rules of the official t
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,49 +19,108 @@ from videochat_flash_jax.data.annotations import (
 )
 from videochat_flash_jax.data.broken import BrokenRow, because
 from videochat_flash_jax.data.data_config import ExampleConfig
+from videochat_flash_jax.data.feature_key import frames_entry, image_entry
+from videochat_flash_jax.data.feature_store import FeatureStore
 from videochat_flash_jax.data.frame_sampling import CLIP_FRAMES, clip_indices, training_indices
 from videochat_flash_jax.data.image_reader import read_image
+from videochat_flash_jax.data.image_tiling import choose_grid, cut_tiles, pad_to_square
 from videochat_flash_jax.data.media_files import exists
-from videochat_flash_jax.data.video_reader import VideoInfo, open_video
+from videochat_flash_jax.data.preprocessing import resize
+from videochat_flash_jax.data.video_reader import VideoInfo, VideoReader, open_video
 from videochat_flash_jax.errors import InputError
 
 _TVQA_FPS = 3.0  # of that data set's folders of pictures; those of all others show one a second
+ENCODE_AGAIN = "run vcflash data encode with the frames of this run"
 
 
 class RowVideo(NamedTuple):
   """What is seen of a row's video.
 
   Attributes:
-    frames: uint8 `[F, S, S, 3]`, F a multiple of 4.
+    clips: uint8 `[C, 4, S, S, 3]`; or features of them, bfloat16 `[C, V, E]`.
     seconds: length of the video, or of its clip.
-    frame_seconds: `[F]`, when each frame is shown.
+    frame_seconds: `[4 C]`, when each frame is shown.
   """
 
-  frames: np.ndarray
+  clips: np.ndarray
   seconds: float
   frame_seconds: np.ndarray
 
 
-def read_row_video(row: Mapping[str, Any], config: ExampleConfig) -> RowVideo:
-  """Samples frames of the video of a row.
+class FrameChoice(NamedTuple):
+  """Numbers of the frames chosen, and the rest as in `RowVideo`."""
+
+  indices: np.ndarray
+  seconds: float
+  frame_seconds: np.ndarray
+
+
+def read_row_video(
+  row: Mapping[str, Any], config: ExampleConfig, features: FeatureStore | None = None
+) -> RowVideo:
+  """Samples frames of the video of a row, or takes their features from a store.
 
   Raises:
-    BrokenRow: there is no such video, it cannot be read, or the row's times do not fit it.
+    BrokenRow: there is no such video, it cannot be read, or the row's times do not fit it; or the
+      store has no features of these frames.
     OSError: it cannot be read now, which may not last.
+  """
+  if features is None:
+    with open_row_video(row) as video:
+      choice = choose_frames(row, video.info, config)
+      return RowVideo(read_clips(video, choice, config), *choice[1:])
+  path = row_video_path(row)
+  info = features.video_info(path)
+  if info is None:
+    with open_row_video(row) as video:
+      info = video.info
+  choice = choose_frames(row, info, config)
+  with _reading("unreadable video", path):
+    entry = frames_entry(path, choice.indices)
+  clips = features.get(entry)
+  if clips is None:
+    raise BrokenRow("no features", f"{path}: not in {features.path}; {ENCODE_AGAIN}")
+  return RowVideo(clips, *choice[1:])
+
+
+def row_video_path(row: Mapping[str, Any]) -> str:
+  """The path of a row's video.
+
+  Raises:
+    BrokenRow: there are several.
   """
   path, *others = media_paths(row, "video")
   if others:
     raise BrokenRow(
       "bad media field", f"{1 + len(others)} videos in one row; give each its own row"
     )
-  with because("bad times"):
-    clip = annotated_clip(row)
-  read_type = row.get("video_read_type")
+  return path
+
+
+@contextlib.contextmanager
+def open_row_video(row: Mapping[str, Any]) -> Iterator[VideoReader]:
+  """Opens the video of a row; raises as `read_row_video`, whatever is read from it."""
+  path = row_video_path(row)
   picture_fps = _TVQA_FPS if "tvqa" in path.lower() else 1.0
   with _reading("unreadable video", path), open_video(path, picture_fps, num_threads=1) as video:
-    with because("bad times"):
-      indices, seconds, times = _sample(video.info, os.path.isdir(path), read_type, clip, config)
-    return RowVideo(video.read(indices, config.image_size), seconds, times)
+    yield video
+
+
+def choose_frames(row: Mapping[str, Any], info: VideoInfo, config: ExampleConfig) -> FrameChoice:
+  """Chooses frames of the video of a row.
+
+  Raises:
+    BrokenRow: the row's times do not fit the video.
+  """
+  is_folder, read_type = os.path.isdir(row_video_path(row)), row.get("video_read_type")
+  with because("bad times"):
+    return FrameChoice(*_sample(info, is_folder, read_type, annotated_clip(row), config))
+
+
+def read_clips(video: VideoReader, choice: FrameChoice, config: ExampleConfig) -> np.ndarray:
+  """The frames chosen, uint8 `[C, 4, S, S, 3]`."""
+  frames = video.read(choice.indices, config.image_size)
+  return frames.reshape(-1, CLIP_FRAMES, *frames.shape[1:])
 
 
 def read_row_images(row: Mapping[str, Any]) -> list[np.ndarray]:
@@ -76,6 +135,38 @@ def read_row_images(row: Mapping[str, Any]) -> list[np.ndarray]:
     with _reading("unreadable image", path):
       images.append(read_image(path))
   return images
+
+
+def choose_grids(
+  images: Sequence[np.ndarray], config: ExampleConfig
+) -> list[tuple[int, int] | None]:
+  """Columns and rows of each image's tiles; None, a padded square, for each of several images."""
+  if len(images) > 1:
+    return [None] * len(images)
+  sizes = ((image.shape[1], image.shape[0]) for image in images)
+  return [choose_grid(*size, config.tiling, config.image_size) for size in sizes]
+
+
+def read_tiles(image: np.ndarray, grid: tuple[int, int] | None, image_size: int) -> np.ndarray:
+  """The views of an image, uint8 `[I, 1, S, S, 3]`."""
+  with because("unreadable image"):
+    if grid is None:
+      return resize(pad_to_square(image), image_size)[None, None]
+    return cut_tiles(image, *grid, image_size)[:, None]
+
+
+def tile_features(
+  image: np.ndarray, grid: tuple[int, int] | None, features: FeatureStore
+) -> np.ndarray:
+  """The features of an image's views, bfloat16 `[I, V, E]`.
+
+  Raises:
+    BrokenRow: the store has none.
+  """
+  tiles = features.get(image_entry(image, grid))
+  if tiles is None:
+    raise BrokenRow("no features", f"an image is not in {features.path}; {ENCODE_AGAIN}")
+  return tiles
 
 
 @contextlib.contextmanager

@@ -91,23 +91,31 @@ def _order_and_shards(tokens, num_shards, zigzag):
   return order, shards
 
 
-def empty_rows(layout: RowLayout, num_rows: int, clip_shape: Sequence[int]) -> dict:
+def empty_rows(
+  layout: RowLayout,
+  num_rows: int,
+  clip_shape: Sequence[int],
+  tile_shape: Sequence[int],
+  dtype: np.dtype = np.uint8,
+) -> dict:
   """Arrays for `spread_row` to fill.
 
   Args:
     layout: of each row.
     num_rows: B.
-    clip_shape: (frames, side, side, 3).
+    clip_shape: of a clip: (frames, side, side, 3), or (V, E) of its features.
+    tile_shape: of a tile: (1, side, side, 3), or (V, E).
+    dtype: of both.
 
   Returns:
-    int32 `[B, T]` for each of `PER_TOKEN`; uint8 `frames [B, num_shards * clips_per_shard, F, S, S,
-    3]`, and, if there is room for any, `tiles [B, num_shards * tiles_per_shard, 1, S, S, 3]`.
+    int32 `[B, T]` for each of `PER_TOKEN`; `frames [B, num_shards * clips_per_shard, *clip_shape]`,
+    and, if there is room for any, `tiles [B, num_shards * tiles_per_shard, *tile_shape]`.
   """
   rows = {name: np.empty((num_rows, layout.tokens), np.int32) for name in PER_TOKEN}
   num_clips, num_tiles = layout.num_shards * layout.room[:, 0]
-  rows["frames"] = np.zeros((num_rows, num_clips, *clip_shape), np.uint8)
+  rows["frames"] = np.zeros((num_rows, num_clips, *clip_shape), dtype)
   if num_tiles:
-    rows["tiles"] = np.zeros((num_rows, num_tiles, 1, *clip_shape[1:]), np.uint8)
+    rows["tiles"] = np.zeros((num_rows, num_tiles, *tile_shape), dtype)
   return rows
 
 
@@ -123,8 +131,8 @@ def spread_row(
 
   Args:
     row: `[T]` of `PER_TOKEN`, in order; `visual_index` counts `clips`, then `tiles`.
-    clips: of the row, each uint8 `[F, S, S, 3]`.
-    tiles: of the row, each uint8 `[1, S, S, 3]`.
+    clips: of the row, each of `clip_shape`.
+    tiles: of the row, each of `tile_shape`.
     layout: of the row.
     into: arrays of `empty_rows`.
     number: which of their rows.
@@ -166,7 +174,8 @@ def spread_rows(batch: Mapping[str, np.ndarray], **layout) -> dict[str, np.ndarr
   """
   num_rows, length = batch["token_ids"].shape
   layout = RowLayout(length, **layout)
-  spread = empty_rows(layout, num_rows, batch["frames"].shape[2:])
+  clip_shape = batch["frames"].shape[2:]
+  spread = empty_rows(layout, num_rows, clip_shape, (1, *clip_shape[1:]))
   tiles = batch.get("tiles", np.empty((num_rows, 0)))
   for number in range(num_rows):
     row = {name: batch[name][number] for name in PER_TOKEN}

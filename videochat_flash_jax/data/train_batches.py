@@ -20,8 +20,8 @@ from absl import flags
 from videochat_flash_jax.data.broken_share import BrokenShare
 from videochat_flash_jax.data.data_config import DataConfig
 from videochat_flash_jax.data.example_order import ExampleOrder
-from videochat_flash_jax.data.examples import ExampleReader
-from videochat_flash_jax.data.frame_sampling import CLIP_FRAMES
+from videochat_flash_jax.data.examples import ExampleReader, seen_as
+from videochat_flash_jax.data.feature_store import FeatureStore
 from videochat_flash_jax.data.replacement import Drawn, ReplacingReader
 from videochat_flash_jax.data.row_packer import Packed, RowPacker, write_row
 from videochat_flash_jax.data.sharded_rows import empty_rows
@@ -31,6 +31,7 @@ from videochat_flash_jax.errors import InputError
 _ENDLESS = 1 << 40
 _VERSION = 1
 _EXAMPLES_AHEAD = 2  # of each worker
+_NAMES_OF_FEATURES = {"frames": "features", "tiles": "tile_features"}
 _LEAST_SHARED_BYTES = 1 << 16  # smaller arrays are sent, larger ones handed over in shared memory
 
 
@@ -43,6 +44,7 @@ class TrainBatches(grain.IterDataset):
     rows,
     make_tokenizer: Callable[[], Tokenizer],
     streams: Sequence[int] | None = None,
+    features: FeatureStore | None = None,
   ):
     """Opens nothing yet.
 
@@ -52,6 +54,8 @@ class TrainBatches(grain.IterDataset):
       make_tokenizer: gives the tokenizer, once in each worker: `partial(BPETokenizer, path)`.
       streams: which of the config's streams this process reads; by default all. Its batches have
         their rows only.
+      features: to take in place of frames; batches have `features [B, C, V, E]` and perhaps
+        `tile_features [B, I, V, E]`, bfloat16, in place of `frames` and `tiles`.
 
     Raises:
       InputError: the rows hold images, and batches have no room for any.
@@ -62,12 +66,15 @@ class TrainBatches(grain.IterDataset):
     self._config = config
     self._streams = range(config.streams) if streams is None else streams
     self._facts = config.facts() | {"mixture": rows.fingerprint}
+    self._facts["features"] = None if features is None else features.key.digest
     order = ExampleOrder(rows, config.seed, config.streams)
-    reader = ExampleReader(config.example, config.layout, make_tokenizer)
-    self._reader = ReplacingReader(rows, reader, order, config.seed)
+    reader = ExampleReader(config.example, config.layout, make_tokenizer, features)
+    self._reader, self._features = ReplacingReader(rows, reader, order, config.seed), features
 
   def __iter__(self) -> "TrainBatchesIterator":
-    return TrainBatchesIterator(self._config, self._reader, self._streams, self._facts)
+    return TrainBatchesIterator(
+      self._config, self._reader, self._streams, self._facts, self._features
+    )
 
 
 class TrainBatchesIterator(grain.DatasetIterator):
@@ -83,10 +90,11 @@ class TrainBatchesIterator(grain.DatasetIterator):
     reader: ReplacingReader,
     streams: Sequence[int],
     facts: dict[str, Any],
+    features: FeatureStore | None,
   ):
     """Made by `TrainBatches`; `facts` are what a saved state has to agree with."""
     super().__init__()
-    self._config, self._facts = config, facts
+    self._config, self._facts, self._features = config, facts, features
     self._streams = {
       stream: _PackedRows(_Examples(reader, stream, config.workers), config) for stream in streams
     }
@@ -95,17 +103,19 @@ class TrainBatchesIterator(grain.DatasetIterator):
 
   def __next__(self) -> dict[str, np.ndarray]:
     self.start_prefetch()
-    layout, size = self._config.layout, self._config.example.image_size
+    layout = self._config.layout
     rows_each = self._config.rows // self._config.streams
     num_rows = len(self._streams) * rows_each
-    batch = empty_rows(layout, num_rows, (CLIP_FRAMES, size, size, 3))
+    batch = empty_rows(layout, num_rows, *seen_as(self._config.example, self._features))
     for place, stream in enumerate(self._streams.values()):
       for number in range(place * rows_each, (place + 1) * rows_each):
         packed = stream.next_row(self._share)
         write_row(packed, layout, batch, number)
         self._num_tokens += sum(len(item.example.token_ids) for item in packed)
     self._num_places += num_rows * layout.tokens
-    return batch
+    if self._features is None:
+      return batch
+    return {_NAMES_OF_FEATURES.get(name, name): values for name, values in batch.items()}
 
   def get_state(self) -> dict[str, Any]:
     """What `set_state` needs to go on behind the last batch: a few kilobytes, fit for JSON."""

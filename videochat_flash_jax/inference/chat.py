@@ -2,13 +2,12 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from tqdm import tqdm
@@ -29,6 +28,11 @@ from videochat_flash_jax.data.video_reader import open_video
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.conversation import Conversation, SeenImages, WatchedVideo
 from videochat_flash_jax.inference.engine import Engine
+from videochat_flash_jax.inference.feature_encoding import (
+  group_clips,
+  open_features,
+  video_features,
+)
 from videochat_flash_jax.inference.programs import check_mesh
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig, YarnConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
@@ -46,8 +50,17 @@ class VideoChat:
   print(chat.look("team.jpg").ask("How many wear red?"))
   """
 
-  def __init__(self, model: VideoChatFlash, tokenizer: Tokenizer, layout: Layout = ONE_DEVICE):
-    """Takes a model over; it must not be used elsewhere afterwards. For `layout` see `Engine`."""
+  def __init__(
+    self,
+    model: VideoChatFlash,
+    tokenizer: Tokenizer,
+    layout: Layout = ONE_DEVICE,
+    features: str | Path | None = None,
+  ):
+    """Takes a model over; it must not be used elsewhere afterwards.
+
+    For `layout` see `Engine`, for `features` see `from_pretrained`.
+    """
     if tokenizer.vocab_size > model.config.decoder.vocab_size:
       raise InputError(
         f"the tokenizer has {tokenizer.vocab_size} tokens, but the model embeds only "
@@ -56,6 +69,7 @@ class VideoChat:
     self.config = model.config
     self.tokenizer = tokenizer
     self.engine = Engine(model, tokenizer.stop_ids, layout)
+    self.features = None if features is None else open_features(features, self.engine)
 
   def __repr__(self) -> str:
     return f"VideoChat({self.config.name!r}, dtype={self.engine.dtype})"
@@ -70,6 +84,7 @@ class VideoChat:
     yarn: YarnConfig | float | None = None,
     dropout: DropoutConfig | Literal[False] | None = None,
     mesh: MeshConfig | None = None,
+    features: str | Path | None = None,
   ) -> "VideoChat":
     """Loads a checkpoint in the released layout.
 
@@ -84,6 +99,8 @@ class VideoChat:
         for none, None for what the checkpoint says, which is none for the released ones.
       mesh: how all devices share the work; None for one device alone. `MeshConfig(tensor=4)`
         splits the model and its cache over four, and watches videos on all that there are.
+      features: a folder in which the encoder's output is kept, in bfloat16, made if it is missing:
+        a video that was watched before, with as many frames, is neither decoded nor encoded again.
 
     Raises:
       InputError: no such model, its files cannot be used, or one of the settings cannot be.
@@ -111,7 +128,7 @@ class VideoChat:
         return None
       return NamedSharding(layout.mesh, weight_spec(path, len(shape), gathered=True))
 
-    return cls(load_model(make_model, directory, dtype, sharding_of), tokenizer, layout)
+    return cls(load_model(make_model, directory, dtype, sharding_of), tokenizer, layout, features)
 
   def watch(
     self, path: str | Path, max_frames: int | None = None, *, progress: bool = True
@@ -125,16 +142,26 @@ class VideoChat:
       progress: whether a terminal shows a progress bar.
 
     Raises:
-      InputError: the file is missing, is no video, or ends early.
+      InputError: the file is missing, is no video, or ends early; or another process writes into
+        the folder of features.
     """
-    start = time.perf_counter()
-    with open_video(path) as reader:
-      info = reader.info
-      indices = inference_indices(info.num_frames, info.fps, self.config.sampling, max_frames)
-      frames = reader.frames(indices, image_size=self.config.vision.image_size)
-      quiet = None if progress else True  # None: quiet unless a terminal is there to see it
-      frames = tqdm(frames, "watching", len(indices), unit="frame", leave=False, disable=quiet)
-      visual_tokens = self.engine.encode(self._clips(frames))
+    start, vision = time.perf_counter(), self.config.vision
+    quiet = None if progress else True  # None: quiet unless a terminal is there to see it
+
+    def shown(frames, count):
+      return tqdm(frames, "watching", count, unit="frame", leave=False, disable=quiet)
+
+    def choose(info):
+      return inference_indices(info.num_frames, info.fps, self.config.sampling, max_frames)
+
+    if self.features is None:
+      with open_video(path) as reader:
+        info, indices = reader.info, choose(reader.info)
+        frames = shown(reader.frames(indices, vision.image_size), len(indices))
+        visual_tokens = self.engine.encode(group_clips(frames, vision.clip_frames))
+    else:
+      info, indices, features = video_features(path, choose, self.engine, self.features, shown)
+      visual_tokens = self.engine.project(features)
     visual_tokens.block_until_ready()
     return WatchedVideo(
       self.engine,
@@ -182,15 +209,6 @@ class VideoChat:
       **options: those of `Conversation.ask`, by which a video or images are asked about.
     """
     return Conversation(self.engine, self.tokenizer).ask(question, **options)
-
-  def _clips(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Groups frames into clips [F, S, S, 3]; their number is a multiple of F."""
-    clip = []
-    for frame in frames:
-      clip.append(frame)
-      if len(clip) == self.config.vision.clip_frames:
-        yield np.stack(clip)
-        clip = []
 
 
 def _with_settings(

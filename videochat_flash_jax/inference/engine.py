@@ -5,6 +5,7 @@ keeps it for the next process if `JAX_COMPILATION_CACHE_DIR` is set, as `vcflash
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from videochat_flash_jax.models.qwen2 import Caches
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
-from videochat_flash_jax.parallel.sharding import weight_shardings
+from videochat_flash_jax.parallel.sharding import dotted_path, weight_shardings
 from videochat_flash_jax.shapes import Array, Float, Int, UInt8
 
 CLIPS_PER_GROUP = 8  # on each device
@@ -101,20 +102,25 @@ class Engine:
     Returns:
       The visual tokens of all clips, one clip after another.
     """
-    groups, group, num_clips = [], [], 0
-    for clip in clips:
-      group.append(clip)
-      num_clips += 1
-      if len(group) == self._clips_at_once:
-        groups.append(self._encode_group(np.stack(group)))
-        group = []
-    if group:
-      padding = [group[-1]] * (self._clips_at_once - len(group))
-      groups.append(self._encode_group(np.stack(group + padding)))
-    if not groups:
-      raise InputError("there is no clip to encode; give at least one frame")
-    num_tokens = num_clips * (len(groups[0]) // self._clips_at_once)
-    return jnp.concatenate(groups)[:num_tokens]
+    return self._visual_tokens(programs.encode, clips)
+
+  def encode_features(
+    self, clips: Iterable[UInt8[np.ndarray, "F S S 3"]]
+  ) -> Iterator[Float[np.ndarray, "V E"]]:
+    """Yields what a feature store keeps of each clip, bfloat16, a group at a time."""
+    groups = self._groups(programs.encode_features, clips)
+    # The next group is decoded and sent off before this one is waited for.
+    for (features, num_clips), _ in itertools.pairwise(itertools.chain(groups, [None])):
+      yield from np.asarray(features)[:num_clips]
+
+  def project(self, features: Iterable[Float[np.ndarray, "V E"]]) -> Float[Array, "V D"]:
+    """As `encode`, of what `encode_features` gave."""
+    return self._visual_tokens(programs.project, features)
+
+  def vision_weights(self) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of the encoder's weights, one by one."""
+    leaves = jax.tree_util.tree_leaves_with_path(self._model[-1]["vision"])
+    return ((dotted_path(path), np.asarray(leaf)) for path, leaf in leaves)
 
   def read(
     self, prompts: Sequence[Prompt], max_new_tokens: int, *, after: Reading | None = None
@@ -201,10 +207,24 @@ class Engine:
     mesh = self._layout.mesh
     return CLIPS_PER_GROUP * (1 if mesh is None else mesh.size)
 
-  def _encode_group(self, clips):
-    self._announce("encode", *clips.shape[:3])
-    clips = clips.reshape(self._layout.row_shards, -1, *clips.shape[1:])
-    return programs.encode(*self._model, self._layout.put(clips, "batch", "clips"))
+  def _visual_tokens(self, program, clips):
+    groups, num_tokens = [], 0
+    for tokens, num_clips in self._groups(program, clips):
+      groups.append(tokens)
+      num_tokens += num_clips * len(tokens) // self._clips_at_once
+    if not groups:
+      raise InputError("there is no clip to encode; give at least one frame")
+    return jnp.concatenate(groups)[:num_tokens]
+
+  def _groups(self, program, clips):
+    """Yields what a program makes of groups of clips, the last one padded; and their numbers."""
+    clips = iter(clips)
+    while group := list(itertools.islice(clips, self._clips_at_once)):
+      num_clips = len(group)
+      group = np.stack(group + group[-1:] * (self._clips_at_once - num_clips))
+      self._announce(program.__name__, *group.shape[:3])
+      group = group.reshape(self._layout.row_shards, -1, *group.shape[1:])
+      yield program(*self._model, self._layout.put(group, "batch", "clips")), num_clips
 
   def _plan(self, visual_index, length):
     """What is dropped from prompts, padded to buckets like the prompts themselves."""

@@ -38,6 +38,25 @@ def encode(
   return layout.place(tokens.reshape(-1, tokens.shape[-1]))
 
 
+@functools.partial(jax.jit, static_argnames=("graph", "layout"))
+def encode_features(
+  graph: nnx.GraphDef, layout: Layout, weights: dict, clips: UInt8[Array, "R C F S S 3"]
+) -> Float[Array, "N V E"]:
+  """What a feature store keeps of clips, whole on every device; N = R C."""
+  features = nnx.merge(graph, weights).encode_features(clips, layout)
+  features = features.reshape(-1, *features.shape[2:])
+  return layout.place(features.astype(jnp.bfloat16))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "layout"))
+def project(
+  graph: nnx.GraphDef, layout: Layout, weights: dict, features: Float[Array, "R C V E"]
+) -> Float[Array, "W D"]:
+  """Visual tokens of clips from their features, as `encode`."""
+  tokens = nnx.merge(graph, weights).project_rows(features, layout)
+  return layout.place(tokens.reshape(-1, tokens.shape[-1]))
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "layout", "num_slots"))
 def prefill(
   graph: nnx.GraphDef,

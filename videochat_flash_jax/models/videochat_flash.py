@@ -62,37 +62,70 @@ class VideoChatFlash(nnx.Module):
     shared out evenly over the shards of its sequence, in order, those of the first shard first, and
     so are its tiles; a shard's tokens are those of its clips, then those of its tiles.
     """
-    if tiles is None:
-      return self._encode_rows(frames, layout)
 
-    def join(*tokens):
-      return jnp.concatenate(tokens, axis=1)
+    def encode(parts, frames):
+      return parts["connector"](_encode_patches(parts["vision"], frames))
 
+    parts = {"vision": self.vision, "connector": self.connector}
+    return self._row_tokens(encode, parts, layout, frames, tiles)
+
+  def encode_features(
+    self, frames: UInt8[Array, "B C F height width 3"], layout: Layout = ONE_DEVICE
+  ) -> Float[Array, "B C V E"]:
+    """Clips to what a feature store keeps: merged, but not yet in the decoder's width."""
+
+    def encode(parts, frames):
+      return parts["connector"].merge(_encode_patches(parts["vision"], frames))
+
+    parts = {"vision": self.vision, "connector": self.connector}
+    features = self._each_clip(encode, parts, layout, frames)
+    return features.reshape(*frames.shape[:2], -1, features.shape[-1])
+
+  def project_rows(
+    self,
+    features: Float[Array, "B C V E"],
+    layout: Layout = ONE_DEVICE,
+    tile_features: Float[Array, "B I V E"] | None = None,
+  ) -> Float[Array, "B W D"]:
+    """`encode_rows`, of clips and tiles that went through `encode_features` before."""
+
+    def project(parts, features):
+      return parts["connector"].project(features.astype(parts["connector"].fc1.kernel.dtype))
+
+    parts = {"connector": self.connector}
+    return self._row_tokens(project, parts, layout, features, tile_features)
+
+  def _row_tokens(self, function, parts, layout, clips, tiles):
+    """The tokens that a function makes of the clips of each row, then of its tiles."""
     tokens = ("batch", "sequence")
-    encoded = (self._encode_rows(pictures, layout) for pictures in (frames, tiles))
-    return layout.per_device(join, (tokens, tokens), tokens)(*encoded)
+    of_clips = layout.place(self._each_clip(function, parts, layout, clips), *tokens)
+    if tiles is None:
+      return of_clips
+    of_tiles = layout.place(self._each_clip(function, parts, layout, tiles), *tokens)
 
-  def _encode_rows(self, frames, layout):
-    graph, weights = nnx.split({"vision": self.vision, "connector": self.connector})
+    def join(*kinds):
+      return jnp.concatenate(kinds, axis=1)
+
+    return layout.per_device(join, (tokens, tokens), tokens)(of_clips, of_tiles)
+
+  def _each_clip(self, function, parts, layout, clips):
+    """The tokens `[B, V, D]` of clips `[B, C, ...]`: `function(parts, group)` of each group."""
+    graph, weights = nnx.split(parts)
     weights = nnx.to_pure_dict(weights)
 
-    def encode(weights, frames):
+    def run(weights, clips):
       parts = nnx.merge(graph, layout.gather_shards(weights))
-
-      def encode_group(frames):
-        return parts["connector"](_encode_patches(parts["vision"], frames))
-
-      rows, clips = frames.shape[:2]
-      group = self._clips_at_once(rows * clips)
-      if group == rows * clips:
-        tokens = encode_group(frames.reshape(group, *frames.shape[2:]))
+      rows, num_clips = clips.shape[:2]
+      group = self._clips_at_once(rows * num_clips)
+      if group == rows * num_clips:
+        output = function(parts, clips.reshape(group, *clips.shape[2:]))
       else:
-        frames = frames.reshape(-1, group, *frames.shape[2:])
-        tokens = jax.lax.map(jax.checkpoint(encode_group), frames)
-      return tokens.reshape(rows, -1, tokens.shape[-1])
+        groups = clips.reshape(-1, group, *clips.shape[2:])
+        output = jax.lax.map(jax.checkpoint(lambda group: function(parts, group)), groups)
+      return output.reshape(rows, -1, output.shape[-1])
 
-    split = layout.per_device(encode, (weights, ("batch", "clips")), ("batch", "clips"))
-    return layout.place(split(weights, frames), "batch", "sequence")
+    split = layout.per_device(run, (weights, ("batch", "clips")), ("batch", "clips"))
+    return split(weights, clips)
 
   def _clips_at_once(self, num_clips):
     """Clips of a group, that all groups be equal and none have too many patches."""

@@ -151,13 +151,17 @@ def answer_loss(
 
   Args:
     model: encoder, connector and decoder.
-    batch: `frames [B, C, F, S, S, 3]`, perhaps `tiles [B, I, 1, S, S, 3]` of images, and `[B, T]`:
+    batch: `frames [B, C, F, S, S, 3]`, perhaps `tiles [B, I, 1, S, S, 3]` of images, or, of a
+      frozen encoder, `features [B, C, V, E]` and `tile_features [B, I, V, E]`; and `[B, T]`:
       `token_ids`, `labels` (of the token itself, IGNORE_LABEL where it is not learnt),
       `visual_index`, `positions`, `segment_ids`. With a `dropout`
       (`models.token_dropout.DropoutPlan`), visual tokens are dropped by that plan.
     layout: how all of it lies on a mesh.
   """
-  visual_tokens = model.encode_rows(batch["frames"], layout, batch.get("tiles"))
+  if "features" in batch:
+    visual_tokens = model.project_rows(batch["features"], layout, batch.get("tile_features"))
+  else:
+    visual_tokens = model.encode_rows(batch["frames"], layout, batch.get("tiles"))
   return sequence_loss(model, visual_tokens, batch, layout)
 
 

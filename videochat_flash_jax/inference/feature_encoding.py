@@ -1,0 +1,217 @@
+"""Runs the encoder for a feature store: of a video to talk about, and of a mixture to train on."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+from tqdm import tqdm
+
+from videochat_flash_jax.data.broken import BrokenRow
+from videochat_flash_jax.data.data_config import ExampleConfig
+from videochat_flash_jax.data.feature_key import (
+  FeatureKey,
+  frames_entry,
+  image_entry,
+  weights_digest,
+)
+from videochat_flash_jax.data.feature_store import CLIPS_PER_FILE, FeatureStore, FeatureWriter
+from videochat_flash_jax.data.row_media import (
+  choose_frames,
+  choose_grids,
+  open_row_video,
+  read_clips,
+  read_row_images,
+  read_tiles,
+  row_video_path,
+)
+from videochat_flash_jax.data.rows import Rows
+from videochat_flash_jax.data.video_reader import VideoInfo, open_video
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.inference.engine import Engine
+
+_MOST_THREADS = 8  # each holds a row, of which a long video takes hundreds of megabytes
+
+
+def open_features(path: str | Path, engine: Engine) -> FeatureStore:
+  """Opens, or makes, the store of the features of an engine's encoder.
+
+  Raises:
+    InputError: the folder holds those of another, or other things.
+  """
+  weights = weights_digest(engine.vision_weights())
+  key = FeatureKey.of(engine.config, str(engine.dtype), weights)
+  return FeatureStore.open(path, key, create=True)
+
+
+def group_clips(frames: Iterable[np.ndarray], clip_frames: int) -> Iterator[np.ndarray]:
+  """Frames as clips `[F, S, S, 3]`; their number is a multiple of F."""
+  frames = iter(frames)
+  while clip := list(itertools.islice(frames, clip_frames)):
+    yield np.stack(clip)
+
+
+def video_features(
+  path: str | Path,
+  choose: Callable[[VideoInfo], np.ndarray],
+  engine: Engine,
+  store: FeatureStore,
+  shown: Callable[[Iterable[np.ndarray], int], Iterable[np.ndarray]],
+) -> tuple[VideoInfo, np.ndarray, np.ndarray]:
+  """Features of a video out of a store; encoded into it first if they are not there.
+
+  Args:
+    path: of the video.
+    choose: gives the numbers of the frames to look at.
+    engine: whose encoder the store is of.
+    store: of `open_features`.
+    shown: passes on frames, whose number it is told; to show progress.
+
+  Returns:
+    Facts of the video, the numbers of the frames, and bfloat16 `[C, V, E]`.
+  """
+  info = store.video_info(path)
+  if info is not None:
+    indices = choose(info)
+    features = store.get(frames_entry(path, indices))
+    if features is not None:
+      return info, indices, features
+  vision = engine.config.vision
+  with open_video(path) as video:
+    indices = choose(video.info)
+    entry = frames_entry(path, indices)
+    if entry not in store:
+      with store.writing() as writer:
+        if entry not in writer:
+          frames = shown(video.frames(indices, vision.image_size), len(indices))
+          clips = group_clips(frames, vision.clip_frames)
+          writer.put(entry, engine.encode_features(clips))
+        if not os.path.isdir(path):
+          writer.put_video(path, video.info)
+    return video.info, indices, store.get(entry)
+
+
+@dataclasses.dataclass
+class EncodingReport:
+  """What became of a mixture: rows there were, clips encoded, and what is wrong with which row."""
+
+  rows: int = 0
+  clips: int = 0
+  broken: list[str] = dataclasses.field(default_factory=list)
+
+
+def encode_mixture(
+  rows: Rows, config: ExampleConfig, engine: Engine, store: FeatureStore
+) -> EncodingReport:
+  """Encodes all that the rows of a mixture show, but for what is in the store already.
+
+  Args:
+    rows: of the mixture.
+    config: how frames are chosen; `image_size` is that of the encoder.
+    engine: whose encoder the store is of.
+    store: of `open_features`.
+
+  Raises:
+    InputError: another process writes into the store, the disk is full, or there are images and
+      the encoder gives fewer tokens of a tile than of a clip.
+  """
+  vision, tokens = engine.config.vision, engine.config.connector.clip_tokens
+  if (patches := vision.grid_size**2) < tokens and rows.has("image"):
+    raise InputError(
+      f"{engine.config.name} makes {patches} tokens of an image and {tokens} of a clip, "
+      "so a store cannot hold both; take the images out of the mixture"
+    )
+  report = EncodingReport()
+  with store.writing() as writer:
+    media = _RowMedia(rows, config, store)
+    num_threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
+    read = grain.MapDataset.range(len(rows)).map(media.read).to_iter_dataset(options)
+    waiting = {"video": _Waiting(engine, writer), "image": _Waiting(engine, writer)}
+    for row in tqdm(read, "encoding", len(rows), unit="row", leave=False, disable=None):
+      report.rows += 1
+      if row.broken:
+        report.broken.append(row.broken)
+      for entry, clips in row.entries:
+        report.clips += waiting[row.kind].add(entry, clips)
+      if row.video:
+        writer.put_video(*row.video)
+    for kind in waiting.values():
+      kind.encode()
+  return report
+
+
+@dataclasses.dataclass
+class _ReadRow:
+  """What a row shows that is not in the store: entries with their clips or tiles."""
+
+  kind: str = "video"
+  entries: list[tuple[bytes, np.ndarray]] = dataclasses.field(default_factory=list)
+  video: tuple[str, VideoInfo] | None = None
+  broken: str = ""
+
+
+class _RowMedia:
+  """Reads the media of rows, in threads."""
+
+  def __init__(self, rows: Rows, config: ExampleConfig, store: FeatureStore):
+    self._rows, self._config, self._store = rows, config, store
+
+  def read(self, number: int) -> _ReadRow:
+    try:
+      row = self._rows[number]
+      return self._read_images(row) if row.get("video") is None else self._read_video(row)
+    except (BrokenRow, OSError) as error:
+      name = f"{self._rows.source(number)} {self._rows.label(number)}"
+      return _ReadRow(broken=f"{name}: {' '.join(str(error).split())}")
+
+  def _read_video(self, row) -> _ReadRow:
+    path = row_video_path(row)
+    info = self._store.video_info(path)
+    if info is not None:
+      choice = choose_frames(row, info, self._config)
+      if frames_entry(path, choice.indices) in self._store:
+        return _ReadRow()
+    with open_row_video(row) as video:
+      choice = choose_frames(row, video.info, self._config)
+      entry = frames_entry(path, choice.indices)
+      entries = [] if entry in self._store else [(entry, read_clips(video, choice, self._config))]
+      facts = None if os.path.isdir(path) else (path, video.info)
+      return _ReadRow(entries=entries, video=facts)
+
+  def _read_images(self, row) -> _ReadRow:
+    images, entries = read_row_images(row), []
+    for image, grid in zip(images, choose_grids(images, self._config), strict=True):
+      entry = image_entry(image, grid)
+      if entry not in self._store:
+        entries.append((entry, read_tiles(image, grid, self._config.image_size)))
+    return _ReadRow("image", entries)
+
+
+class _Waiting:
+  """Entries that wait until they fill groups of the encoder, since most are small."""
+
+  def __init__(self, engine: Engine, writer: FeatureWriter):
+    self._engine, self._writer = engine, writer
+    self._entries: dict[bytes, np.ndarray] = {}
+
+  def add(self, entry: bytes, clips: np.ndarray) -> int:
+    """Gives the number of clips that are new."""
+    if entry in self._entries or entry in self._writer:
+      return 0
+    self._entries[entry] = clips
+    if sum(map(len, self._entries.values())) >= CLIPS_PER_FILE:
+      self.encode()
+    return len(clips)
+
+  def encode(self):
+    if not self._entries:
+      return
+    clips = itertools.chain.from_iterable(self._entries.values())
+    features = self._engine.encode_features(clips)
+    for entry, clips in self._entries.items():
+      self._writer.put(entry, itertools.islice(features, len(clips)))
+    self._entries = {}
