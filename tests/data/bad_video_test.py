@@ -1,11 +1,16 @@
 """Files that are no video, or not a whole one: one clear line each."""
 
+import os
+
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data.video_files import FILES, HEIGHT, SHORT_GROUPS, WIDTH, pictures, write_video
+from videochat_flash_jax.data.broken import BrokenRow
+from videochat_flash_jax.data.data_config import ExampleConfig
+from videochat_flash_jax.data.row_media import read_row_video
 from videochat_flash_jax.data.video_reader import open_video
 from videochat_flash_jax.errors import InputError
 
@@ -109,6 +114,43 @@ def test_bad_input_is_one_line_that_names_the_file_and_a_remedy(tmp_path, capfd,
   assert "\n" not in text
   assert "; " in text  # before the remedy
   assert capfd.readouterr() == ("", "")
+
+
+def test_a_video_without_a_frame_breaks_its_row_for_that_reason(tmp_path):
+  index_only(tmp_path / "bad.mp4")
+  with pytest.raises(BrokenRow) as error:
+    read_row_video({"video": str(tmp_path / "bad.mp4")}, ExampleConfig(32))
+  assert error.value.reason == "no frames"
+
+
+@pytest.mark.parametrize("end, message", [(1000, "8 s to 1000 s ends far beyond"), (11.1, "far")])
+def test_a_clip_that_ends_far_beyond_its_video_is_refused(tmp_path, end, message):
+  path = write_video(tmp_path / "v.mp4", pictures(100), codec="mpeg4")  # 10 s
+  row = {"video": str(path), "start": 8}
+  with pytest.raises(BrokenRow, match=f"^bad times: .*{message}"):
+    read_row_video(row | {"end": end}, ExampleConfig(32))
+  video = read_row_video(row | {"end": 10.9}, ExampleConfig(32))
+  assert video.seconds == pytest.approx(2.9) and max(video.frame_seconds) < 2
+
+
+@pytest.mark.parametrize("has_timeline", [False, True])
+def test_a_file_that_cannot_be_opened_is_not_held_open(tmp_path, has_timeline):
+  path = tmp_path / ("v.mp4" if has_timeline else "v.mkv")
+  write_video(path, pictures(8), codec="mjpeg", pixels="yuvj420p")
+  data = bytearray(path.read_bytes())
+  if has_timeline:  # but not a frame that could be decoded
+    start = data.index(b"mdat") + 4
+    stop = data.index(b"moov") - 4
+    data[start:stop] = bytes(stop - start)
+  path.write_bytes(data if has_timeline else data[: len(data) // 2])
+  before, errors = len(os.listdir("/proc/self/fd")), []
+  for _ in range(3):
+    try:
+      open_video(path)
+    except InputError as error:
+      errors.append(error)  # its traceback knows the decoder
+  assert len(errors) == 3
+  assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_folder_needs_a_rate_above_zero(tmp_path):

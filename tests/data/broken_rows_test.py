@@ -15,7 +15,7 @@ from videochat_flash_jax.data import replacement
 from videochat_flash_jax.data.broken import BrokenRow
 from videochat_flash_jax.data.broken_share import BrokenShare
 from videochat_flash_jax.data.example_order import ExampleOrder
-from videochat_flash_jax.data.examples import ExampleReader
+from videochat_flash_jax.data.examples import Example, ExampleReader
 from videochat_flash_jax.data.replacement import Drawn, PassedOver, ReplacingReader, may_pass
 from videochat_flash_jax.data.train_batches import TrainBatches, batch_metrics
 from videochat_flash_jax.errors import InputError
@@ -83,7 +83,7 @@ def test_workers_give_batches_of_such_a_mixture_with_the_same_counts(rows):
   share = BrokenShare(1.0)
   for number in range(state["examples"]):
     share.count(reader.read(0, number))
-  assert share.state() == {name: state[name] for name in ("examples", "broken")}
+  assert share.state() == {name: state[name] for name in ("examples", "damaged", "broken")}
   metrics = batch_metrics(state)
   assert metrics["broken_share"] == share.num_broken / share.num_examples
   assert metrics["broken/bad times"] == sum(
@@ -102,8 +102,8 @@ def test_too_many_broken_rows_stop_the_run_and_the_worst_sources_are_named(rows)
 class FakeRows:
   """Ten rows of one kind; reading number n raises what `errors[n]` holds, first to last."""
 
-  def __init__(self, errors):
-    self.errors, self.num_reads = errors, collections.Counter()
+  def __init__(self, errors, kind="video"):
+    self.errors, self.num_reads, self._kind = errors, collections.Counter(), kind
     self.lengths, self.weights, self.source_ranges = np.ones(10, np.int32), [1.0], [(0, 10)]
 
   def __len__(self):
@@ -113,10 +113,10 @@ class FakeRows:
     self.num_reads[index] += 1
     if self.errors.get(index):
       raise self.errors[index].pop(0)
-    return index
+    return {"number": index}
 
   def kind(self, index):
-    return "video"
+    return self._kind
 
   def next_of_kind(self, index):
     return (index + 1) % 10
@@ -128,8 +128,18 @@ class FakeRows:
 
 
 class FakeReader:
+  def __init__(self, errors=(), damaged=()):
+    self.errors, self.damaged = dict(errors), damaged
+
   def read(self, row, rng):
-    return row
+    if row["number"] in self.errors:
+      raise self.errors[row["number"]]
+    none = [None] * 5
+    return Example(row["number"], *none, row["number"] in self.damaged)
+
+
+def example_of(drawn):
+  return drawn.example.frames
 
 
 class FakeOrder:
@@ -137,30 +147,80 @@ class FakeOrder:
     return number
 
 
-def drawn_of(rows, monkeypatch, number=3):
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
   monkeypatch.setattr(replacement, "_RETRY_SECONDS", (0, 0))
-  return ReplacingReader(rows, FakeReader(), FakeOrder(), seed=0).read(0, number)
 
 
-def test_a_failure_that_passes_is_tried_again_and_not_counted(monkeypatch):
+def replacing(rows, **reader):
+  return ReplacingReader(rows, FakeReader(**reader), FakeOrder(), seed=0)
+
+
+def drawn_of(rows, number=3, **reader):
+  return replacing(rows, **reader).read(0, number)
+
+
+def test_a_failure_that_passes_is_tried_again_and_not_counted():
   rows = FakeRows({3: [OSError(errno.EIO, "input/output error"), TimeoutError()]})
-  assert drawn_of(rows, monkeypatch) == Drawn(3, ())
+  drawn = drawn_of(rows)
+  assert drawn.row == example_of(drawn) == 3 and drawn.passed_over == ()
   assert rows.num_reads[3] == 3
 
 
-def test_a_failure_that_does_not_pass_is_replaced_by_the_next_row(monkeypatch):
+def test_a_failure_that_does_not_pass_is_replaced_by_the_next_row():
   rows = FakeRows(
     {3: [OSError(errno.EIO, "input/output error")] * 9, 4: [BrokenRow("no frames", "b")]}
   )
-  drawn = drawn_of(rows, monkeypatch)
-  assert drawn.example == 5 and rows.num_reads == {3: 3, 4: 1, 5: 1}
+  drawn = drawn_of(rows)
+  assert drawn.row == example_of(drawn) == 5 and rows.num_reads == {3: 3, 4: 1, 5: 1}
   assert [row.reason for row in drawn.passed_over] == ["unreadable video", "no frames"]
 
 
-def test_rows_that_are_all_broken_end_the_search(monkeypatch):
+def test_rows_that_are_all_broken_end_the_search():
   rows = FakeRows({n: [BrokenRow("missing file", "gone")] * 3 for n in range(10)})
   with pytest.raises(InputError, match=r"10 rows in turn cannot be read, .* missing file: gone"):
-    drawn_of(rows, monkeypatch)
+    drawn_of(rows)
+
+
+@pytest.mark.parametrize(
+  "kind, reason",
+  [("video", "unreadable video"), ("image", "unreadable image"), ("text", "bad conversations")],
+)
+def test_whatever_a_row_brings_about_breaks_that_row_alone(kind, reason):
+  rows = FakeRows({}, kind)
+  drawn = drawn_of(rows, errors={3: IndexError("list index")})
+  assert drawn.row == 4
+  (passed_over,) = drawn.passed_over
+  assert (passed_over.row, passed_over.reason) == (3, reason)
+  assert passed_over.message == f"{reason}: IndexError: list index"
+
+
+def test_an_error_that_is_not_the_rows_ends_the_run():
+  gone = InputError("a.jsonl is gone")
+  with pytest.raises(InputError, match=r"^a.jsonl is gone"):
+    drawn_of(FakeRows({3: [gone]}))
+  gone.__cause__ = TimeoutError()
+  rows = FakeRows({3: [gone]})
+  assert drawn_of(rows).row == 3 and rows.num_reads[3] == 2
+
+
+def test_a_row_that_is_read_again_is_not_replaced():
+  rows = FakeRows({3: [BrokenRow("missing file", "gone")] * 2})
+  reader = replacing(rows)
+  assert reader.read(0, 3).row == reader.read_again(0, 3, 4).row == 4
+  with pytest.raises(InputError, match=r"^a.jsonl, a.jsonl was read before .* missing file: gone"):
+    reader.read_again(0, 3, 3)
+
+
+def test_damaged_videos_are_used_counted_and_logged_once(caplog):
+  reader, share = replacing(FakeRows({}), damaged=(3,)), BrokenShare(0.0)
+  with caplog.at_level(logging.WARNING, "videochat_flash_jax"):
+    for number in (2, 3, 3):
+      share.count(reader.read(0, number))
+  assert share.state() == {"examples": 3, "damaged": 2, "broken": {}}
+  assert [record.message for record in caplog.records] == [
+    "a.jsonl, a.jsonl is damaged, and used as far as it can be read"
+  ]
 
 
 def test_what_caused_an_error_tells_whether_it_may_pass():
@@ -173,14 +233,14 @@ def test_what_caused_an_error_tells_whether_it_may_pass():
 
 
 def broken(source, reason):
-  return Drawn(None, (PassedOver(0, source, "row 1", reason, reason),))
+  return Drawn(None, 1, (PassedOver(0, source, "row 1", reason, reason),))
 
 
 def test_a_few_broken_rows_at_the_start_do_not_stop_a_run():
   share = BrokenShare(0.01)
   share.count(broken("a.jsonl", "missing file"))
   for _ in range(149):
-    share.count(Drawn(None, ()))
+    share.count(Drawn(None, 1))
   with pytest.raises(InputError) as error:
     share.count(broken("b.jsonl", "no frames"))
   assert str(error.value).startswith(
@@ -192,6 +252,7 @@ def test_a_few_broken_rows_at_the_start_do_not_stop_a_run():
 def test_counts_go_on_from_a_state():
   share, other = BrokenShare(1.0), BrokenShare(1.0)
   share.count(broken("a.jsonl", "no frames"))
+  share.count(Drawn(None, 1, damaged="b.mp4"))
   other.set_state(share.state())
   other.count(broken("a.jsonl", "no frames"))
-  assert other.state() == {"examples": 2, "broken": {"a.jsonl": {"no frames": 2}}}
+  assert other.state() == {"examples": 3, "damaged": 1, "broken": {"a.jsonl": {"no frames": 2}}}

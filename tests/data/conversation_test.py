@@ -174,7 +174,7 @@ def test_a_row_without_id_is_named_by_its_video(tokenizer):
 
 @pytest.mark.parametrize("row", [ROW, {"conversations": said("Who?", "I.")}])
 def test_plain_refuses_rows_that_are_no_caption(tokenizer, row):
-  with pytest.raises(InputError, match="template 'plain' needs one video or image"):
+  with pytest.raises(InputError, match="template 'plain' needs one <image>, then one answer"):
     conversation.encode_row(row, tokenizer, template="plain")
 
 
@@ -187,6 +187,12 @@ def test_unknown_words_are_errors_that_list_the_known(tokenizer):
     conversation.encode_row(ROW, tokenizer, label_style="all")
   with pytest.raises(InputError, match="time message mode 'shrot' is unknown"):
     conversation.time_message("shrot", 2.0, [0.0])
+
+
+def test_plain_refuses_a_placeholder_in_the_answer(tokenizer):
+  turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "<image>\nA cat."}]
+  with pytest.raises(InputError, match="needs one <image>, then one answer"):
+    conversation.encode_row({"video": "a", "conversations": turns}, tokenizer, template="plain")
 
 
 def test_the_long_time_message_names_every_frame():

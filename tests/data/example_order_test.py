@@ -17,6 +17,9 @@ class Lengths:
   def __len__(self):
     return len(self.lengths)
 
+  def source(self, row):
+    return f"source of {row}"
+
 
 def drawn(rows, count, seed=0, streams=1):
   order = ExampleOrder(rows, seed, streams)
@@ -55,6 +58,7 @@ def test_order_depends_on_the_seed_and_can_be_begun_anywhere():
   assert [order.row(0, number) for number in (39, 3)] == [drawn(rows, 40)[0][n] for n in (39, 3)]
 
 
-def test_weights_that_leave_nothing_are_refused():
-  with pytest.raises(InputError, match="leave no row"):
-    ExampleOrder(Lengths([10], weights=[0.01]), 0, 1)
+def test_a_weight_that_leaves_nothing_of_a_source_is_refused():
+  said = "^source of 40: weight 0.5 leaves none of its 1 rows; give at least 1, or leave"
+  with pytest.raises(InputError, match=said):
+    ExampleOrder(Lengths([40, 1], weights=[1.0, 0.5]), 0, 1)

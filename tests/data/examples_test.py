@@ -219,6 +219,28 @@ def test_a_decoder_that_fails_in_an_unknown_way_breaks_the_row_alone(folder, mon
     read({"image": str(folder / "wide.png")})
 
 
+def test_more_images_than_a_row_has_tokens_for_are_refused_unread(folder):
+  row = {"image": [str(folder / "gone.png")] * 65}
+  with pytest.raises(BrokenRow, match=r"^too long: 65 images of 4 tokens, but a row has 256"):
+    read(row)
+
+
+def test_the_positions_of_a_long_conversation_jump_within_what_is_kept_of_it():
+  made = config(position_skip=50, tokens=128)
+  reader = ExampleReader(made.example, made.layout, make_tokenizer)
+  row = {"conversations": TEXT_TURNS * 80}
+  for seed in range(5):
+    found = reader.read(row, np.random.default_rng(seed)).positions
+    expected = skipped_positions(128, 50, np.random.default_rng(seed))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_damaged_video_is_told(folder, monkeypatch):
+  assert not read({"video": str(folder / "a.mp4")}).is_damaged
+  monkeypatch.setattr("videochat_flash_jax.data.video_reader.VideoReader.damaged", True)
+  assert read({"video": str(folder / "a.mp4")}).is_damaged
+
+
 def test_positions_jump_twice_within_bounds():
   rng = np.random.default_rng(0)
   seconds, places = set(), set()

@@ -2,14 +2,20 @@
 
 import collections
 import json
+import os
 
+import av
 import pytest
+from PIL import Image
 
 from tests.data.mutations import turns, write_mutated_mixture
 from tests.data.video_files import pictures, write_video
+from videochat_flash_jax.data.broken import BrokenRow
 from videochat_flash_jax.data.check_report import as_json, as_table
+from videochat_flash_jax.data.data_config import ExampleConfig
 from videochat_flash_jax.data.media_check import NUM_OFFENDERS, check_mixture
 from videochat_flash_jax.data.mixture import read_mixture
+from videochat_flash_jax.data.row_media import read_row_video
 from videochat_flash_jax.data.rows import open_rows
 
 
@@ -70,3 +76,62 @@ def test_a_sample_is_spread_over_the_rows(tmp_path):
   assert (report.frames, report.broken) == (30, {"missing file": 1})
   assert check_mixture(opened, 0)[0].opened == {}
   assert "nothing is broken" in as_table(check_mixture(opened, 0))
+
+
+def test_a_check_agrees_with_a_run_about_each_row(tmp_path):
+  write_video(tmp_path / "a.mp4", pictures(10))
+  (tmp_path / "tvqa").mkdir()
+  for number, picture in enumerate(pictures(12)):  # 4 s at the rate of that set
+    Image.fromarray(picture).save(tmp_path / "tvqa" / f"{number}.png")
+  shown = [
+    {"video": ["a.mp4", "a.mp4"]},
+    {"video": ["a.mp4"]},
+    {"video": "tvqa", "video_read_type": "img", "start": 1, "end": 3},
+    {"video": "tvqa", "video_read_type": "img", "start": 6, "end": 9},
+    {"video": "a.mp4", "start": 0, "end": 100},
+    {"video": "https://nowhere.invalid/a", "video_read_type": "img"},
+  ]
+  rows = [
+    {**fields, "id": number, "conversations": turns("<image>" * (1 + (number == 0)) + "?", "!")}
+    for number, fields in enumerate(shown)
+  ]
+  (tmp_path / "a.json").write_text(json.dumps(rows))
+  opened = open_rows(read_mixture(tmp_path / "a.json"), tmp_path / "cache")
+  (report,) = check_mixture(opened, None)
+  failed = collections.Counter()
+  for number in range(len(rows)):
+    try:
+      read_row_video(opened[number], ExampleConfig(32))
+    except BrokenRow as error:
+      failed[error.reason] += 1
+  assert report.broken == failed == {"bad media field": 1, "bad times": 2, "unreadable video": 1}
+
+
+def test_broken_files_are_not_held_open(tmp_path):
+  data = write_video(tmp_path / "a.mkv", pictures(40)).read_bytes()
+  rows = []
+  for number in range(20):
+    (tmp_path / f"{number}.mkv").write_bytes(data[: len(data) // 2])
+    rows.append({"video": f"{number}.mkv", "conversations": turns("<image>?", "!")})
+  (tmp_path / "a.json").write_text(json.dumps(rows))
+  opened = open_rows(read_mixture(tmp_path / "a.json"), tmp_path / "cache")
+  opened[0]
+  before = len(os.listdir("/proc/self/fd"))
+  (report,) = check_mixture(opened, None)
+  assert report.broken == {"unreadable video": 20}
+  assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_damaged_videos_are_counted_though_a_run_uses_them(tmp_path):
+  for name in ("a.mp4", "b.mp4"):
+    write_video(tmp_path / name, pictures(40), codec="mpeg4", options={"g": "12"})
+  with av.open(str(tmp_path / "b.mp4")) as container:
+    position, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][-1]
+  data = bytearray((tmp_path / "b.mp4").read_bytes())
+  data[position + size // 2 : position + size] = bytes(size - size // 2)
+  (tmp_path / "b.mp4").write_bytes(data)
+  rows = [{"video": name, "conversations": turns("<image>?", "!")} for name in ("a.mp4", "b.mp4")]
+  (tmp_path / "a.json").write_text(json.dumps(rows))
+  reports = check_mixture(open_rows(read_mixture(tmp_path / "a.json"), tmp_path / "cache"), None)
+  assert (reports[0].damaged, reports[0].opened, reports[0].broken) == (1, {"video": 2}, {})
+  assert f"1 damaged videos in {tmp_path / 'a.json'}" in as_table(reports)

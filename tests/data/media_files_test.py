@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import re
 import sys
 import threading
@@ -14,17 +15,27 @@ from PIL import Image
 
 from tests.data.mutations import turns
 from tests.data.video_files import decode_everything, pictures, write_video
+from videochat_flash_jax.data.broken import BrokenRow
+from videochat_flash_jax.data.data_config import ExampleConfig
 from videochat_flash_jax.data.media_files import exists, file_stamp, is_address, open_media
 from videochat_flash_jax.data.mixture import read_mixture
 from videochat_flash_jax.data.replacement import may_pass
-from videochat_flash_jax.data.rows import check_first_media, open_rows
+from videochat_flash_jax.data.row_media import read_row_video
+from videochat_flash_jax.data.rows import open_rows
 from videochat_flash_jax.errors import InputError
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
   """Serves files, and parts of them as object stores do."""
 
+  def do_HEAD(self):
+    if self.server.failure:
+      return self.send_error(self.server.failure)
+    return super().do_HEAD()
+
   def do_GET(self):
+    if self.server.failure:
+      return self.send_error(self.server.failure)
     path = Path(self.translate_path(self.path))
     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
     if not wanted or not path.is_file() or not self.server.sends_parts:
@@ -37,7 +48,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     self.end_headers()
     self.wfile.write(data[start:stop])
     self.server.num_bytes += stop - start
+    if self.server.num_bytes > self.server.most_bytes:
+      self.server.failure = 503
     return None
+
+  def send_header(self, name, value):
+    if name != "Last-Modified" or self.server.tells_time:
+      super().send_header(name, value)
 
   def end_headers(self):
     if self.server.sends_parts:
@@ -56,7 +73,8 @@ def server(tmp_path):
     return Handler(*args, directory=str(tmp_path))
 
   with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-    server.sends_parts, server.num_bytes = True, 0
+    server.sends_parts, server.tells_time, server.num_bytes, server.failure = True, True, 0, None
+    server.most_bytes = 1 << 30
     server.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -109,10 +127,6 @@ def test_a_mixture_may_lie_at_an_address(tmp_path, server):
     opened = open_rows(read_mixture(path), tmp_path / "cache")
     assert len(opened) == 9
     assert opened[8] == rows[8] | {"video": f"{server.address}/media/a.mp4"}
-    check_first_media(opened)
-  (tmp_path / "media" / "a.mp4").unlink()
-  with pytest.raises(InputError, match=r"a\.mp4: no such file"):
-    check_first_media(opened)
 
 
 def test_what_is_not_there_is_told(tmp_path, server):
@@ -142,6 +156,58 @@ def test_a_server_that_is_not_there_is_an_error_that_may_pass(server):
   with pytest.raises(InputError, match=r"127\.0\.0\.1.*cannot be read .*try again") as raised:
     open_media(address)
   assert may_pass(raised.value)
+
+
+def row_failure(address):
+  with pytest.raises(BrokenRow) as raised:
+    read_row_video({"video": address}, ExampleConfig(32))
+  return raised.value.reason, may_pass(raised.value)
+
+
+def test_a_row_whose_server_fails_or_is_gone_is_not_missing_and_may_pass(tmp_path, server):
+  write_video(tmp_path / "a.mp4", pictures(8))
+  address = f"{server.address}/a.mp4"
+  assert row_failure(f"{server.address}/none.mp4") == ("missing file", False)
+  for failure, passing in ((503, True), (500, True), (429, True), (403, False), (404, None)):
+    server.failure = failure
+    if passing is None:
+      assert not exists(address)
+      assert row_failure(address) == ("missing file", False)
+      continue
+    with pytest.raises(InputError, match="cannot be read"):
+      exists(address)
+    assert row_failure(address) == ("unreadable video", passing)
+  server.shutdown()
+  server.server_close()
+  assert row_failure(address) == ("unreadable video", True)
+  with pytest.raises(InputError, match="cannot be read"):
+    exists(address)
+
+
+def test_a_server_that_fails_while_a_video_is_read_is_an_error_that_may_pass(tmp_path, server):
+  frames = np.random.default_rng(0).integers(0, 255, (16, 480, 640, 3), np.uint8)
+  path = write_video(tmp_path / "a.mp4", frames, codec="mjpeg", pixels="yuvj420p")
+  assert path.stat().st_size > 1 << 20
+  server.most_bytes = 1 << 10
+  assert row_failure(f"{server.address}/a.mp4") == ("unreadable video", True)
+
+
+@pytest.mark.parametrize("tells_time", [True, False])
+def test_an_annotation_file_that_changed_at_its_address_is_read_again(tmp_path, server, tells_time):
+  server.tells_time = tells_time
+  for number, time in ((1, 10), (2, 20), (2, 20)):
+    row = {"id": number, "conversations": turns("How many?", "Two.")}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")  # each of the same size
+    os.utime(tmp_path / "rows.jsonl", (time, time))
+    rows = open_rows(read_mixture(f"{server.address}/rows.jsonl"), tmp_path / "cache")
+    assert rows[0]["id"] == number
+  assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_folder_of_pictures_at_an_address_is_refused_with_what_to_do(server):
+  row = {"video": f"{server.address}/pictures", "video_read_type": "img"}
+  with pytest.raises(BrokenRow, match=r"^unreadable video: .* this machine only; copy it here"):
+    read_row_video(row, ExampleConfig(32))
 
 
 def test_a_missing_package_is_named(monkeypatch):

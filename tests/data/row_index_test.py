@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.annotation_rows import open_all, row, write_jsonl
-from videochat_flash_jax.data import row_text
+from videochat_flash_jax.data import row_index, row_text
+from videochat_flash_jax.data.broken import BrokenRow
 from videochat_flash_jax.errors import InputError
 
 FORMS = {
@@ -46,6 +47,11 @@ def test_a_list_and_lines_are_told_by_their_content(tmp_path, monkeypatch, form,
     ("", "holds no row"),
     ("no JSON\nat all\n", "holds no row"),
     ("[1, 2]", "holds no row"),
+    ('[{"id": 1}][{"id": 2}]', "follows the list of rows, which ends at byte 11; give one list"),
+    ('[\n{"id": 1}\n]\n[{"id": 2}]\n', "follows the list of rows, which ends at byte 13"),
+    ('[{"id": 1}] junk', "follows the list"),
+    ("[\n]" + " " * 3_000_000 + "x", "follows the list"),
+    ('[{"id": 1}]\n[{"id": 2}]\n', "holds no row"),
   ],
 )
 def test_a_file_without_rows_is_refused(tmp_path, text, said):
@@ -54,6 +60,24 @@ def test_a_file_without_rows_is_refused(tmp_path, text, said):
   with pytest.raises(InputError, match=said) as error:
     open_all(path)
   assert str(path) in str(error.value)
+
+
+def test_a_first_line_that_is_a_list_is_a_broken_row_among_others(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text("\n" + json.dumps(["0.mp4"]) + "\n" + json.dumps(row(1, "text")) + "\n")
+  rows = open_all(path)
+  assert (len(rows), rows[1]["id"]) == (2, 1)
+  with pytest.raises(BrokenRow, match=r"^bad json"):
+    rows[0]
+
+
+def test_a_number_of_thousands_of_digits_breaks_its_row_only(tmp_path):
+  path = tmp_path / "a.json"
+  path.write_text(json.dumps([row(0, "text"), {"id": "BIG"}]).replace('"BIG"', "9" * 5000))
+  rows = open_all(path)
+  assert rows[0]["id"] == 0
+  with pytest.raises(BrokenRow, match=r"^bad json"):
+    rows[1]
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
@@ -68,6 +92,51 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
   path = write_jsonl(tmp_path / "a.jsonl", [row(0)])
   (tmp_path / "cache").write_text("a file")
   with pytest.raises(InputError, match=r"cannot be written .* VCF_CACHE_DIR"):
+    open_all(path)
+
+
+@pytest.mark.parametrize("name", ["facts.json", "rows.npy"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_damaged_index_is_made_again(tmp_path, name, kept):
+  path = write_jsonl(tmp_path / "a.jsonl", [row(i, "text") for i in range(50)])
+  open_all(path)
+  (file,) = (tmp_path / "cache").glob(f"*/{name}")
+  data = file.read_bytes()
+  file.write_bytes(data[: int(kept * len(data))])
+  assert open_all(path)[49]["id"] == 49
+  assert file.read_bytes() == data
+
+
+def test_an_index_that_may_not_be_read_is_told_in_a_line(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl", [row(0)])
+  open_all(path)
+  (file,) = (tmp_path / "cache").glob("*/facts.json")
+  file.unlink()
+  file.mkdir()
+  with pytest.raises(InputError, match=r"facts\.json: cannot be .* VCF_CACHE_DIR"):
+    open_all(path)
+
+
+def test_an_index_is_whole_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+  synced = []
+  monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+  open_all(write_jsonl(tmp_path / "a.jsonl", [row(0)]))
+  (directory,) = (tmp_path / "cache").iterdir()
+  assert set(synced) == {path.stat().st_ino for path in (directory, *directory.iterdir())}
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+  path = write_jsonl(tmp_path / "a.jsonl", [row(0)])
+  make = row_index._make
+
+  def make_while_another_writes(json_path, directory):
+    facts = make(json_path, directory)
+    with open(path, "a") as file:
+      file.write(json.dumps(row(1)))
+    return facts
+
+  monkeypatch.setattr(row_index, "_make", make_while_another_writes)
+  with pytest.raises(InputError, match="changes while it is read; start again"):
     open_all(path)
 
 

@@ -5,6 +5,7 @@ from videochat_flash_jax.data.conversation import IGNORE_LABEL
 from videochat_flash_jax.data.examples import Example
 from videochat_flash_jax.data.row_packer import Packed, RowPacker, write_row
 from videochat_flash_jax.data.sharded_rows import RowLayout, empty_rows
+from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.zigzag import unzigzag_order
 
 STAGE3 = RowLayout(32_768, 64, clips_per_shard=132, tiles_per_shard=132, num_shards=4, zigzag=True)
@@ -40,10 +41,10 @@ def packed():
   """Rows packed from 800 examples, and what is left in the packer."""
   rng, packer, rows = np.random.default_rng(0), RowPacker(STAGE3), []
   for number in range(800):
-    row = packer.add(Packed(number, draw(rng, number % 20)))
+    row = packer.add(Packed(number, number, draw(rng, number % 20)))
     if row:
       rows.append(row)
-  return rows, packer.numbers
+  return rows, [[number for number, _ in row] for row in packer.unfinished]
 
 
 def test_no_example_is_lost_or_doubled(packed):
@@ -68,22 +69,30 @@ def test_no_example_waits_for_long(packed):
 
 def test_rows_begun_again_are_packed_as_before():
   rng = np.random.default_rng(1)
-  items = [Packed(number, draw(rng, 1)) for number in range(120)]
+  items = [Packed(number, 2 * number, draw(rng, 1)) for number in range(120)]
   one, other = RowPacker(STAGE3), RowPacker(STAGE3)
   for item in items[:60]:
     one.add(item)
-  for row in one.numbers:
-    other.put_together([items[number] for number in row])
+  for row in one.unfinished:
+    assert all(source_row == 2 * number for number, source_row in row)
+    other.put_together([items[number] for number, _ in row])
   rest = [[packer.add(item) for item in items[60:]] for packer in (one, other)]
   told = [[row and [item.number for item in row] for row in rows] for rows in rest]
-  assert told[0] == told[1] and any(told[0]) and one.numbers == other.numbers
+  assert told[0] == told[1] and any(told[0]) and one.unfinished == other.unfinished
+
+
+def test_examples_that_do_not_fit_together_any_more_are_refused():
+  whole = Packed(0, 31, example(1, 8, 0, 60, SMALL.clip_tokens))
+  with pytest.raises(InputError, match=r"^rows 31, 31 of the mixture .* have changed"):
+    RowPacker(SMALL).put_together([whole, whole])
 
 
 def test_clips_and_tiles_of_every_shard_fit_and_each_place_sees_its_own_picture():
   rng, packer, num_rows, fullest = np.random.default_rng(2), RowPacker(SMALL, num_bins=3), 0, 0
   for number in range(400):
     sizes = rng.integers(0, 6), rng.integers(0, 4), rng.integers(1, 14)
-    row = packer.add(Packed(number, example(number % 20, *map(int, sizes), SMALL.clip_tokens)))
+    made = example(number % 20, *map(int, sizes), SMALL.clip_tokens)
+    row = packer.add(Packed(number, number, made))
     if row:
       num_rows += 1
       written = empty_rows(SMALL, 1, (4, 1, 1, 3), (1, 1, 1, 3))

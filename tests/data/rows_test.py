@@ -10,7 +10,6 @@ from tests.data.annotation_rows import open_all, row, write_jsonl
 from tests.data.mutations import write_mutated_mixture
 from videochat_flash_jax.data.annotations import estimated_length
 from videochat_flash_jax.data.broken import REASONS, BrokenRow, because
-from videochat_flash_jax.data.rows import check_first_media
 from videochat_flash_jax.errors import InputError
 
 
@@ -110,6 +109,7 @@ def test_every_broken_row_says_why_and_every_healthy_one_is_read(tmp_path):
     ({"video_read_type": "imgs"}, "bad media field"),
     ({"video": ["a.mp4", 3]}, "bad media field"),
     ({"start": 3, "end": float("nan")}, "bad times"),
+    ({"start": int("9" * 400), "end": 5}, "bad times"),
     ({"conversations": [{"from": "gpt", "value": "<image>"}]}, "bad conversations"),
   ],
 )
@@ -121,16 +121,6 @@ def test_a_row_is_checked_when_it_is_read(tmp_path, fields, reason):
   assert rows[0]["id"] == 0
 
 
-def test_the_first_files_of_a_source_have_to_exist(tmp_path):
-  path = write_mixture(tmp_path, [("a.jsonl", [row(i) for i in range(5)], {})], data_root="media")
-  (tmp_path / "media").mkdir()
-  rows = open_all(path)
-  with pytest.raises(InputError, match=r"a\.jsonl: .*0\.x: no such file.*data_root"):
-    check_first_media(rows)
-  (tmp_path / "media" / "2.x").touch()
-  check_first_media(rows)
-
-
 def test_another_file_of_the_same_name_has_another_index(tmp_path):
   path = write_jsonl(tmp_path / "a.jsonl", [row(i) for i in range(3)])
   before = open_all(path)
@@ -139,6 +129,38 @@ def test_another_file_of_the_same_name_has_another_index(tmp_path):
   assert numbers(open_all(path)) == [10, 11, 12, 13, 14]
   with pytest.raises(InputError, match="has changed since"):
     left_open[0]
+
+
+def test_a_file_rewritten_while_it_is_open_is_no_file_of_broken_rows(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl", [row(i) for i in range(50)])
+  rows = open_all(path)
+  assert rows[0]["id"] == 0
+  with open(path, "r+") as file:  # in place: whoever has it open reads other bytes
+    file.write("{}\n" * (path.stat().st_size // 3))
+  with pytest.raises(InputError, match="has changed since") as error:
+    rows[20]
+  assert not isinstance(error.value, BrokenRow)
+
+
+def test_a_file_that_is_gone_stops_the_run_and_its_rows_still_have_names(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl", [row(i) for i in range(3)])
+  rows = open_all(path)
+  path.unlink()
+  with pytest.raises(InputError, match=r"a\.jsonl: cannot be read any more .*; put it") as error:
+    rows[1]
+  assert not isinstance(error.value, BrokenRow)
+  assert rows.label(1) == "row 2"
+
+
+def test_a_file_replaced_while_it_is_open_is_read_on(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl", [row(0), row(1, conversations=3), []])
+  rows = open_all(path)
+  assert rows[0]["id"] == 0
+  path.unlink()
+  write_jsonl(path, [row(7)])
+  for index, reason in ((1, "bad conversations"), (2, "bad json")):
+    with pytest.raises(BrokenRow, match=f"^{reason}"):
+      rows[index]
 
 
 def test_the_fingerprint_is_that_of_the_rows_and_settings_not_of_the_place(tmp_path):
@@ -152,6 +174,8 @@ def test_the_fingerprint_is_that_of_the_rows_and_settings_not_of_the_place(tmp_p
   assert fingerprint("two", data_root="elsewhere") == first
   others = fingerprint("three", number=1), fingerprint("four", weight=2.0)
   assert len({first, *others}) == 3
+  path = tmp_path / "one" / "mixture.yaml"
+  assert len({open_all(path, max_frames=frames).fingerprint for frames in (64, 512, 512)}) == 2
 
 
 def test_a_broken_row_crosses_processes():
@@ -161,15 +185,15 @@ def test_a_broken_row_crosses_processes():
     BrokenRow("bad", "row 3")
 
 
-def test_what_is_inside_breaks_the_row_for_a_reason(tmp_path):
-  def reason_of(error, *paths):
-    with pytest.raises(BrokenRow) as caught, because("no frames", *paths):
-      raise error
+def test_what_is_inside_breaks_the_row_for_a_reason():
+  def reason_of(error, cause=None):
+    with pytest.raises(BrokenRow) as caught, because("no frames"):
+      raise error from cause
     return caught.value.reason
 
   assert "no frames" in REASONS
-  assert reason_of(InputError("empty"), tmp_path) == "no frames"
-  assert reason_of(InputError("empty"), tmp_path / "none") == "missing file"
+  assert reason_of(InputError("empty")) == reason_of(InputError("a"), OSError()) == "no frames"
+  assert reason_of(InputError("empty"), FileNotFoundError()) == "missing file"
   assert reason_of(FileNotFoundError("none")) == "missing file"
   assert reason_of(BrokenRow("bad times", "row")) == "bad times"
   with pytest.raises(TimeoutError), because("no frames"):

@@ -1,5 +1,7 @@
 """Batches: the same for the same seed wherever they are begun, however they are read."""
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -21,6 +23,7 @@ from tests.data.small_mixture import (
   write_mixture,
 )
 from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from videochat_flash_jax.data.train_batches import TrainBatches, batch_metrics
 from videochat_flash_jax.errors import InputError
 
@@ -135,8 +138,19 @@ def test_a_state_of_other_batches_is_refused_in_one_line(rows, change, said):
 def test_a_state_of_another_mixture_is_refused(rows, tmp_path):
   state = iter(TrainBatches(config(), rows, make_tokenizer)).get_state()
   other = read_rows(write_mixture(tmp_path, num_videos=2, num_images=1, num_texts=1))
-  with pytest.raises(InputError, match="made with mixture"):
-    iter(TrainBatches(config(), other, make_tokenizer)).set_state(state)
+  fewer_frames = dataclasses.replace(rows, max_frames=8)  # these decide how rows are dealt
+  for others in (other, fewer_frames):
+    with pytest.raises(InputError, match=r"made with mixture .* the same max_frames to open_rows"):
+      iter(TrainBatches(config(), others, make_tokenizer)).set_state(state)
+
+
+def test_a_state_of_another_vocabulary_is_refused(rows, tmp_path):
+  path = tmp_path / "tokenizer.model"
+  train_sentencepiece(["What is shown? It is a cat."], path, 300)
+  state = iter(TrainBatches(config(), rows, make_tokenizer)).get_state()
+  other = iter(TrainBatches(config(), rows, functools.partial(SentencePieceTokenizer, path)))
+  with pytest.raises(InputError, match=r"made with tokenizer .* give the one it was saved with"):
+    other.set_state(state)
 
 
 def test_a_state_of_fewer_streams_or_of_another_format_is_refused(rows):

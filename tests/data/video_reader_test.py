@@ -1,8 +1,10 @@
 """Real files, written here: what is read must be what decoding everything gives."""
 
+import gc
 import random
 import subprocess
 import sys
+import weakref
 from fractions import Fraction
 
 import av
@@ -20,9 +22,10 @@ from tests.data.video_files import (
   pictures,
   write_video,
 )
-from videochat_flash_jax.benchmarks.read_files import frames_needed
+from videochat_flash_jax.benchmarks.read_files import frames_needed, write_film
 from videochat_flash_jax.data import video_decoder
 from videochat_flash_jax.data.preprocessing import resize
+from videochat_flash_jax.data.video_decoder import VideoDecoder
 from videochat_flash_jax.data.video_reader import VideoInfo, open_video
 from videochat_flash_jax.errors import InputError
 
@@ -252,3 +255,35 @@ def test_eight_seconds_of_4k_are_read_without_holding_4k_frames(tmp_path):
   num_frames, grown_bytes = map(int, output.split())
   assert num_frames == 40
   assert grown_bytes < 10 * height * width * 3  # all frames at once would be 40
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+  path = tmp_path_factory.mktemp("film") / "film.mp4"
+  write_film(path, 500, 96, 128, key_frame_distance=50)
+  return path
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("spacing", [2, 3, 4, 5, 8, 16])
+def test_few_more_frames_are_decoded_than_must_be(film, spacing, num_threads):
+  indices = np.arange(0, 500, spacing)
+  with open_video(film, num_threads=num_threads) as video:
+    frames = video.read(indices, 64)
+    num_decoded = video.num_decoded
+  assert num_decoded <= 1.1 * frames_needed(film, indices)[0]
+  with open_video(film, num_threads=1) as video:
+    np.testing.assert_array_equal(frames, video.read(np.arange(500), 64)[indices])
+
+
+def test_a_closed_decoder_is_freed_at_once(film):
+  decoder = VideoDecoder(film, num_threads=1)
+  assert len(list(decoder.read([3, 17]))) == 2
+  alive = weakref.ref(decoder)
+  decoder.close()
+  gc.disable()
+  try:
+    del decoder
+    assert alive() is None
+  finally:
+    gc.enable()

@@ -36,8 +36,9 @@ def shardings(mesh_config):
   return dict.fromkeys(per_token, tokens) | dict.fromkeys(("frames", "tiles"), clips)
 
 
-def data(mesh_config):
-  return config(rows=NUM_ROWS, streams=2, num_shards=mesh_config.sequence, clips_per_shard=16)
+def data(mesh_config, workers=0):
+  sizes = {"num_shards": mesh_config.sequence, "clips_per_shard": 16}
+  return config(rows=NUM_ROWS, streams=2, workers=workers, **sizes)
 
 
 def digests_on(mesh_config, mixture, num_batches=3):
@@ -88,6 +89,29 @@ def test_devices_hold_what_the_host_gave_and_the_state_is_of_the_batch_given(mix
   with pytest.raises(InputError, match="format 0"):
     batches.set_state(state | {"version": 0})
   batches.close()
+
+
+FAILING = f"""
+import sys
+from pathlib import Path
+from tests.data.small_mixture import make_tokenizer, read_rows
+from tests.multidevice.{Path(__file__).stem} import BY_ROWS, NUM_ROWS, data, shardings
+from videochat_flash_jax.data.train_batches import TrainBatches
+from videochat_flash_jax.train.device_batches import device_batches
+batches = TrainBatches(data(BY_ROWS, workers=1), read_rows(Path(sys.argv[1])), make_tokenizer)
+batches = device_batches(batches, shardings(BY_ROWS), NUM_ROWS)
+next(batches)
+raise ValueError("of its own")
+"""
+
+
+def test_a_program_that_fails_tells_its_own_error_alone(mixture):
+  process = subprocess.run(
+    [sys.executable, "-c", FAILING, str(mixture)],
+    env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+  )  # fmt: skip
+  assert process.stderr.endswith("ValueError: of its own\n") and process.returncode == 1
+  assert process.stderr.count("Traceback") == 1
 
 
 def test_two_processes_read_their_rows_and_together_have_the_batches_of_one(mixture):

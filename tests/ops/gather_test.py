@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.models.small_models import normal
-from videochat_flash_jax.ops.gather import gather_tokens
+from videochat_flash_jax.ops.gather import gather_from_block, gather_tokens
 
 
 def test_tokens_are_picked_row_by_row_and_filled_beyond_the_end():
@@ -22,3 +22,11 @@ def test_gradients_go_back_to_the_picked_tokens_only():
   index = jnp.array([[2, 0, 2, 3]])
   gradient = jax.grad(lambda x: (gather_tokens(x, index) * jnp.arange(1.0, 5)[:, None]).sum())
   np.testing.assert_array_equal(gradient(jnp.zeros((1, 3, 2)))[0, :, 0], [2, 0, 4])
+
+
+def test_blocks_of_a_row_give_their_own_tokens_and_sum_to_the_row():
+  x = normal(2, 6, 3)
+  index = jnp.array([[5, 0, 3, 6], [2, 6, 4, 1]])
+  blocks = [gather_from_block(x[:, start : start + 2], index, start) for start in (0, 2, 4)]
+  np.testing.assert_array_equal(blocks[1][0, :, 0] != 0, [False, False, True, False])
+  np.testing.assert_array_equal(sum(blocks), gather_tokens(x, index))

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import pytest
 
@@ -22,8 +24,8 @@ def test_a_free_axis_takes_the_devices_that_are_left(sizes, num_devices, shape):
 @pytest.mark.parametrize(
   "sizes, said",
   [
-    ({"fsdp": 3}, "fsdp 3 .* do not make the 8 devices"),
-    ({"sequence": 3}, "sequence 3 .* do not make the 8 devices"),
+    ({"fsdp": 3}, "fsdp 3 .* do not make the 8 devices; change a size, or give -1 to one axis$"),
+    ({"sequence": 3}, "fsdp -1 x sequence 3 .* do not make the 8 devices; change a size$"),
     ({"data": -1}, "data and fsdp are -1: leave only one"),
     ({"tensor": 0}, "mesh.tensor is 0: give a positive number"),
     ({"data": 2, "num_slices": 4}, "mesh.num_slices is 4, but mesh.data is 2"),
@@ -33,6 +35,31 @@ def test_sizes_that_do_not_fit_are_refused_by_name(sizes, said):
   with pytest.raises(InputError, match=said) as caught:
     mesh_shape(MeshConfig(**sizes), 8)
   assert "\n" not in str(caught.value)
+
+
+def tpus(num_slices, per_slice):
+  return [
+    types.SimpleNamespace(platform="tpu", slice_index=slice_index)
+    for slice_index in range(num_slices)
+    for _ in range(per_slice)
+  ]
+
+
+@pytest.mark.parametrize(
+  "sizes, devices, said",
+  [
+    ({"data": 1, "num_slices": 1}, tpus(2, 4), "num_slices is 1, but the 8 devices are in 2: set"),
+    ({"data": 4, "num_slices": 4}, tpus(2, 4), "num_slices is 4, but the 8 devices are in 2: set"),
+    (
+      {"data": 2, "num_slices": 2},
+      [types.SimpleNamespace(platform="cpu")] * 8,
+      "num_slices is 2, but the 8 devices are in 1: set mesh.num_slices to 1",
+    ),
+  ],
+)
+def test_slices_that_are_not_there_are_refused_with_how_many_there_are(sizes, devices, said):
+  with pytest.raises(InputError, match=said):
+    make_mesh(MeshConfig(**sizes), devices)
 
 
 def test_one_device_makes_a_mesh_of_ones():

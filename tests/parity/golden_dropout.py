@@ -152,8 +152,8 @@ def recorded():
   """Collects a `Record` of every drop that is traced inside; to be returned from what is jitted."""
   records, scores = [], []
 
-  def drop(plan, drop, x, before, queries_and_keys):
-    hidden, after = token_dropout.drop_tokens(plan, drop, x, before, queries_and_keys)
+  def drop(plan, drop, x, before, *rest):
+    hidden, after = token_dropout.drop_tokens(plan, drop, x, before, *rest)
     ranked = isinstance(drop, RankedDrop)
     records.append(Record(before, scores.pop() if ranked else None, after, hidden))
     return hidden, after

@@ -54,6 +54,8 @@ def prepare():
     )
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+  # A kind of machine stands for them all: the compiler complains on stderr if it is not told one.
+  os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-64"
   os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no questions to a cloud that this is not in
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
   # What is compiled here never runs here.
@@ -74,7 +76,10 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
   """
   kind, _, shape = name.partition(":")
   reason = f"kinds are {', '.join(CHIPS)}"
-  if kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+  is_shape = kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape)
+  if is_shape and not CHIPS[kind].has_slice(map(int, shape.split("x"))):
+    reason = f"the largest is {kind}:{'x'.join(map(str, CHIPS[kind].largest_slice))}"
+  elif is_shape:
     from jax.experimental import topologies
 
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
@@ -89,13 +94,16 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
   raise InputError(f"--topology {name}: no such slice ({reason}); give one such as {_EXAMPLES}")
 
 
-def report(topology: str, program: Callable, arguments: Sequence[Any]) -> dict[str, Any]:
+def report(
+  topology: str, program: Callable, arguments: Sequence[Any], remedy: str = "a larger slice"
+) -> dict[str, Any]:
   """Compiles a jitted function for the chips that its arguments are sharded over.
 
   Args:
     topology: name of the slice.
     program: jitted.
     arguments: shapes, with shardings; and what is static.
+    remedy: what to try if it does not fit.
 
   Returns:
     A JSON object; see docs/memory.md.
@@ -112,7 +120,7 @@ def report(topology: str, program: Callable, arguments: Sequence[Any]) -> dict[s
     sizes = memory_wanted(str(error))
     if sizes is None:
       raise
-    raise OutOfMemory({**head, **_too_much(*sizes)}) from None
+    raise OutOfMemory({**head, **_too_much(*sizes, remedy)}) from None
   seconds = time.perf_counter() - start
   costs = program_costs(compiled.as_text())
   kinds = sorted(costs.counts)
@@ -153,11 +161,11 @@ def _memory(stats):
   }
 
 
-def _too_much(wanted, there):
-  knobs = "more chips along mesh.sequence or mesh.fsdp, fewer rows or tokens_per_row, fewer trained"
+def _too_much(wanted, there, remedy):
+  wanted_gib, gib = (f"{size / _GIB:.2f} GiB" for size in (wanted, there))
+  but = "a little more than the " if wanted_gib == gib else ""  # the compiler has two decimals, too
   return {
-    "error": f"out of memory: {wanted / _GIB:.1f} GiB a chip wanted, {there / _GIB:.1f} GiB there; "
-    f"try {knobs} parts, or a larger slice",
+    "error": f"out of memory: {wanted_gib} a chip wanted, {but}{gib} there; try {remedy}",
     "wanted_bytes": wanted,
     "available_bytes": there,
   }

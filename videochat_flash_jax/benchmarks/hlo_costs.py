@@ -152,6 +152,8 @@ class _Walk:
     body = self.computations[called["body"][0]]
     step = _step(body, body.root.operands[int(place[1])])
     start = _start(computation, loop.operands[0], int(place[1]))
+    if step is None or start is None:
+      return None
     return math.ceil((int(bound.attributes) - start) / step)
 
 
@@ -165,21 +167,23 @@ def _as_reduce_scatter(costs):
 
 
 def _step(body, name):
+  """By how much a loop's counter rises; None if that is no constant."""
   source = _behind_copies(body, name)
   if source.opcode == "add":
     for operand in source.operands:
       constant = _behind_copies(body, operand)
       if constant.opcode == "constant":
         return int(constant.attributes)
-  return 1
+  return None
 
 
 def _start(computation, name, place):
+  """Where a loop's counter starts; None if that is no constant."""
   carried = computation.instructions[name]
   if carried.opcode != "tuple":
-    return 0
+    return None
   source = _behind_copies(computation, carried.operands[place])
-  return int(source.attributes) if source.opcode == "constant" else 0
+  return int(source.attributes) if source.opcode == "constant" else None
 
 
 def _behind_copies(computation, name):
@@ -206,20 +210,29 @@ def _moved_bytes(instruction, computation):
   operands = [computation.instructions[name] for name in instruction.operands]
   if opcode in _MOVES_NOTHING or opcode.endswith("-done"):
     return 0
-  if opcode in ("dynamic-slice", "slice", "gather"):
-    return 2 * instruction.main_memory_bytes
+  given = _given(instruction)
+  if opcode in ("dynamic-slice", "slice", "slice-start", "gather"):
+    read = sum(array.num_bytes for array in given) if operands[0].main_memory_bytes else 0
+    return read + sum(array.num_bytes for array in given if array.in_main_memory)
   if opcode in ("dynamic-update-slice", "scatter"):
     return 2 * operands[-1 if opcode == "scatter" else 1].main_memory_bytes
-  written = instruction.arrays[-1:] if opcode.endswith("-start") else instruction.arrays
-  written = sum(array.num_bytes for array in written if array.in_main_memory)
+  written = sum(array.num_bytes for array in given if array.in_main_memory)
   return written + sum(operand.main_memory_bytes for operand in operands)
+
+
+def _given(instruction):
+  """What an instruction makes; one that only starts gives its operands back, too."""
+  opcode, arrays, num_operands = instruction.opcode, instruction.arrays, len(instruction.operands)
+  if opcode == "copy-start":
+    return arrays[:1]  # before its operand
+  if opcode.endswith("-start") and opcode != "all-reduce-start":
+    return arrays[num_operands : 2 * num_operands]  # behind its operands, before its semaphores
+  return arrays
 
 
 def _add_collective(total, kind, instruction, computation):
   taken = sum(computation.instructions[name].num_bytes for name in instruction.operands)
-  given = instruction.num_bytes
-  if instruction.opcode.endswith("-start") and kind != "all-reduce":
-    given = instruction.arrays[-1 if kind != "collective-permute" else 1].num_bytes
+  given = sum(array.num_bytes for array in _given(instruction))
   size, members = max(taken, given), _group_size(instruction.attributes)
   share = {"all-reduce": 2.0, "collective-permute": 1.0}.get(kind, 1.0)
   if kind != "collective-permute":

@@ -8,6 +8,15 @@ from videochat_flash_jax.cli.config_file import add_config_argument, read_config
 EXAMPLE = "vcflash compile --config configs/stage3_long.py --topology v5e:8x8 --config.rows=16"
 TAKES_OVERRIDES = True
 
+# What to try if a program does not fit.
+_TRAINING = (
+  "more chips along mesh.sequence or mesh.fsdp, fewer rows or tokens_per_row, fewer trained parts, "
+  "or a larger slice"
+)
+_ANSWERING = (
+  "more chips along mesh.tensor, fewer rows, tokens_per_row or clips_per_shard, or a larger slice"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the verb's options to its parser."""
@@ -17,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     "--program",
     choices=("train", "prefill", "decode"),
     default="train",
-    help="a training step, the reading of a prompt, or a decoded token",
+    help="a training step; the reading of prompts of tokens_per_row tokens each, among them those "
+    "of clips_per_shard clips; or a token decoded behind them",
   )
   parser.add_argument("--table", action="store_true", help="print a row of markdown, not JSON")
 
@@ -35,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
   program, arguments = _program(args.program, settings, devices)
   fits = True
   try:
-    result = ahead_of_time.report(args.topology, program, arguments)
+    remedy = _TRAINING if args.program == "train" else _ANSWERING
+    result = ahead_of_time.report(args.topology, program, arguments, remedy)
   except ahead_of_time.OutOfMemory as error:
     result, fits = error.report, False
   name = " ".join([args.config.name, *args.overrides])
@@ -56,12 +67,17 @@ def _program(name, settings, devices):
 
     program = train_program(settings, devices)
     return program.step, (program.state, program.batch)
+  from videochat_flash_jax.inference.conversation import MAX_NEW_TOKENS
   from videochat_flash_jax.inference.programs import decode_program, prefill_program
   from videochat_flash_jax.parallel.mesh import make_mesh
 
-  model, mesh = settings.model, make_mesh(settings.mesh, devices)
-  rows, num_tokens = settings.rows, settings.tokens_per_row
-  if name == "decode":
-    return decode_program(model, mesh, rows=rows, num_slots=num_tokens)
-  num_visual = settings.clips_per_shard * model.connector.clip_tokens
-  return prefill_program(model, mesh, rows=rows, num_tokens=num_tokens, num_visual=num_visual)
+  model = settings.model
+  build = prefill_program if name == "prefill" else decode_program
+  return build(
+    model,
+    make_mesh(settings.mesh, devices),
+    rows=settings.rows,
+    num_tokens=settings.tokens_per_row,
+    num_visual=settings.clips_per_shard * model.connector.clip_tokens,
+    max_new_tokens=MAX_NEW_TOKENS,
+  )

@@ -18,6 +18,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -146,9 +147,17 @@ def media_paths(row: Mapping, kind: str) -> list[str]:
 
 
 def _is_below(path, folder):
-  if is_address(path):
-    return path.startswith(folder.rstrip("/") + "/")
-  return not path.startswith("/") and os.path.normpath(path).split("/")[0] != ".."
+  whole = _normal(path if is_address(path) else os.path.join(folder, path))
+  folder = _normal(folder)
+  return whole == folder or whole.startswith(folder.rstrip("/") + "/")
+
+
+def _normal(path):
+  """A path or an address without `.` and `..`, so that beginnings can be compared."""
+  if not is_address(path):
+    return os.path.abspath(path)
+  protocol, _, name = path.partition("://")
+  return f"{protocol}://{os.path.normpath(unquote(name))}"
 
 
 def check_media(rows: Sequence[Mapping]) -> None:
@@ -173,10 +182,11 @@ def annotated_clip(row: Mapping) -> tuple[float, float] | None:
     return None
   try:
     start, end = map(float, times)
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     start = end = math.nan
   if not start < end < math.inf:
-    raise InputError(f"fields 'start' and 'end' are {times[0]!r} and {times[1]!r}; mend the times")
+    named = " and ".join(f"{time!r:.100}" for time in times)
+    raise InputError(f"fields 'start' and 'end' are {named}; mend the times")
   return start, end
 
 

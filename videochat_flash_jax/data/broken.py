@@ -4,10 +4,8 @@ The checker's table, the counts of a training run and its log all speak of the s
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 
-from videochat_flash_jax.data.media_files import exists
 from videochat_flash_jax.errors import InputError
 
 REASONS = (
@@ -20,7 +18,7 @@ REASONS = (
   "missing file",
   "unreadable video",
   "unreadable image",
-  "no frames",  # a video without a frame
+  "no frames",  # of a video: its header is sound, and nothing follows
   "no features",  # the feature store has none of the row's video or image
   "too long",  # no answer is left in the tokens of a row
 )
@@ -31,6 +29,7 @@ class BrokenRow(InputError):
 
   Attributes:
     reason: one of `REASONS`; the message begins with it.
+    detail: the rest of the message.
   """
 
   def __init__(self, reason: str, detail: str):
@@ -38,25 +37,25 @@ class BrokenRow(InputError):
       raise ValueError(f"reason {reason!r} is none of {REASONS}")
     super().__init__(f"{reason}: {detail}")
     self.reason = reason
-    self._detail = detail
+    self.detail = detail
 
   def __reduce__(self):
-    return BrokenRow, (self.reason, self._detail)  # it crosses processes
+    return BrokenRow, (self.reason, self.detail)  # it crosses processes
 
 
 @contextlib.contextmanager
-def because(reason: str, *paths: str | os.PathLike) -> Iterator[None]:
+def because(reason: str) -> Iterator[None]:
   """What cannot be used inside, an `InputError`, breaks the row: `reason`.
 
-      with because("unreadable video", path), open_video(path) as video: ...
+      with because("unreadable video"), open_video(path) as video: ...
 
-  If one of `paths` does not exist, that is the reason: "missing file". Errors of the system pass,
-  but for this one: they may not last.
+  If a file was not found, that is the reason: "missing file". Other errors of the system pass: they
+  may not last.
   """
   try:
     yield
   except BrokenRow:
     raise
   except (InputError, FileNotFoundError) as error:
-    missing = isinstance(error, FileNotFoundError) or not all(map(exists, paths))
-    raise BrokenRow("missing file" if missing else reason, str(error)) from error
+    is_missing = any(isinstance(e, FileNotFoundError) for e in (error, error.__cause__))
+    raise BrokenRow("missing file" if is_missing else reason, str(error)) from error

@@ -18,7 +18,7 @@ class BrokenShare:
   def __init__(self, most: float):
     """Begins at nothing; `most` is the share of broken examples that is borne."""
     self._most = most
-    self.num_examples = 0
+    self.num_examples = self._num_damaged = 0
     self._counts: dict[str, Counter] = {}
     self._logged: set[int] = set()
 
@@ -34,6 +34,11 @@ class BrokenShare:
       if row.row not in self._logged:
         self._logged.add(row.row)
         _log.warning("%s, %s is replaced: %s", row.source, row.label, row.message)
+    if drawn.damaged is not None:
+      self._num_damaged += 1
+      if drawn.row not in self._logged:
+        self._logged.add(drawn.row)
+        _log.warning("%s is damaged, and used as far as it can be read", drawn.damaged)
     if drawn.passed_over:
       first = drawn.passed_over[0]
       self._counts.setdefault(first.source, Counter())[first.reason] += 1
@@ -45,13 +50,13 @@ class BrokenShare:
     return sum(count.total() for count in self._counts.values())
 
   def state(self) -> dict[str, Any]:
-    """Fit for JSON: `examples`, and `broken`, counts by source and reason."""
+    """Fit for JSON: `examples`, `damaged`, and `broken`, counts by source and reason."""
     broken = {source: dict(counts) for source, counts in self._counts.items()}
-    return {"examples": self.num_examples, "broken": broken}
+    return {"examples": self.num_examples, "damaged": self._num_damaged, "broken": broken}
 
   def set_state(self, state: dict[str, Any]):
     """Goes on from what `state` gave."""
-    self.num_examples = state["examples"]
+    self.num_examples, self._num_damaged = state["examples"], state["damaged"]
     self._counts = {source: Counter(counts) for source, counts in state["broken"].items()}
 
   def _check(self):

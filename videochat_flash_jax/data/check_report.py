@@ -39,6 +39,8 @@ def as_table(reports: Sequence[SourceReport]) -> str:
     for line in (_HEADER, *lines)
   ]
   for report in reports:
+    if report.damaged:
+      text += ["", f"{report.damaged:,} damaged videos in {report.source}; a run uses them"]
     for reason in REASONS:
       if count := report.broken[reason]:
         named = report.offenders[reason]

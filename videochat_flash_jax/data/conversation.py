@@ -232,8 +232,8 @@ def encode_row(
     raise _row_error(row, f"field 'conversations' has {found}; write one for each")
   if template != "plain":
     return encode_dialog(turns, tokenizer, num_media > 0, label_style)
-  if num_media != 1 or len(turns) != 2 or len(kept) != 2:
-    raise _row_error(row, "template 'plain' needs one video or image and one answer; use 'qwen_2'")
+  if num_media != 1 or len(turns) != 2 or len(kept) != 2 or PLACEHOLDER in turns[1].text:
+    raise _row_error(row, "template 'plain' needs one <image>, then one answer; or use 'qwen_2'")
   return encode_caption(turns, tokenizer)
 
 

@@ -31,13 +31,19 @@ class ExampleOrder:
       num_streams: how many share the rows.
 
     Raises:
-      InputError: the weights leave no row.
+      InputError: the weight of a source leaves none of its rows.
     """
     self._rows, self._num_streams = rows, num_streams
     spans = [stop - start for start, stop in rows.source_ranges]
     counts = [round(weight * span) for weight, span in zip(rows.weights, spans, strict=True)]
-    if not sum(counts):
-      raise InputError("the mixture's weights leave no row; give higher ones")
+    for (start, _), span, count, weight in zip(
+      rows.source_ranges, spans, counts, rows.weights, strict=True
+    ):
+      if span and not count:
+        raise InputError(
+          f"{rows.source(start)}: weight {weight:g} leaves none of its {span} rows; "
+          f"give at least {1 / span:.2g}, or leave the source out"
+        )
     # A source's rows are counted through the epochs: with weight 0.5 the second shows other ones.
     self._counts = counts
     self._ends = np.cumsum(counts)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from videochat_flash_jax.data.annotations import media_paths
 from videochat_flash_jax.data.broken import BrokenRow, because
 from videochat_flash_jax.data.conversation import (
   IGNORE_LABEL,
@@ -47,6 +48,7 @@ class Example(NamedTuple):
     labels: int32 `[T]`.
     visual_index: int32 `[T]`: which visual token, those of clips first, or -1.
     positions: int32 `[T]`.
+    is_damaged: whether frames of the video stand in for others that cannot be read.
   """
 
   frames: np.ndarray
@@ -55,6 +57,7 @@ class Example(NamedTuple):
   labels: np.ndarray
   visual_index: np.ndarray
   positions: np.ndarray
+  is_damaged: bool = False
 
 
 class Seen(NamedTuple):
@@ -66,6 +69,7 @@ class Seen(NamedTuple):
     counts: visual tokens of each video or image.
     order: which visual token stands where, if not one after the other.
     message: of the time.
+    is_damaged: as in `Example`.
   """
 
   frames: np.ndarray
@@ -73,6 +77,7 @@ class Seen(NamedTuple):
   counts: list[int]
   order: np.ndarray | None = None
   message: str = ""
+  is_damaged: bool = False
 
 
 class ExampleReader:
@@ -99,14 +104,19 @@ class ExampleReader:
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {"_tokenizer": None}  # other processes make their own
 
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer, made when it is first asked for."""
+    if self._tokenizer is None:
+      self._tokenizer = self._make_tokenizer()
+    return self._tokenizer
+
   def read(self, row: Mapping[str, Any], rng: np.random.Generator) -> Example:
     """Reads a row, with whole paths of its media; `rng` draws the positions.
 
     Raises:
       BrokenRow: the row or its media cannot be used.
     """
-    if self._tokenizer is None:
-      self._tokenizer = self._make_tokenizer()
     seen = self._see(row)
     text = self._encode(row, seen.message)
     token_ids, visual_index = lay_out(text.ids, seen.counts)
@@ -114,10 +124,10 @@ class ExampleReader:
     labels[visual_index < 0] = text.labels[text.ids >= 0]
     if seen.order is not None:
       visual_index[visual_index >= 0] = seen.order
-    positions = skipped_positions(len(token_ids), self._config.position_skip, rng)
     length = self._layout.tokens
-    per_token = (values[:length] for values in (token_ids, labels, visual_index, positions))
-    example = Example(seen.frames, seen.tiles, *per_token)
+    per_token = [values[:length] for values in (token_ids, labels, visual_index)]
+    positions = skipped_positions(len(per_token[0]), self._config.position_skip, rng)
+    example = Example(seen.frames, seen.tiles, *per_token, positions, seen.is_damaged)
     self._check_fits(example, len(token_ids))
     return example
 
@@ -128,7 +138,9 @@ class ExampleReader:
     if row.get("video") is not None:
       video = read_row_video(row, self._config, self._features)
       message = time_message(self._config.time_message, video.seconds, video.frame_seconds)
-      return Seen(video.clips, no_tiles, [len(video.clips) * tokens], message=message)
+      counts = [len(video.clips) * tokens]
+      return Seen(video.clips, no_tiles, counts, None, message, video.is_damaged)
+    self._check_num_images(row)
     images = read_row_images(row)
     if not images:
       return Seen(no_clips, no_tiles, [])
@@ -139,6 +151,16 @@ class ExampleReader:
     order = sequence_order(*grids[0], tokens)
     return Seen(no_clips, tiles, [len(order)], order)
 
+  def _check_num_images(self, row):
+    """Refuses more images than a row has tokens for, before all of them are read."""
+    num_images = len(media_paths(row, "image")) if row.get("image") is not None else 0
+    if num_images * self._layout.clip_tokens > self._layout.tokens:
+      raise BrokenRow(
+        "too long",
+        f"{num_images} images of {self._layout.clip_tokens} tokens, but a row has "
+        f"{self._layout.tokens}; give longer rows, or fewer images",
+      )
+
   def _tiles(self, image, grid):
     if self._features is None:
       return read_tiles(image, grid, self._config.image_size)
@@ -148,7 +170,7 @@ class ExampleReader:
     template, style = self._config.template, self._config.label_style
     with because("bad conversations"):
       try:
-        return encode_row(row, self._tokenizer, template, message, style)
+        return encode_row(row, self.tokenizer, template, message, style)
       except (TypeError, UnicodeError) as error:  # JSON may hold half of a surrogate pair
         raise BrokenRow("bad conversations", "a text is not valid UTF-8; mend it") from error
 
@@ -156,7 +178,7 @@ class ExampleReader:
     """Refuses an example that would lose a part of what is seen, or all answers."""
     num_clips, room = len(example.frames), self._layout.room
     num_visual = (num_clips + len(example.tiles)) * self._layout.clip_tokens
-    tokenizer = self._tokenizer
+    tokenizer = self.tokenizer
     marks = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id
     is_answer = (example.labels != IGNORE_LABEL) & ~np.isin(example.labels, marks)
     if (example.visual_index >= 0).sum() < num_visual or not is_answer.any():

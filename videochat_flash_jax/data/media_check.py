@@ -11,21 +11,27 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from videochat_flash_jax.data.annotations import annotated_clip, media_paths
-from videochat_flash_jax.data.broken import BrokenRow, because
-from videochat_flash_jax.data.frame_sampling import clip_indices
-from videochat_flash_jax.data.image_reader import read_image
+from videochat_flash_jax.data.annotations import media_paths
+from videochat_flash_jax.data.broken import BrokenRow
+from videochat_flash_jax.data.data_config import ExampleConfig
+from videochat_flash_jax.data.row_media import (
+  choose_frames,
+  open_row_video,
+  read_row_images,
+  row_video_path,
+)
 from videochat_flash_jax.data.rows import Rows
-from videochat_flash_jax.data.video_reader import VideoInfo, open_video
+from videochat_flash_jax.data.video_reader import VideoInfo
 
 NUM_OFFENDERS = 5  # of a reason and a source that are named
 _ROWS_AT_ONCE = 2048
 _ROWS_WITH_MEDIA_AT_ONCE = 64
-_LOOKED_AT_SIZE = 32  # pixels; frames are decoded, not looked at
+_CONFIG = ExampleConfig(image_size=32)  # frames are decoded, not looked at
 _REMEMBERED_FILES = 1024  # rows about one video tend to follow one another
 
 
@@ -41,6 +47,7 @@ class SourceReport:
     opened: media opened: "video", "image".
     frames: of the videos opened.
     seconds: of the videos opened.
+    damaged: videos opened of which a frame decoded was patched up or missing; they can be used.
     broken: rows that cannot be used, by reason.
     offenders: a few of them: what is wrong, and with which row, by reason.
   """
@@ -52,13 +59,15 @@ class SourceReport:
   opened: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   frames: int = 0
   seconds: float = 0.0
+  damaged: int = 0
   broken: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   offenders: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
   def add(self, other: "SourceReport") -> None:
     """Adds what was found in further rows."""
-    for field in ("rows", "kinds", "words", "opened", "frames", "seconds", "broken"):
-      setattr(self, field, getattr(self, field) + getattr(other, field))
+    for field in dataclasses.fields(self):
+      if field.name not in ("source", "offenders"):
+        setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
     for reason, messages in other.offenders.items():
       named = self.offenders.setdefault(reason, [])
       named.extend(messages[: NUM_OFFENDERS - len(named)])
@@ -131,7 +140,7 @@ def _check_rows(rows: Rows, checked: range, opened: frozenset[int]) -> SourceRep
       report.broken[error.reason] += 1
       named = report.offenders.setdefault(error.reason, [])
       if len(named) < NUM_OFFENDERS:
-        message = str(error).removeprefix(f"{error.reason}: ").removeprefix(f"{source} ")
+        message = error.detail.removeprefix(f"{source} ")
         named.append(_named(rows.label(index), message))
   return report
 
@@ -142,33 +151,41 @@ def _named(label, message):
 
 
 def _open_media(row, kind, report):
-  for path in media_paths(row, kind):
-    found = _open_file(kind, path)
-    if isinstance(found, BrokenRow):
-      raise found
+  for path in [row_video_path(row)] if kind == "video" else media_paths(row, kind):
+    found = _open_file(kind, path, row.get("video_read_type"))
+    if found.problem:
+      raise BrokenRow(*found.problem)
     report.opened[kind] += 1
-    if kind == "video":
-      report.frames += found.num_frames
-      report.seconds += found.seconds
-      if clip := annotated_clip(row):
-        with because("bad times"):
-          clip_indices(found.num_frames, found.fps, *clip, 1)
+    if found.info:
+      report.frames += found.info.num_frames
+      report.seconds += found.info.seconds
+      report.damaged += found.is_damaged
+      choose_frames(row, found.info, _CONFIG)
+
+
+class _Found(NamedTuple):
+  """What opening a file has shown: a video's facts, or what is wrong with it.
+
+  The latter are reason and detail of a `BrokenRow`, which itself would keep the file open.
+  """
+
+  info: VideoInfo | None = None
+  is_damaged: bool = False
+  problem: tuple[str, str] | None = None
 
 
 @functools.lru_cache(_REMEMBERED_FILES)
-def _open_file(kind: str, path: str) -> VideoInfo | BrokenRow | None:
-  """Decodes what shows whether a file is whole; gives a video's facts, or what is wrong."""
-  reason = f"unreadable {kind}"
+def _open_file(kind: str, path: str, read_type: str | None) -> _Found:
+  """Decodes what shows whether a file is whole."""
   try:
-    with because(reason, path):
-      if kind == "image":
-        read_image(path)
-        return None
-      with open_video(path, num_threads=1) as video:
-        for _ in video.frames([0, video.info.num_frames - 1], _LOOKED_AT_SIZE):
-          pass
-        return video.info
+    if kind == "image":
+      read_row_images({"image": path})
+      return _Found()
+    with open_row_video({"video": path, "video_read_type": read_type}) as video:
+      for _ in video.frames([0, video.info.num_frames - 1], _CONFIG.image_size):
+        pass
+      return _Found(video.info, video.damaged)
   except BrokenRow as error:
-    return error
-  except Exception as error:  # whatever a decoder makes of a broken file
-    return BrokenRow(reason, f"{path}: {type(error).__name__}: {error}")
+    return _Found(problem=(error.reason, error.detail))
+  except OSError as error:  # a run would try again
+    return _Found(problem=(f"unreadable {kind}", f"{path}: {error.strerror or error}"))

@@ -1,7 +1,8 @@
 """Files by path or by address: `gs://`, `s3://`, `http://` and whatever else fsspec knows.
 
-An address is read where it is, by ranges, so that a few frames of a long video do not fetch all of
-it. Paths of the local disk are left to those who read them.
+An address is read where it is, by parts, of which a few are held: nothing is copied to the disk.
+Yet to open a video there fetches all of it once: when its frames are shown is told by walking over
+all packets, see video_timeline.py. Paths of the local disk are left to those who read them.
 """
 
 import contextlib
@@ -17,7 +18,11 @@ from videochat_flash_jax.errors import InputError
 _BLOCK_BYTES = 1 << 20
 _NUM_BLOCKS = 32  # of one file kept in memory; those used least recently go first
 _COPIED_BYTES = 1 << 22
-_CHANGING_FACTS = ("ETag", "etag", "mtime", "LastModified", "updated", "generation", "md5Hash")
+_CHANGING_FACTS = (
+  "ETag", "etag", "mtime", "LastModified", "Last-Modified", "updated", "generation", "md5Hash",
+  "Content-MD5", "Digest",
+)  # fmt: skip
+_GONE, _BUSY = (404, 410), (408, 425, 429)  # what a web server says; from 500 on it fails, too
 _PACKAGES = {
   "gs": "gcsfs",
   "gcs": "gcsfs",
@@ -69,16 +74,29 @@ def _check_parts(file, path):
 
 
 def exists(path: str | os.PathLike) -> bool:
-  """Whether there is a file, or a folder, of this path or address."""
+  """Whether there is a file, or a folder, of this path or address.
+
+  Raises:
+    InputError: this cannot be told now: the network or the server fails; see `open_media`.
+  """
   if not is_address(path):
     return os.path.exists(path)
-  with _named_errors(path):
-    files, name = file_system(str(path))
-    return files.exists(name)
+  try:
+    file_stamp(path)
+  except InputError as error:
+    if isinstance(error.__cause__, FileNotFoundError):
+      return False
+    raise
+  return True
 
 
 def file_stamp(path: str | os.PathLike) -> tuple[int, int | str]:
-  """Size in bytes, and what else changes when a file does; raises as `open_media`."""
+  """Size in bytes, and what else changes when a file does, if that is known ("" if not).
+
+  Raises:
+    OSError: of a local file.
+    InputError: of an address, as `open_media`.
+  """
   if not is_address(path):
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
@@ -105,14 +123,24 @@ def _named_errors(address: str | os.PathLike) -> Iterator[None]:
   except InputError:
     raise
   except FileNotFoundError as error:
-    # fsspec says so of a web server that cannot be reached, or fails, too.
-    if error.__cause__ and getattr(error.__cause__, "status", 500) >= 500:
-      raise _failure(address, error) from ConnectionError(str(error.__cause__))
+    # fsspec says so of a web server that cannot be reached, fails or refuses, too.
+    if error.__cause__ and str(address).startswith("http"):
+      status = getattr(error.__cause__, "status", 500)
+      if status not in _GONE:
+        may_pass = status >= 500 or status in _BUSY
+        cause = (ConnectionError if may_pass else PermissionError)(str(error.__cause__))
+        raise _failure(address, error) from cause
     raise InputError(f"{address}: there is no such file; check the address") from error
   except OSError as error:
     raise _failure(address, error) from error
   except Exception as error:
     raise _failure(address, error) from ConnectionError(str(error))
+
+
+def server_failure(error: Exception) -> Exception:
+  """An error met while a file is read; what a web server has failed in is a `ConnectionError`."""
+  is_of_server = type(error).__module__.partition(".")[0] == "aiohttp"
+  return ConnectionError(str(error)) if is_of_server else error
 
 
 def _failure(address, error):

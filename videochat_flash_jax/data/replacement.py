@@ -2,7 +2,8 @@
 
   example 17 is row 204, a video:   204 unreadable video, 205 missing file, 206 is read
 
-What was passed over travels with the example, to be counted and logged where the run is.
+What was passed over travels with the example, to be counted and logged where the run is. A run that
+goes on reads the same row again, here 206, even if 204 is mended by then.
 """
 
 import errno
@@ -18,6 +19,7 @@ from videochat_flash_jax.errors import InputError
 
 _MOST_REPLACEMENTS = 100
 _RETRY_SECONDS = 0.2, 1.0
+_REASONS = {"video": "unreadable video", "image": "unreadable image", "text": "bad conversations"}
 _PASSING = {  # what a network or a busy machine may get over
   getattr(errno, name)
   for name in (
@@ -38,10 +40,19 @@ class PassedOver(NamedTuple):
 
 
 class Drawn(NamedTuple):
-  """An example, and what was passed over for it: the row drawn, then those tried in its place."""
+  """An example and where it is from.
+
+  Attributes:
+    example: of a row.
+    row: its number in the mixture.
+    passed_over: the row drawn, if this is another one, then those tried in its place.
+    damaged: source and name of the row, if its video is damaged but could be read.
+  """
 
   example: Example
-  passed_over: tuple[PassedOver, ...]
+  row: int
+  passed_over: tuple[PassedOver, ...] = ()
+  damaged: str | None = None
 
 
 class ReplacingReader:
@@ -67,8 +78,7 @@ class ReplacingReader:
     row, passed_over = self._order.row(stream, number), []
     for _ in range(1 + _MOST_REPLACEMENTS):
       try:
-        rng = np.random.default_rng([self._seed, stream, number])
-        return Drawn(self._read_patiently(row, rng), tuple(passed_over))
+        return self._drawn(stream, number, row, tuple(passed_over))
       except BrokenRow as error:
         names = self._rows.source(row), self._rows.label(row)
         passed_over.append(PassedOver(row, *names, error.reason, str(error)))
@@ -80,22 +90,43 @@ class ReplacingReader:
       f"{passed_over[0].message}; mend them: vcflash data check names all"
     )
 
+  def read_again(self, stream: int, number: int, row: int) -> Drawn:
+    """Reads example `number` of a stream from the row that was read for it before.
+
+    Raises:
+      InputError: that row cannot be read now.
+    """
+    try:
+      return self._drawn(stream, number, row)
+    except BrokenRow as error:
+      raise InputError(
+        f"{self._rows.source(row)}, {self._rows.label(row)} was read before the run was saved, and "
+        f"cannot be now: {error}; bring it back, or begin without the state of the batches"
+      ) from error
+
+  def _drawn(self, stream, number, row, passed_over=()) -> Drawn:
+    rng = np.random.default_rng([self._seed, stream, number])
+    example = self._read_patiently(row, rng)
+    name = f"{self._rows.source(row)}, {self._rows.label(row)}" if example.is_damaged else None
+    return Drawn(example, row, passed_over, name)
+
   def _read_patiently(self, row, rng) -> Example:
     """Tries again where a failure may pass."""
     for seconds in (*_RETRY_SECONDS, None):
       try:
         return self._reader.read(self._rows[row], rng)
-      except (BrokenRow, OSError) as error:
+      except (InputError, OSError) as error:
         if seconds is None or not may_pass(error):
+          if isinstance(error, InputError):  # a row's, or one that is none of the rows' business
+            raise
           raise self._as_broken(row, error) from error
+      except Exception as error:  # not known beforehand what a row may bring about
+        raise self._as_broken(row, error) from error
       time.sleep(seconds)
     raise AssertionError("unreachable")
 
   def _as_broken(self, row, error):
-    if isinstance(error, BrokenRow):
-      return error
-    kind = self._rows.kind(row)
-    return BrokenRow(f"unreadable {kind}" if kind != "text" else "missing file", str(error))
+    return BrokenRow(_REASONS[self._rows.kind(row)], f"{type(error).__name__}: {error}")
 
 
 def may_pass(error: BaseException | None) -> bool:

@@ -9,10 +9,10 @@ nothing is parsed. The rows' text stays in the file (of an address a copy is kep
                 text        copy of a file that is not on this machine
 """
 
-import contextlib
 import hashlib
 import json
 import os
+import shutil
 import struct
 import tempfile
 from dataclasses import dataclass
@@ -63,16 +63,26 @@ class RowIndex:
       InputError: it is another one than the index was made of.
       OSError: it cannot be read any more.
     """
-    if file_stamp(self.text) != self.stamp:
-      raise InputError(f"{self.text}: has changed since the rows were opened; start again")
-    return TextFile(self.text)
+    file = TextFile(self.text, self.stamp)
+    file.check_unchanged()
+    return file
 
 
 class TextFile:
   """Parts of an open file, which is closed with the last use of it; fit for several threads."""
 
-  def __init__(self, path: str):
+  def __init__(self, path: str, stamp: tuple[int, int]):
+    self._path, self._stamp = path, stamp
     self._descriptor = os.open(path, os.O_RDONLY)
+
+  def check_unchanged(self) -> None:
+    """Raises an `InputError` if other bytes were written into the file.
+
+    What replaced the file, or removed it, does not matter: it is still open.
+    """
+    status = os.fstat(self._descriptor)
+    if (status.st_size, status.st_mtime_ns) != tuple(self._stamp):
+      raise InputError(f"{self._path}: has changed since the rows were opened; start again")
 
   def read(self, start: int, length: int) -> bytes:
     """Bytes from a place on, fewer at the end."""
@@ -86,39 +96,80 @@ class TextFile:
 def row_index(json_path: str, cache_dir: Path) -> RowIndex:
   """The index of an annotation file; makes it if the cache has none of this very file.
 
-  Safe when several processes do so at once: each makes its own, and the first one is kept.
+  Safe when several processes do so at once: each makes its own, and the first one is kept. Where a
+  server does not tell whether a file has changed, it is copied at each start.
 
   Raises:
-    InputError: the file cannot be read or holds no row, or the cache cannot be written.
+    InputError: the file cannot be read or holds no row, it changes meanwhile, or the cache cannot
+      be used.
   """
+  state = _state(json_path)
+  directory = _directory(cache_dir, json_path, state)
+  is_known = bool(state[1])
   try:
-    state = file_stamp(json_path)
-  except OSError as error:
-    raise _unreadable(json_path, error) from error
-  key = hashlib.blake2b(json.dumps([_VERSION, json_path, *state]).encode(), digest_size=16)
-  directory = Path(cache_dir) / key.hexdigest()
-  with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-    facts = json.loads((directory / "facts.json").read_text())
-    return _index(directory, json_path, facts)
-  try:
+    if is_known and (index := _kept(directory, json_path, state)):
+      return index
     os.makedirs(cache_dir, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix="building-") as scratch:
       made = Path(scratch, "index")
       made.mkdir()
-      facts = _make(json_path, made)
-      with contextlib.suppress(OSError):  # another process was faster
-        made.rename(directory)
-    return _index(directory, json_path, facts)
+      digest = _make(json_path, made)["digest"]
+      if _state(json_path) != state:
+        raise InputError(f"{json_path}: changes while it is read; start again when it is whole")
+      if not is_known:
+        directory = _directory(cache_dir, json_path, (*state, digest))
+      _put(made, directory, json_path, state)
+    index = _kept(directory, json_path, state)
   except OSError as error:
     raise InputError(
-      f"{error.filename or cache_dir}: cannot be written ({error.strerror or error}); "
+      f"{error.filename or cache_dir}: cannot be written or read ({error.strerror or error}); "
       "free some room, or set VCF_CACHE_DIR to another folder"
     ) from error
+  if index is None:
+    raise InputError(f"{directory}: a damaged index, which comes back; check the disk")
+  return index
 
 
-def _index(directory, json_path, facts):
-  text = str(directory / "text") if is_address(json_path) else json_path
-  return RowIndex(str(directory), text, file_stamp(text), **facts)
+def _state(json_path):
+  try:
+    return file_stamp(json_path)
+  except OSError as error:
+    raise _unreadable(json_path, error) from error
+
+
+def _directory(cache_dir, json_path, state):
+  key = hashlib.blake2b(json.dumps([_VERSION, json_path, *state]).encode(), digest_size=16)
+  return Path(cache_dir) / key.hexdigest()
+
+
+def _kept(directory, json_path, state) -> RowIndex | None:
+  """The index in a directory; None if there is none, or a damaged one."""
+  text = directory / "text" if is_address(json_path) else json_path
+  try:
+    facts = json.loads((directory / "facts.json").read_text())
+    stamp = file_stamp(text) if is_address(json_path) else state
+    index = RowIndex(str(directory), str(text), stamp, **facts)
+    table = index.table()
+    end = int(table["start"][-1]) + int(table["length"][-1])
+  except (FileNotFoundError, NotADirectoryError, ValueError, EOFError, TypeError, IndexError):
+    return None
+  return index if len(table) == index.num_rows and end <= stamp[0] else None
+
+
+def _put(made, directory, json_path, state):
+  """Moves a new index to its place, whole on the disk first: power may fail."""
+  for path in (*made.iterdir(), made):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+  try:
+    made.rename(directory)
+  except OSError:
+    if _kept(directory, json_path, state) is None:  # else another process was faster
+      shutil.rmtree(directory, ignore_errors=True)
+      made.rename(directory)
 
 
 def _unreadable(json_path, error):

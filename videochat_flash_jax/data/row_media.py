@@ -24,11 +24,12 @@ from videochat_flash_jax.data.feature_store import FeatureStore
 from videochat_flash_jax.data.frame_sampling import CLIP_FRAMES, clip_indices, training_indices
 from videochat_flash_jax.data.image_reader import read_image
 from videochat_flash_jax.data.image_tiling import choose_grid, cut_tiles, pad_to_square
-from videochat_flash_jax.data.media_files import exists
+from videochat_flash_jax.data.media_files import exists, is_address, server_failure
 from videochat_flash_jax.data.preprocessing import resize
 from videochat_flash_jax.data.video_reader import VideoInfo, VideoReader, open_video
 from videochat_flash_jax.errors import InputError
 
+_BEYOND_SECONDS, _BEYOND_SHARE = 1.0, 0.1  # annotators round times, and files are cut again
 _TVQA_FPS = 3.0  # of that data set's folders of pictures; those of all others show one a second
 ENCODE_AGAIN = "run vcflash data encode with the frames of this run"
 
@@ -40,11 +41,13 @@ class RowVideo(NamedTuple):
     clips: uint8 `[C, 4, S, S, 3]`; or features of them, bfloat16 `[C, V, E]`.
     seconds: length of the video, or of its clip.
     frame_seconds: `[4 C]`, when each frame is shown.
+    is_damaged: whether others stand in for frames that cannot be read.
   """
 
   clips: np.ndarray
   seconds: float
   frame_seconds: np.ndarray
+  is_damaged: bool = False
 
 
 class FrameChoice(NamedTuple):
@@ -68,7 +71,7 @@ def read_row_video(
   if features is None:
     with open_row_video(row) as video:
       choice = choose_frames(row, video.info, config)
-      return RowVideo(read_clips(video, choice, config), *choice[1:])
+      return RowVideo(read_clips(video, choice, config), *choice[1:], video.damaged)
   path = row_video_path(row)
   info = features.video_info(path)
   if info is None:
@@ -101,6 +104,9 @@ def row_video_path(row: Mapping[str, Any]) -> str:
 def open_row_video(row: Mapping[str, Any]) -> Iterator[VideoReader]:
   """Opens the video of a row; raises as `read_row_video`, whatever is read from it."""
   path = row_video_path(row)
+  if row.get("video_read_type") == "img" and is_address(path):
+    found = f"{path}: folders of pictures are read from this machine only"
+    raise BrokenRow("unreadable video", f"{found}; copy it here, or make it a video")
   picture_fps = _TVQA_FPS if "tvqa" in path.lower() else 1.0
   with _reading("unreadable video", path), open_video(path, picture_fps, num_threads=1) as video:
     yield video
@@ -173,14 +179,16 @@ def tile_features(
 def _reading(reason: str, path: str) -> Iterator[None]:
   """Whatever a decoder makes of a broken file, it becomes a `BrokenRow`."""
   with because(reason):
-    if not exists(path):
+    # Whether there is a file at an address shows when it is opened.
+    if not is_address(path) and not exists(path):
       raise BrokenRow("missing file", f"{path}: there is no such file; check the path")
     try:
       yield
     except (OSError, InputError):
       raise
     except Exception as error:
-      raise BrokenRow(reason, f"{path}: {type(error).__name__}: {error}") from error
+      found = f"{path}: {type(error).__name__}: {error}"
+      raise BrokenRow(reason, found) from server_failure(error)
 
 
 def _sample(
@@ -194,15 +202,20 @@ def _sample(
   least, most = config.frames
   bounds = {"min_frames": least, "max_frames": most, "local_frames": CLIP_FRAMES}
   fps = 1.0 if read_type == "gif" else info.fps
+  seconds = info.num_frames / fps
   if clip is None:
     rate = 1.0 if is_folder else fps  # pictures are counted as seconds, whatever their rate
     indices = training_indices(config.sampling, info.num_frames, rate, num_picks=most, **bounds)
-    return indices, info.num_frames / fps, indices / fps
+    return indices, seconds, indices / fps
   start, end = clip
+  if read_type != "img" and end > seconds + max(_BEYOND_SECONDS, _BEYOND_SHARE * seconds):
+    raise InputError(
+      f"clip from {start:g} s to {end:g} s ends far beyond a video of {seconds:.2f} s; mend its end"
+    )
   if read_type == "img":
     frames = config.sampling, info.num_frames, fps
     indices = picture_indices(*frames, start, end, num_picks=most, **bounds)
-    end = min(end, info.num_frames / fps)
+    end = min(end, seconds)
   else:
     num_picks = num_clip_frames(end - start, config.sampling, **bounds)
     indices = clip_indices(info.num_frames, fps, start, end, num_picks)

@@ -18,14 +18,16 @@ import numpy as np
 from videochat_flash_jax.data.conversation import IGNORE_LABEL
 from videochat_flash_jax.data.examples import Example
 from videochat_flash_jax.data.sharded_rows import RowLayout, spread_row
+from videochat_flash_jax.errors import InputError
 
 NUM_BINS = 6  # more waste less room, and hold more frames in memory
 
 
 class Packed(NamedTuple):
-  """An example in a row, and its number in its stream."""
+  """An example in a row, its number in its stream, and the row of the mixture read for it."""
 
   number: int
+  source_row: int
   example: Example
 
 
@@ -66,9 +68,9 @@ class RowPacker:
     self._bins: list[_Bin] = []
 
   @property
-  def numbers(self) -> list[list[int]]:
-    """Numbers of the examples in each row that is being filled."""
-    return [[item.number for item in bin.packed] for bin in self._bins]
+  def unfinished(self) -> list[list[list[int]]]:
+    """Number and source row of the examples in each row that is being filled."""
+    return [[[item.number, item.source_row] for item in bin.packed] for bin in self._bins]
 
   def add(self, item: Packed) -> list[Packed] | None:
     """Takes an example, which fits a row by itself; gives a row if one had to leave."""
@@ -83,10 +85,18 @@ class RowPacker:
     return full
 
   def put_together(self, items: Sequence[Packed]):
-    """Begins a row with examples that were together in one before."""
+    """Begins a row with examples that were together in one before.
+
+    Raises:
+      InputError: they do not fit it any more, since they were changed.
+    """
     new = _Bin(self._layout)
     if not all(new.add(item) for item in items):
-      raise AssertionError("examples that were in one row do not fit it any more")
+      rows = ", ".join(str(item.source_row) for item in items)
+      raise InputError(
+        f"rows {rows} of the mixture were packed together, but their videos or images have changed "
+        "and do not fit any more; bring the old ones back, or begin without the state"
+      )
     self._bins.append(new)
 
 

@@ -9,6 +9,7 @@ row_index.py. `Rows` itself holds paths only: a worker process gets it in a few 
 the files when it needs them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,8 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from videochat_flash_jax.data.annotations import (
-  NUM_PROBED,
-  check_media,
   kept_rows,
   kind_of,
   media_length,
@@ -105,9 +104,22 @@ class _Part:
     return int(self.numbers[index - self.rows.start])
 
   def parse(self, index: int) -> object:
-    """A row as it is written, None if that is no JSON."""
-    record = self.table[self.number(index)]
-    return parse_row(self.text.read(int(record["start"]), int(record["length"])))
+    """A row as it is written, None if that is no JSON.
+
+    Raises:
+      InputError: the annotation file cannot be read any more, or has changed.
+    """
+    try:
+      record = self.table[self.number(index)]
+      row = parse_row(self.text.read(int(record["start"]), int(record["length"])))
+      if not isinstance(row, dict):
+        self.text.check_unchanged()
+    except OSError as error:
+      raise InputError(
+        f"{self.source.json_path}: cannot be read any more ({error.strerror or error}); put it, or "
+        "its index, back and start again"
+      ) from error
+    return row
 
   def __getstate__(self):
     return {name: self.__dict__[name] for name in ("source", "index", "rows")}
@@ -129,14 +141,14 @@ class Rows:
 
     Raises:
       BrokenRow: it cannot be used; the message begins with the reason and names file and row.
+      InputError: the annotation file is gone or has changed, and with it all its rows.
     """
     part = self._part(index)
     try:
       return _checked(part.parse(index), part)
     except BrokenRow as error:
       where = f"{part.source.json_path} row {part.number(index) + 1}"
-      detail = str(error).removeprefix(f"{error.reason}: ")
-      raise BrokenRow(error.reason, f"{where}: {detail}") from error
+      raise BrokenRow(error.reason, f"{where}: {error.detail}") from error
 
   def kind(self, index: int) -> str:
     """What a row shows: "video", "image" or "text"; of a broken one, what its file has."""
@@ -167,9 +179,13 @@ class Rows:
     return self._part(index).source.json_path
 
   def label(self, index: int) -> str:
-    """A row's name: its id or first medium, or else its number in the file, from 1."""
-    part = self._part(index)
-    row = part.parse(index)
+    """A row's name: its id or first medium, or else its number in the file, from 1.
+
+    The latter also where the file cannot be read any more: messages need names.
+    """
+    part, row = self._part(index), None
+    with contextlib.suppress(InputError):
+      row = part.parse(index)
     row = row if isinstance(row, dict) else {}
     for name in (row.get("id"), row.get("video"), row.get("image")):
       if isinstance(name, list) and name:
@@ -212,7 +228,7 @@ class Rows:
   @property
   def fingerprint(self) -> str:
     """Tells mixtures apart: the same for the same rows and settings, wherever they lie."""
-    facts = []
+    facts = [self.max_frames]  # it decides the lengths, and these the order
     for part in self._parts:
       settings = dataclasses.asdict(part.source)
       for place in ("json_path", "data_root", "folder"):
@@ -230,25 +246,6 @@ class Rows:
 
   def __getstate__(self):
     return {name: self.__dict__[name] for name in ("path", "_parts", "max_frames")}
-
-
-def check_first_media(rows: Rows) -> None:
-  """Looks for the first files of every source: a wrong `data_root` shows before a run starts.
-
-  Raises:
-    InputError: none of a source's first three files exists.
-  """
-  for source, (start, stop) in zip(rows.sources, rows.source_ranges, strict=True):
-    first = []
-    for index in range(start, min(stop, start + NUM_PROBED)):
-      try:
-        first.append(rows[index])
-      except BrokenRow:  # it is counted when it comes
-        continue
-    try:
-      check_media(first)
-    except InputError as error:
-      raise InputError(f"{source.json_path}: {error}") from error
 
 
 def _checked(row: object, part: _Part) -> dict:

@@ -39,18 +39,26 @@ class VideoDecoder:
     self.damaged = False  # whether a frame was patched up, or stood in for an unreadable one
     self.num_decoded = 0  # frames that came out, wanted or not
     self._to_rgb = VideoReformatter()  # a frame's own would prepare its tables for that frame only
-    self._open()
-    self.timeline = timeline or read_timeline(self._container, self._stream, path)
+    try:
+      self._open()
+      self.timeline = timeline or read_timeline(self._container, self._stream, path)
+    except Exception:
+      if hasattr(self, "_container"):
+        self._container.close()  # the error may be kept, and with it the decoder
+      raise
     self._position = -1  # the frame decoded last
     self._picture: av.VideoFrame | None = None
     self._upcoming: Iterator[tuple[int, av.VideoFrame]] | None = None  # None: a jump is due
     self._targets: frozenset[int] = frozenset()  # time stamps of the frames asked for
     self._last_target: int | None = None
+    self._sent: set[int] = set()  # targets whose packets the decoder has got since its last start
     self._is_jump_next = self._may_skip = False
 
   def close(self) -> None:
-    """Releases the file."""
+    """Releases the file, and what was decoded of it."""
     self._container.close()
+    # What is upcoming knows its decoder: neither would be freed before garbage is collected.
+    self._upcoming = self._picture = None
 
   def read(self, run: Sequence[int], is_jump_next: bool = False) -> Iterator[np.ndarray]:
     """Decodes frames one by one: uint8 `[H, W, 3]`.
@@ -66,6 +74,7 @@ class VideoDecoder:
     self._targets = frozenset(stamps[index] for index in run) if stamps else frozenset()
     self._last_target = stamps[run[-1]] if stamps else None
     self._is_jump_next = is_jump_next
+    self._sent.clear()
     is_complete = False
     try:
       for index in run:
@@ -141,6 +150,7 @@ class VideoDecoder:
   def _start(self, key: int) -> None:
     """Makes the `key`-th key frame the next frame to be decoded, or a frame before it."""
     self._position, self._picture = -1, None
+    self._sent.clear()
     self._upcoming = self._decode(self._packets_from(key))
 
   def _packets_from(self, key: int) -> Iterable[av.Packet]:
@@ -169,14 +179,19 @@ class VideoDecoder:
     for packet in packets:
       stamp = packet.pts
       # Behind the run's end nothing is left out, so that the next one may go on from there.
+      is_target = stamp in self._targets
       is_unwanted = (
         self._may_skip
         and stamp is not None
-        and stamp < self._last_target
-        and stamp not in self._targets
+        and (stamp < self._last_target or self._is_jump_next)
+        and not is_target
       )
       self._codec.skip_frame = "NONREF" if is_unwanted else "DEFAULT"
-      is_end = self._may_skip and self._is_jump_next and stamp == self._last_target
+      if is_target:
+        self._sent.add(stamp)
+      # The last target's packet may come before those of B-frames that are shown earlier.
+      is_all_sent = is_target and len(self._sent) == len(self._targets)
+      is_end = self._may_skip and self._is_jump_next and is_all_sent
       try:
         frames = packet.decode()
         if is_end:

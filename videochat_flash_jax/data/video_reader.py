@@ -190,7 +190,11 @@ class _VideoFile(VideoReader):
     """The timeline, and (height, width) of the first frame."""
     with _named_errors(self.path):
       decoder = VideoDecoder(self.path, self._num_threads)
-      (frame,) = decoder.read([0])
+      try:
+        (frame,) = decoder.read([0])
+      except Exception:
+        decoder.close()  # the error may be kept, and with it the decoder
+        raise
     self._idle[self._num_threads].append(decoder)
     return decoder.timeline, frame.shape[:2]
 

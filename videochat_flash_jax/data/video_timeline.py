@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from videochat_flash_jax.data.broken import BrokenRow
 from videochat_flash_jax.errors import InputError
 
 
@@ -55,7 +56,8 @@ def read_timeline(container, stream, path: Path) -> Timeline:
   """Walks over all packets of a stream; `path` is for messages.
 
   Raises:
-    InputError: the stream holds no frame, or fewer than its header speaks of.
+    BrokenRow: the stream holds no frame.
+    InputError: it holds fewer than its header speaks of.
   """
   packets, num_readable, first_key = [], 0, None
   for packet in container.demux(stream):
@@ -66,7 +68,7 @@ def read_timeline(container, stream, path: Path) -> Timeline:
       if first_key is not None and not packet.is_discard:  # an edit list hides some
         packets.append((packet.pts, packet.is_keyframe, packet.duration or 0))
   if not packets:
-    raise InputError(f"{path}: the file has no video frames; copy it again or re-encode it")
+    raise BrokenRow("no frames", f"{path}: it has no video frames; copy it again or re-encode it")
 
   rate = stream.average_rate or Fraction(1)
   stamps = {stamp for stamp, _, _ in packets}

@@ -20,7 +20,6 @@ from videochat_flash_jax.inference import programs
 from videochat_flash_jax.inference.programs import DECODE_STEPS, NO_TOKEN, bucket, check_mesh
 from videochat_flash_jax.inference.sampler import Sampling
 from videochat_flash_jax.models.qwen2 import Caches
-from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.parallel.sharding import dotted_path, weight_shardings
@@ -141,13 +140,15 @@ class Engine:
     length = np.array([len(prompt.token_ids) for prompt in prompts])
     start = np.zeros_like(length) if after is None else np.asarray(after.caches[0].length)
     self._check_context(int((start + length).max()), max_new_tokens)
-    num_tokens = bucket(int(length.max()))
-    token_ids, visual_tokens, visual_index = _pad_rows(prompts, num_tokens)
-    shape = (len(prompts), num_tokens, visual_tokens.shape[1])
+    num_visual = max(len(prompt.visual_tokens) for prompt in prompts)
+    num_tokens, num_visual, num_slots = programs.padded_sizes(
+      int(length.max()), num_visual, max_new_tokens
+    )
+    token_ids, visual_tokens, visual_index = _pad_rows(prompts, num_tokens, num_visual)
+    shape = (len(prompts), num_tokens, num_visual)
     arguments = (token_ids, visual_tokens, visual_index, length.astype(np.int32))
     if after is None:
-      plan = self._plan(visual_index, length)
-      num_slots = bucket(num_tokens + max_new_tokens)
+      plan = programs.plan_prompts(self.config, visual_index >= 0, length)
       widths = [] if plan is None else [drop.slots.shape[1] for drop in plan.drops.values()]
       self._announce("prefill", *shape, num_slots, *widths)
       arguments = self._layout.put((*arguments, plan), "batch")
@@ -226,13 +227,6 @@ class Engine:
       group = group.reshape(self._layout.row_shards, -1, *group.shape[1:])
       yield program(*self._model, self._layout.put(group, "batch", "clips")), num_clips
 
-  def _plan(self, visual_index, length):
-    """What is dropped from prompts, padded to buckets like the prompts themselves."""
-    if self.config.dropout is None:
-      return None
-    counts = (np.arange(visual_index.shape[1]) < length[:, None]).astype(np.int32)
-    return plan_dropout(self.config.dropout, visual_index >= 0, counts, round_length=bucket)
-
   def _check_context(self, num_tokens, max_new_tokens):
     available = self.config.decoder.max_positions
     if num_tokens + max_new_tokens > available:
@@ -248,14 +242,13 @@ class Engine:
       _log.info("compiling %s for shape %s", program, shape)
 
 
-def _pad_rows(prompts, num_tokens):
+def _pad_rows(prompts, num_tokens, num_visual):
   """Token ids, visual tokens and visual index of all rows, padded alike."""
   token_ids = np.zeros((len(prompts), num_tokens), np.int32)
   visual_index = np.full((len(prompts), num_tokens), NO_TOKEN, np.int32)
   for row, prompt in enumerate(prompts):
     token_ids[row, : len(prompt.token_ids)] = prompt.token_ids
     visual_index[row, : len(prompt.visual_index)] = prompt.visual_index
-  num_visual = bucket(max(len(prompt.visual_tokens) for prompt in prompts))
   visual_tokens = jnp.stack(
     [
       jnp.pad(prompt.visual_tokens, ((0, num_visual - len(prompt.visual_tokens)), (0, 0)))

@@ -150,6 +150,25 @@ def bucket(size: int, smallest: int = 64) -> int:
   return step
 
 
+def padded_sizes(num_tokens: int, num_visual: int, max_new_tokens: int) -> tuple[int, int, int]:
+  """To what prompts are padded: their tokens, their visual tokens, and slots of the first cache.
+
+  padded_sizes(8448, 8192, 256) = 12288, 8192, 16384
+  """
+  width = bucket(num_tokens)
+  return width, bucket(num_visual), bucket(width + max_new_tokens)
+
+
+def plan_prompts(
+  config: VideoChatFlashConfig, is_visual: Bool[np.ndarray, "B T"], length: Int[np.ndarray, "B"]
+) -> DropoutPlan | None:
+  """What is dropped from right-padded prompts; those that stay are padded to buckets, too."""
+  if config.dropout is None:
+    return None
+  segment_ids = (np.arange(is_visual.shape[1]) < length[:, None]).astype(np.int32)
+  return plan_dropout(config.dropout, is_visual, segment_ids, round_length=bucket)
+
+
 def check_mesh(config: VideoChatFlashConfig, layout: Layout) -> None:
   """Refuses a mesh over which a model cannot be split for inference, before anything is compiled.
 
@@ -174,79 +193,80 @@ def check_mesh(config: VideoChatFlashConfig, layout: Layout) -> None:
 
 
 def prefill_program(
-  model_config: VideoChatFlashConfig, mesh: Mesh, *, rows: int, num_tokens: int, num_visual: int
+  model_config: VideoChatFlashConfig,
+  mesh: Mesh,
+  *,
+  rows: int,
+  num_tokens: int,
+  num_visual: int,
+  max_new_tokens: int,
 ) -> tuple[Callable, tuple]:
-  """Reading prompts, each about one video.
+  """Reading prompts, each about one video, padded as the engine pads them.
 
   Args:
     model_config: of the model; its weights are bfloat16.
     mesh: of the devices to compile for.
     rows: prompts, on all devices together.
-    num_tokens: of a prompt; the cache of the first layers has as many slots.
+    num_tokens: of a prompt, visual ones included.
     num_visual: how many of them are visual.
+    max_new_tokens: of an answer, for which the caches have room.
 
   Returns:
     The jitted program, and its arguments: shapes with shardings, and what is static.
 
   Raises:
-    InputError: rows or model cannot be split over the mesh.
+    InputError: rows or model cannot be split over the mesh; or there is more to see than to read.
   """
   layout = _layout(model_config, mesh, rows)
+  if num_visual > num_tokens:
+    raise InputError(
+      f"a prompt of {num_tokens:,} tokens has no room for {num_visual:,} visual ones; give more "
+      "tokens_per_row or fewer clips_per_shard"
+    )
+  width, visual_width, num_slots = padded_sizes(num_tokens, num_visual, max_new_tokens)
+  is_visual = np.broadcast_to(np.arange(width) < num_visual, (rows, width))
   shapes = (
-    jax.ShapeDtypeStruct((rows, num_tokens), jnp.int32),
-    jax.ShapeDtypeStruct((rows, num_visual, model_config.decoder.width), jnp.bfloat16),
-    jax.ShapeDtypeStruct((rows, num_tokens), jnp.int32),
+    jax.ShapeDtypeStruct((rows, width), jnp.int32),
+    jax.ShapeDtypeStruct((rows, visual_width, model_config.decoder.width), jnp.bfloat16),
+    jax.ShapeDtypeStruct((rows, width), jnp.int32),
     jax.ShapeDtypeStruct((rows,), jnp.int32),
-    _plan(model_config, rows, num_tokens, num_visual),
+    plan_prompts(model_config, is_visual, np.full(rows, num_tokens)),
   )
   arguments = _split(layout, shapes, "batch")
-  return prefill, (*_model(model_config, layout), *arguments, num_tokens)
+  return prefill, (*_model(model_config, layout), *arguments, num_slots)
 
 
 def decode_program(
-  model_config: VideoChatFlashConfig, mesh: Mesh, *, rows: int, num_slots: int
+  model_config: VideoChatFlashConfig, mesh: Mesh, **prompts: int
 ) -> tuple[Callable, tuple]:
   """Writing up to `DECODE_STEPS` tokens a row; the compiler is not told how many.
 
   Args:
     model_config: of the model; its weights are bfloat16.
     mesh: of the devices to compile for.
-    rows: answers, on all devices together.
-    num_slots: tokens of a row, all of them visual, that fit into the cache of the first layers;
-      the others' are as long as dropout leaves them.
+    **prompts: what was read before, as for `prefill_program`.
 
-  Returns:
-    The jitted program, and its arguments: shapes with shardings, and what is static.
-
-  Raises:
-    InputError: rows or model cannot be split over the mesh.
+  Returns and raises as `prefill_program`.
   """
-  layout, decoder = _layout(model_config, mesh, rows), model_config.decoder
-  plan = _plan(model_config, rows, num_slots, num_slots)
-  drops = {} if plan is None else plan.drops
-  edges = (0, *drops, decoder.depth)
-  widths = (num_slots, *(drop.slots.shape[1] for drop in drops.values()))
-
-  def empty():
-    return tuple(
-      KVCache.empty(decoder, rows, width, apart=False, depth=stop - start, dtype=jnp.bfloat16)
-      for start, stop, width in zip(edges, edges[1:], widths, strict=False)
-    )
-
+  read, arguments = prefill_program(model_config, mesh, **prompts)
+  graph, layout, weights, *_ = arguments
+  caches, logits = read.eval_shape(*arguments)
   caches = tuple(
     KVCache(
       *_split(layout, (cache.k, cache.v), "layer", "batch", "heads"),
       _split(layout, cache.length, "batch"),
     )
-    for cache in jax.eval_shape(empty)
+    for cache in caches
   )
-  logits = jax.ShapeDtypeStruct((rows, decoder.vocab_size), jnp.float32)
+  finished = jax.ShapeDtypeStruct(logits.shape[:1], jnp.bool_)
   options = jax.eval_shape(lambda: (jnp.zeros(1, jnp.int32), jax.random.key(0), 0.0, 1.0, 1))
   return decode, (
-    *_model(model_config, layout),
+    graph,
+    layout,
+    weights,
     caches,
     _split(layout, logits, "batch", "vocabulary"),
-    _split(layout, jax.ShapeDtypeStruct((rows,), jnp.bool_), "batch"),
+    _split(layout, finished, "batch"),
     *_split(layout, options),
   )
 
@@ -268,16 +288,6 @@ def _model(config, layout):
   weights = nnx.to_pure_dict(weights)
   shardings = weight_shardings(layout.mesh, weights, gathered=True)
   return graph, layout, jax.tree.map(_shape, weights, shardings)
-
-
-def _plan(config, rows, num_tokens, num_visual):
-  """What the engine drops from rows that are full of one video."""
-  if config.dropout is None:
-    return None
-  is_visual = np.broadcast_to(np.arange(num_tokens) < num_visual, (rows, num_tokens))
-  return plan_dropout(
-    config.dropout, is_visual, np.ones_like(is_visual, np.int32), round_length=bucket
-  )
 
 
 def _split(layout: Layout, shapes: Any, *axes: str) -> Any:

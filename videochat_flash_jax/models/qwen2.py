@@ -89,9 +89,7 @@ class Qwen2(nnx.Module):
     layers, kept = self.layers, every_token(plan)
     for part, drop in _parts(plan, self.config.depth):
       if drop is not None:
-        # In the order of the text; then spread anew, so that no device is left with few tokens.
-        x, kept = self._drop(plan, drop, part.start, layout.in_order(x), kept)
-        x = layout.spread(x)
+        x, kept = self._drop(plan, drop, part.start, x, kept, layout)
       segment_ids = gather_tokens(plan.segment_ids, kept)
       positions = layout.spread(renumbered(segment_ids))
       apply = self._reader(positions, layout.spread(segment_ids), layout)
@@ -108,10 +106,14 @@ class Qwen2(nnx.Module):
 
     return apply
 
-  def _drop(self, plan, drop, before_layer, x, kept):
-    rope = self._rope(renumbered(gather_tokens(plan.segment_ids, kept)))
-    layer = self.layers.layer(before_layer)
-    return drop_tokens(plan, drop, x, kept, lambda x: layer.project(x, rope)[:2])
+  def _drop(self, plan, drop, before_layer, x, kept, layout):
+    def queries_and_keys(x):
+      positions = renumbered(gather_tokens(plan.segment_ids, kept))
+      layer = layout.gather_layer(self.layers.layer(before_layer), "decoder.layers.stacked")
+      x = layout.place(x, "batch", "sequence")
+      return layer.project(x, self._rope(layout.spread(positions)))[:2]
+
+    return drop_tokens(plan, drop, x, kept, queries_and_keys, layout)
 
   def prefill(
     self,
@@ -139,7 +141,7 @@ class Qwen2(nnx.Module):
     caches = []
     for part, drop in _parts(plan, self.config.depth):
       if drop is not None:
-        x, kept = self._drop(plan, drop, part.start, x, kept)
+        x, kept = self._drop(plan, drop, part.start, x, kept, layout)
         length = (kept < row_length).sum(axis=1)
       (batch, num_tokens, _), apart = x.shape, isinstance(self.layers, LayerList)
       cache = KVCache.empty(

@@ -29,6 +29,8 @@ from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import DROPOUT_KINDS, DropoutConfig
 from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.ops.received_attention import received_attention
+from videochat_flash_jax.ops.sharded_gather import sharded_gather
+from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Bool, Float, Int
 
 
@@ -208,15 +210,17 @@ def drop_tokens(
   x: Float[Array, "B T D"],
   kept: Int[Array, "B T"],
   queries_and_keys: Callable,
+  layout: Layout = ONE_DEVICE,
 ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"]]:
-  """Leaves out the tokens that a drop names; those that stay close up.
+  """Leaves out the tokens that a drop names; those that stay close up, evenly over all devices.
 
   Args:
     plan: of the batch.
     drop: one of the plan's.
-    x: hidden states that enter the layer behind the drop.
+    x: hidden states that enter the layer behind the drop, in the order of the layout, as below.
     kept: index of each token in its row before any drop; the row's first length in the padding.
     queries_and_keys: gives those of `x` in that layer, `[B, T, N, H]` and `[B, T, K, H]`.
+    layout: how `x` lies on a mesh; all other arrays are in the order of the text.
 
   Returns:
     `x` and `kept` of the tokens that stay, zeros and the row's first length behind them.
@@ -225,11 +229,12 @@ def drop_tokens(
   if isinstance(drop, RankedDrop):
     segment_ids = gather_tokens(plan.segment_ids, kept)
     learnt = None if plan.learnt is None else gather_tokens(plan.learnt, kept)
-    scores = visual_scores(*queries_and_keys(x), segment_ids, learnt)
+    scores = visual_scores(*queries_and_keys(x), segment_ids, learnt, layout)
     scores = jnp.where(gather_tokens(plan.is_visual, kept), scores, jnp.inf)
     order = _best_first(scores, _segment_starts(segment_ids))
     places = jnp.sort(gather_tokens(order, drop.slots, fill=x.shape[1]), axis=1)
-  return gather_tokens(x, places), gather_tokens(kept, places, fill=plan.is_visual.shape[1])
+  kept = gather_tokens(kept, places, fill=plan.is_visual.shape[1])
+  return sharded_gather(x, places, layout), kept
 
 
 def visual_scores(
@@ -237,13 +242,16 @@ def visual_scores(
   k: Float[Array, "B T K H"],
   segment_ids: Int[Array, "B T"],
   learnt: Bool[Array, "B T"] | None,
+  layout: Layout = ONE_DEVICE,
 ) -> Float[Array, "B T"]:
   """How much each token matters: the attention it gets from those that ask (see `asking`).
 
-  No gradient flows through the choice.
+  No gradient flows through the choice. `q` and `k` are in the order of the layout, all else in that
+  of the text.
   """
   q, k = jax.lax.stop_gradient((q, k))
-  return received_attention(q, k, asking(segment_ids, learnt), segment_ids)
+  asks, segment_ids = (layout.spread(x) for x in (asking(segment_ids, learnt), segment_ids))
+  return layout.in_order(received_attention(q, k, asks, segment_ids, layout))
 
 
 def asking(segment_ids: Int[Array, "B T"], learnt: Bool[Array, "B T"] | None) -> Bool[Array, "B T"]:

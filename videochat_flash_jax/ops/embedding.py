@@ -32,7 +32,7 @@ def embed(
       place = jax.lax.all_gather(place, sharers)  # [devices, B, T]
     is_here = (place >= 0) & (place < len(table))
     columns = jnp.where(is_here[..., None], table[jnp.where(is_here, place, 0)], 0)
-    columns = layout.sum_words(columns)
+    columns = layout.across(jax.lax.psum, columns, "vocabulary")
     if sharers is None:
       return columns
     columns = jax.lax.all_to_all(columns, sharers, split_axis=0, concat_axis=0)

@@ -15,3 +15,24 @@ def gather_tokens(
   """
   index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
   return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=fill)
+
+
+def gather_from_block(
+  block: Shaped[Array, "B T ..."], index: Int[Array, "B S"], start: int | Int[Array, ""]
+) -> Shaped[Array, "B S ..."]:
+  """Picks those tokens at `index` of each row that are in a block of it; zeros for the others.
+
+  What all blocks of a row give sums to what `gather_tokens` gives.
+
+      row           a b c d, of which the block that starts at 2 is c d
+      index         3 0 2
+      result        d 0 c
+
+  Args:
+    block: consecutive tokens of each row.
+    index: places in the whole row.
+    start: place in the whole row of the block's first token.
+  """
+  length = block.shape[1]
+  is_here = (index >= start) & (index < start + length)
+  return gather_tokens(block, jnp.where(is_here, index - start, length))

@@ -15,6 +15,10 @@ hop is half a block, on every device, and nobody waits.
                     own keys    of a lower device   of a higher device
   early chunk       diagonal    early: full         skipped
   late chunk        diagonal    early: full         early, late: full
+
+A block is computed by `ops/splash.py` on TPUs and by `ops/partial_attention.py` elsewhere, on GPUs
+too: JAX's call of cuDNN rounds the log-sum-exp to the dtype of the result, and has no gradient that
+starts from the merged one.
 """
 
 import functools

@@ -30,9 +30,7 @@ def self_attention(
     segment_ids: tokens see only their own segment; None for one segment.
     layout: how the arrays lie, and whether keys are gathered or travel.
   """
-  if layout.mesh is None:
-    return attention(q, k, v, causal=True, query_segments=segment_ids, key_segments=segment_ids)
-  if segment_ids is None:
+  if segment_ids is None and layout.sequence_shards > 1:  # else none are made up: cuDNN takes none
     segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
   if layout.sequence_shards == 1:
     local = _one_shard

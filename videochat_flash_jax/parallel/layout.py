@@ -159,18 +159,15 @@ class Layout:
 
   def words(self, num_words: int) -> jax.Array:
     """Inside of `per_device`: ids of this device's share of the vocabulary, of so many words."""
-    words = jax.numpy.arange(num_words)
-    if self.mesh is None:
-      return words
-    return words + num_words * jax.lax.axis_index(MESH_AXES["vocabulary"])
+    return jax.numpy.arange(num_words) + num_words * self.index_along("vocabulary")
 
-  def sum_words(self, x: jax.Array) -> jax.Array:
-    """Inside of `per_device`: the sum over the devices that share the vocabulary."""
-    return x if self.mesh is None else jax.lax.psum(x, MESH_AXES["vocabulary"])
+  def index_along(self, axis: str) -> int | jax.Array:
+    """Inside of `per_device`: which shard of a named axis this device has."""
+    return 0 if self.mesh is None else jax.lax.axis_index(self.axes[axis])
 
-  def max_words(self, x: jax.Array) -> jax.Array:
-    """Inside of `per_device`: the largest over the devices that share the vocabulary."""
-    return x if self.mesh is None else jax.lax.pmax(x, MESH_AXES["vocabulary"])
+  def across(self, collective: Callable, x: jax.Array, axis: str) -> jax.Array:
+    """Inside of `per_device`: `jax.lax.psum`, `pmax` or `pmean` over the shards of a named axis."""
+    return x if self.mesh is None else collective(x, self.axes[axis])
 
   def in_order(self, x: jax.Array) -> jax.Array:
     """An array with a value per token [B, T, ...] in the order of the text."""

@@ -57,10 +57,8 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
     sizes[sizes.index(-1)] = num_devices // given
   if math.prod(sizes) != num_devices:
     shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    raise InputError(
-      f"mesh: {shape} do not make the {num_devices} devices that are here; "
-      "change a size, or give -1 to one axis"
-    )
+    remedy = "change a size" if -1 in sizes else "change a size, or give -1 to one axis"
+    raise InputError(f"mesh: {shape} do not make the {num_devices} devices; {remedy}")
   if config.num_slices < 1 or sizes[0] % config.num_slices:
     raise InputError(
       f"mesh.num_slices is {config.num_slices}, but mesh.data is {sizes[0]}: "
@@ -73,20 +71,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   """Arranges devices (all of them by default) so that neighbours on an axis are linked.
 
   Raises:
-    InputError: see `mesh_shape`.
+    InputError: see `mesh_shape`; or there are not as many slices as the config says.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(config, len(devices))
+  on_tpu = devices[0].platform == "tpu"
+  if on_tpu or config.num_slices > 1:
+    _check_slices(config, devices)
   if config.num_slices > 1:
     inside = (shape[0] // config.num_slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(
       inside, (config.num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
     )
-  elif devices[0].platform == "tpu":
+  elif on_tpu:
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   else:
     grid = np.array(devices).reshape(shape)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_slices(config, devices):
+  """Refuses a number of slices that is not that of the devices; those of a CPU are all in one."""
+  num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if config.num_slices != num_slices:
+    raise InputError(
+      f"mesh.num_slices is {config.num_slices}, but the {len(devices)} devices are in "
+      f"{num_slices}: set mesh.num_slices to {num_slices}"
+    )
 
 
 def _free_axes(sizes):

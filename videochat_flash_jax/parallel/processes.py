@@ -1,4 +1,9 @@
-"""Several processes, one for each host, that compute as one."""
+"""Several processes, one for each host, that compute as one.
+
+A program that computes on several hosts calls `join_processes` before anything else asks JAX for
+its devices: from then on `jax.devices()` are those of all hosts, of which `make_mesh` makes one
+mesh. `vcflash train` does not call it, since its loop trains on one process.
+"""
 
 import os
 
@@ -6,16 +11,15 @@ import jax
 
 from videochat_flash_jax.errors import InputError
 
-_TIMEOUT_SECONDS = 300
-
 
 def join_processes(
   coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ):
   """Joins the processes of a run; to be called before anything is computed.
 
-  On a slice of TPUs with several hosts nothing has to be told: its environment says who is there.
-  Elsewhere every process is told all three; a process alone needs none.
+  On TPUs nothing has to be told: environment or metadata server say which hosts and slices there
+  are. Elsewhere every process is told all three; one that is told nothing computes alone. JAX waits
+  five minutes for processes that do not come, and then ends the program with a message of its own.
 
   Args:
     coordinator: "host:port" of the first process, where all others find each other.
@@ -23,25 +27,56 @@ def join_processes(
     process_id: this one's number, from 0.
 
   Raises:
-    InputError: only some of the three are given, or not all processes came in time.
+    InputError: only some of the three are given, or they cannot be; or JAX cannot start to join.
   """
   told = (coordinator, num_processes, process_id)
   if all(value is None for value in told):
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if len(hosts) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
-      jax.distributed.initialize()
+    if _may_have_company():
+      _join_on_tpu()
     return
   if any(value is None for value in told):
     raise InputError("give coordinator, num_processes and process_id together, or none of them")
+  if not coordinator.rpartition(":")[2].isdigit():
+    raise InputError(f"coordinator is {coordinator!r}: give host:port of the first process")
+  if not 0 <= process_id < num_processes:
+    raise InputError(f"process_id is {process_id} of {num_processes} processes: count from 0")
   # Without a network of accelerators the CPUs talk through gloo.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
-    jax.distributed.initialize(
-      coordinator, num_processes, process_id, initialization_timeout=_TIMEOUT_SECONDS
-    )
+    jax.distributed.initialize(coordinator, num_processes, process_id)
   except RuntimeError as error:
-    reason = str(error).split("\n")[0]
     raise InputError(
-      f"process {process_id} of {num_processes} could not join at {coordinator} ({reason}); "
-      "start all of them with the same coordinator"
+      f"process {process_id} of {num_processes} could not join at {coordinator} "
+      f"({_first_line(error)}); start all of them with the same coordinator, and join first of all"
     ) from error
+
+
+def _may_have_company():
+  """Whether there is a TPU, and its environment does not say that this host is the only one."""
+  # Where JAX finds TPU chips it puts them first when it is imported, unless the user names other
+  # platforms. To ask for the devices themselves would be too late to join.
+  if (jax.config.jax_platforms or "").split(",")[0] != "tpu":
+    return False
+  if "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:  # several slices
+    return True
+  # GKE's variables, which also tell that a host is alone. An ordinary TPU VM has none of them: it
+  # has to ask its metadata server, as `jax.distributed.initialize` does.
+  hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
+  return hosts is None or "," in hosts
+
+
+def _join_on_tpu():
+  """Leaves it to JAX to find out who is there, from environment and metadata server."""
+  try:
+    jax.distributed.initialize()
+  except (RuntimeError, ValueError, OSError) as error:
+    if isinstance(error, ValueError) and "coordinator_address" in str(error):
+      return  # JAX has looked everywhere and found no cluster.
+    raise InputError(
+      f"this TPU host could not join those of its slice ({_first_line(error)}); join first of all, "
+      "on every host; or set TPU_WORKER_HOSTNAMES=localhost if this is the only one"
+    ) from error
+
+
+def _first_line(error):
+  return str(error).split("\n")[0]

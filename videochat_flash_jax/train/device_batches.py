@@ -4,6 +4,7 @@ Every process reads the rows that its own devices hold. Where the tokens of a ro
 several processes, each of them reads the row.
 """
 
+import weakref
 from collections.abc import Mapping
 
 import grain
@@ -78,7 +79,7 @@ def device_batches(
 
   Returns:
     An iterator over dictionaries of global arrays. Its state is that of `batches` behind the last
-    batch it gave, so it is what is saved. To be closed.
+    batch it gave, so it is what is saved. To be closed; the end of the program does it, too.
   """
 
   def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -89,8 +90,18 @@ def device_batches(
       for name, array in batch.items()
     }
 
-  return iter(
+  iterator = iter(
     grain.experimental.ThreadPrefetchIterDataset(
       batches.map(put), prefetch_buffer_size=_BATCHES_WAITING
     )
   )
+  weakref.finalize(iterator, _close_at_exit, weakref.ref(iterator))
+  return iterator
+
+
+def _close_at_exit(reference: weakref.ref):
+  """Ends the thread while there are modules for it to run in, and before the workers end."""
+  iterator = reference()
+  if iterator is not None:
+    iterator.close()
+    iterator.close = lambda: None  # Grain calls it once more, after its modules are gone

@@ -134,11 +134,14 @@ def _token_blocks(hidden, targets):
 def _block_sums(kernel, hidden, targets, layout):
   """Sum of the losses, and number of right answers, of a block of tokens."""
   logits = jnp.einsum("td,dv->tv", hidden, kernel, preferred_element_type=jnp.float32)
-  highest = layout.max_words(jax.lax.stop_gradient(logits).max(axis=-1))
-  total = layout.sum_words(jnp.exp(logits - highest[:, None]).sum(axis=-1))
+  highest = jax.lax.stop_gradient(logits).max(axis=-1)
+  highest = layout.across(jax.lax.pmax, highest, "vocabulary")
+  total = jnp.exp(logits - highest[:, None]).sum(axis=-1)
+  total = layout.across(jax.lax.psum, total, "vocabulary")
   # A sum over all words and no look-up, which would bring the words of all devices together.
   is_target = layout.words(kernel.shape[1]) == targets[:, None]
-  chosen = layout.sum_words(jnp.where(is_target, logits, 0).sum(axis=-1))
+  chosen = jnp.where(is_target, logits, 0).sum(axis=-1)
+  chosen = layout.across(jax.lax.psum, chosen, "vocabulary")
   learnt = targets >= 0
   losses = jnp.where(learnt, highest + jnp.log(total) - chosen, 0)
   return losses.sum(), (learnt & (chosen >= highest)).sum()

@@ -1,0 +1,129 @@
+"""One stream of examples, read ahead by worker processes and packed into rows.
+
+A place in it is saved as two things: the number of the next example, and for each row that is not
+full yet the examples in it, each with the row of the mixture that was read for it:
+
+  {"next": 17, "unfinished": [[[12, 204], [15, 31]], [[16, 7]]]}
+
+Those are read once more when a run goes on. They have to be the same rows as before, although by
+then others may be readable, so which ones they were is not worked out again.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import grain
+from absl import flags
+
+from videochat_flash_jax.data.broken_share import BrokenShare
+from videochat_flash_jax.data.data_config import DataConfig
+from videochat_flash_jax.data.replacement import Drawn, ReplacingReader
+from videochat_flash_jax.data.row_packer import Packed, RowPacker
+from videochat_flash_jax.errors import InputError
+
+_ENDLESS = 1 << 40
+_EXAMPLES_AHEAD = 2  # of each worker
+_LEAST_SHARED_BYTES = 1 << 16  # smaller arrays are sent, larger ones handed over in shared memory
+
+
+class PackedStream:
+  """Gives packed rows, endlessly."""
+
+  def __init__(self, reader: ReplacingReader, number: int, config: DataConfig):
+    """Reads nothing yet; `number` is that of the stream."""
+    self._reader, self._number, self._config = reader, number, config
+    self._drawn: grain.DatasetIterator | None = None
+    self._packer: RowPacker | None = None
+    self._next, self._unfinished = 0, []
+
+  def state(self) -> dict[str, Any]:
+    """Fit for JSON; see the module's example."""
+    unfinished = self._packer.unfinished if self._packer else self._unfinished
+    return {"next": self._next, "unfinished": unfinished}
+
+  def set_state(self, state: dict[str, Any]):
+    """Goes on from what `state` gave."""
+    self.stop()
+    self._next, self._unfinished = state["next"], state["unfinished"]
+
+  def start(self):
+    """Begins to read, if that has not begun yet."""
+    if self._drawn is None:
+      again = [pair for row in self._unfinished for pair in row]
+      self._drawn = _read_ahead(self._reader, self._number, self._config.workers, again, self._next)
+
+  def stop(self):
+    """Ends the workers; the stream can be started again where it is."""
+    self._unfinished, self._packer = self.state()["unfinished"], None
+    if self._drawn is not None:
+      self._drawn.close()
+      self._drawn = None
+
+  def next_row(self, share: BrokenShare) -> list[Packed]:
+    """The next row, of which new examples are counted in `share`.
+
+    Raises:
+      InputError: too many rows cannot be read, or one that is to be read again; or a worker died.
+        Then the stream is good for nothing but `set_state`.
+    """
+    if self._packer is None:
+      packer = RowPacker(self._config.layout)
+      for row in self._unfinished:  # counted before
+        packer.put_together(
+          [Packed(number, source_row, self._draw().example) for number, source_row in row]
+        )
+      self._packer = packer
+    full = None
+    while full is None:
+      drawn = self._draw()
+      share.count(drawn)
+      full = self._packer.add(Packed(self._next, drawn.row, drawn.example))
+      self._next += 1
+    return full
+
+  def _draw(self) -> Drawn:
+    try:
+      return next(self._drawn)
+    except RuntimeError as error:
+      if "terminated unexpectedly" not in str(error):  # Grain's words
+        raise
+      raise InputError(
+        "a process that reads training data was killed, mostly for want of memory; give fewer "
+        "workers or more memory, in a container also more shared memory (docker run --shm-size)"
+      ) from error
+
+
+def stop_all(streams: Iterable[PackedStream]):
+  """Ends the workers of streams."""
+  for stream in streams:
+    stream.stop()
+
+
+def _read_ahead(
+  reader: ReplacingReader,
+  stream: int,
+  workers: int,
+  again: Sequence[Sequence[int]],
+  first: int,
+) -> grain.DatasetIterator:
+  """Yields the examples `again`, numbers and rows, then all from number `first` on."""
+
+  def draw(place: int) -> Drawn:
+    if place < len(again):
+      return reader.read_again(stream, *again[place])
+    return reader.read(stream, first + place - len(again))
+
+  # One at a time and nothing ahead, in each worker: its output is buffered already.
+  read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  examples = grain.MapDataset.range(_ENDLESS).map(draw).to_iter_dataset(read_options)
+  options = grain.experimental.DatasetOptions(min_shm_size=_LEAST_SHARED_BYTES)
+  examples = grain.experimental.WithOptionsIterDataset(examples, options)
+  if workers:
+    if not flags.FLAGS.is_parsed():  # Grain asks for it
+      flags.FLAGS.mark_as_parsed()
+    examples = examples.mp_prefetch(
+      grain.MultiprocessingOptions(workers, per_worker_buffer_size=_EXAMPLES_AHEAD)
+    )
+  drawn = iter(examples)
+  drawn.start_prefetch()
+  return drawn
