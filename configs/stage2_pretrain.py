@@ -3,7 +3,8 @@
 vcflash compile --config configs/stage2_pretrain.py --topology v5e:8x8
 
 Mesh and slice: fsdp 16 x sequence 4 on v5e:8x8; the smallest slice is v5e:4x4, a row at a time,
-with --config.rows=1 --config.mesh.sequence=16 --config.clips_per_shard=32 (docs/memory.md).
+with --config.rows=1 --config.mesh.sequence=16 --config.clips_per_shard=32
+--config.tiles_per_shard=24 (docs/memory.md).
 """
 
 import common

@@ -4,12 +4,12 @@ vcflash compile --config configs/stage3_long.py --topology v5e:8x8
 
 Mesh and slice: fsdp 16 x sequence 4 on v5e:8x8, v6e:8x8 or v5p:4x4x4; the smallest slice is
 v5e:4x4, a row at a time, with --config.rows=1 --config.mesh.sequence=16
---config.clips_per_shard=32; the 2B fits v5e:2x2 with --config.rows=1 (docs/memory.md). A million
-tokens, 65,536 frames:
+--config.clips_per_shard=32 --config.tiles_per_shard=24; the 2B fits v5e:2x2 with --config.rows=1
+(docs/memory.md). A million tokens, some 65,500 frames and their text:
 
 vcflash compile --config configs/stage3_long.py --topology v5p:4x4x4 --config.rows=1
   --config.mesh.fsdp=1 --config.mesh.sequence=64 --config.tokens_per_row=1048576
-  --config.clips_per_shard=256
+  --config.clips_per_shard=258 --config.tiles_per_shard=0
 """
 
 import common
