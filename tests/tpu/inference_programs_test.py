@@ -17,7 +17,7 @@ from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
 pytestmark = pytest.mark.tpu
 
 ROWS, LENGTH, TENSOR = 2, 2048, 2
-NUM_SLOTS = 1 << 15
+READ, NUM_SLOTS = 24_576, 1 << 15  # read before the first token is written; in caches for both
 DROPOUT = {
   "off": None,
   "on": DropoutConfig("uniform0_attention", layers=(1, 2), ratios=(1.0, 0.5, 0.25)),
@@ -48,15 +48,15 @@ def mesh():
   return make_mesh(MeshConfig(tensor=TENSOR), chips)
 
 
+def prompts(rows, length):
+  return {"rows": rows, "num_tokens": length, "num_visual": length - 64, "max_new_tokens": 256}
+
+
 @functools.cache
 def compiled(name, dropout):
   """A program, and the shapes that it takes."""
-  if name == "decode":
-    program, arguments = decode_program(config_of(dropout), mesh(), rows=ROWS, num_slots=NUM_SLOTS)
-  else:
-    program, arguments = prefill_program(
-      config_of(dropout), mesh(), rows=ROWS, num_tokens=LENGTH, num_visual=LENGTH - 64
-    )
+  build, length = (decode_program, READ) if name == "decode" else (prefill_program, LENGTH)
+  program, arguments = build(config_of(dropout), mesh(), **prompts(ROWS, length))
   return program.lower(*arguments).compile(), arguments
 
 
@@ -113,4 +113,9 @@ def test_dropping_tokens_gathers_no_hidden_states():
 
 def test_rows_that_do_not_fill_the_mesh_are_refused():
   with pytest.raises(InputError, match="rows: 3 is no multiple of 2"):
-    decode_program(config_of("off"), mesh(), rows=3, num_slots=LENGTH)
+    decode_program(config_of("off"), mesh(), **prompts(3, LENGTH))
+
+
+def test_more_to_see_than_to_read_is_refused():
+  with pytest.raises(InputError, match="2,048 tokens has no room for 4,096 visual ones"):
+    prefill_program(config_of("off"), mesh(), **prompts(ROWS, LENGTH) | {"num_visual": 4096})
