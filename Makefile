@@ -43,7 +43,7 @@ test-tpu:  ## compile for TPUs, with none at hand, in an environment of its own
 
 # Programs for a TPU cannot be read back from the cache without one.
 test-libtpu: $(INSTALLED)
-	@JAX_ENABLE_COMPILATION_CACHE=false $(PYTEST) -m tpu
+	@JAX_ENABLE_COMPILATION_CACHE=false $(PYTEST) $(TWO) -m tpu
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -2,8 +2,9 @@
 
 vcflash compile --config configs/stage4_highres.py --topology v5e:2x2 --config.rows=1
 
-Mesh and slice: each row over 4 chips; one row on v5e:2x2, the smallest slice, or 16 rows on v5e:8x8
-(docs/memory.md).
+Mesh and slice: each row over 4 chips; one on v5e:2x2, the smallest slice (docs/memory.md), while
+the 16 rows of this config are for v5e:8x8. The 2B fits v5e:1x1 with --config.rows=1
+--config.mesh.sequence=1 --config.clips_per_shard=512 --config.tiles_per_shard=160.
 """
 
 import common

@@ -3,9 +3,12 @@
 import importlib.util
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from videochat_flash_jax.benchmarks import ahead_of_time
+from videochat_flash_jax.benchmarks.chips import CHIPS
 from videochat_flash_jax.cli.main import main
 from videochat_flash_jax.errors import InputError
 
@@ -14,6 +17,22 @@ STAGE_3 = Path(__file__).parents[2] / "configs" / "stage3_long.py"
 
 def compile_verb(*options):
   return main(["compile", "--config", str(STAGE_3), "--topology", "v5e:4x4", *options])
+
+
+LARGER_THAN_ANY = ["v5e:64x64", "v5e:32x4", "v5e:4x4x4", "v6e:16x17", "v5p:16x24x24", "v4:17x1x1"]
+
+
+@pytest.mark.parametrize("topology", LARGER_THAN_ANY)
+def test_a_slice_larger_than_any_is_refused_with_the_largest(topology):
+  kind = topology.partition(":")[0]
+  sides = "x".join(map(str, CHIPS[kind].largest_slice))
+  with pytest.raises(InputError, match=rf"no such slice \(the largest is {kind}:{sides}\)"):
+    ahead_of_time.topology_devices(topology)
+
+
+@pytest.mark.parametrize("sides", [(16, 24, 16), (24, 16, 16), (2, 2), (1, 1, 1)])
+def test_a_slice_may_be_turned(sides):
+  assert CHIPS["v5p"].has_slice(sides)
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "8x8", "v5e:4", "v5e:4x4x4x4"])
@@ -56,3 +75,32 @@ def test_a_wrong_field_is_told_before_a_compiler_is_looked_for(monkeypatch, caps
 )
 def test_the_compilers_words_about_memory_are_understood(message, sizes):
   assert ahead_of_time.memory_wanted(message) == sizes
+
+
+class Refused:
+  """A program for which the compiler finds no room."""
+
+  def __init__(self, wanted):
+    self.wanted = wanted
+
+  def lower(self, *arguments):
+    return self
+
+  def compile(self):
+    raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Used {self.wanted} of 15.75G hbm.")
+
+
+@pytest.mark.parametrize(
+  "wanted, said",
+  [
+    ("15.78G", "15.78 GiB a chip wanted, 15.75 GiB there"),
+    ("1.5T", "1536.00 GiB a chip wanted, 15.75 GiB there"),
+    ("15.75G", "15.75 GiB a chip wanted, a little more than the 15.75 GiB there"),
+  ],
+)
+def test_what_is_wanted_is_told_apart_from_what_is_there(wanted, said):
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shape = jax.ShapeDtypeStruct((1,), jnp.float32, sharding=sharding)
+  with pytest.raises(ahead_of_time.OutOfMemory) as error:
+    ahead_of_time.report("v5e:1x1", Refused(wanted), (shape,), remedy="fewer rows")
+  assert str(error.value) == f"out of memory: {said}; try fewer rows"

@@ -9,6 +9,7 @@ import pytest
 from videochat_flash_jax.benchmarks.chips import CHIPS, roofline
 from videochat_flash_jax.benchmarks.hlo_costs import Costs, program_costs
 
+TPU_STEP = (Path(__file__).parent / "tpu_step.hlo").read_text()
 PRODUCT = 2 * 8 * 16 * 16  # flops of [8, 16] x [16, 16]
 
 
@@ -101,7 +102,7 @@ ENTRY %main (a: bf16[28,8,128], i: s32[], b: bf16[8,8]) -> bf16[8,128] {
 
 
 def test_collectives_of_a_tpu_program_are_counted_with_their_loops():
-  costs = program_costs((Path(__file__).parent / "tpu_step.hlo").read_text())
+  costs = program_costs(TPU_STEP)
   runs = 6  # from 1 to 7
   gathered, summed, hop = 64 * 16 * 2, 64 * 64 * 4, 64 * 8 * 2
   assert costs.counts == {
@@ -123,6 +124,59 @@ def test_collectives_of_a_tpu_program_are_counted_with_their_loops():
     "all-reduce": 2 * summed * 3 / 4,
   }
   assert costs.flops == 2 * 64**3 and costs.guessed_loops == 0
+
+
+@pytest.mark.parametrize(
+  "constant, other",
+  [
+    ("%first = s32[] constant(1)", "%first = s32[] copy(%c)"),
+    ("%one = s32[] constant(1)", "%one = s32[] copy(%i)"),
+  ],
+)
+def test_a_loop_that_starts_or_steps_by_what_nobody_knows_is_a_guess(constant, other):
+  assert TPU_STEP.count(constant) == 1
+  text = TPU_STEP.replace("  %b = ", "  %c = s32[] parameter(2)\n  %b = ")
+  costs = program_costs(text.replace(constant, other))
+  assert costs.guessed_loops == 1 and costs.counts["collective-permute"] == 1
+
+
+def started(kind, given, *operands):
+  """A program that is the start of one instruction of two operands."""
+  left, right = operands
+  return program_costs(f"""
+ENTRY %main (a: {left}, b: {right}) -> {given} {{
+  %a = {left} parameter(0)
+  %b = {right} parameter(1)
+  ROOT %start = {given} {kind}-start(%a, %b), replica_groups=[2,4]<=[8], dimensions={{0}}
+}}
+""")
+
+
+def test_all_that_a_gather_of_two_arrays_gives_is_counted():
+  given = "((bf16[8,16], bf16[2,16]), (bf16[32,16], bf16[8,16]))"
+  costs = started("all-gather", given, "bf16[8,16]", "bf16[2,16]")
+  taken, gathered = 2 * 16 * (8 + 2), 2 * 16 * (32 + 8)
+  assert costs.sizes == {"all-gather": gathered} and costs.num_bytes == taken + gathered
+
+
+def test_all_that_a_sum_of_two_arrays_gives_is_counted():
+  costs = started("all-reduce", "(f32[8,16], f32[2,16])", "f32[8,16]", "f32[2,16]")
+  assert costs.sizes == {"all-reduce": 4 * 16 * (8 + 2)}
+
+
+def test_copies_and_cuts_that_are_only_started_move_what_they_give():
+  fast = "bf16[64,128]{1,0:T(8,128)(2,1)S(1)}"
+  costs = program_costs(f"""
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {{
+  %a = bf16[64,128]{{1,0}} parameter(0)
+  %cut = ((bf16[64,128]{{1,0}}), bf16[8,128]{{1,0:S(1)}}, s32[]{{:S(2)}}) slice-start(%a)
+  %fetch = ({fast}, bf16[64,128]{{1,0}}, u32[]{{:S(2)}}) copy-start(%a)
+  %fetched = {fast} copy-done(%fetch)
+  %store = (bf16[64,128]{{1,0}}, {fast}, u32[]{{:S(2)}}) copy-start(%fetched)
+  ROOT %stored = bf16[64,128]{{1,0}} copy-done(%store)
+}}
+""")
+  assert costs.num_bytes == 2 * 8 * 128 + 2 * (2 * 64 * 128)  # each passes main memory once
 
 
 @pytest.mark.parametrize(
