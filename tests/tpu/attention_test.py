@@ -22,14 +22,6 @@ LENGTH = 1 << 17
 KERNELS = {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_a_tpu():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    yield
-
-
 def layout_on(topology, kind="ring", **options):
   devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
   return Layout(make_mesh(MeshConfig(fsdp=1, sequence=4), devices), kind, zigzag=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from tests.tpu.compile_test import (
+from tests.tpu.programs_test import (
   CHIPS,
   LENGTH,
   SHARDS,
@@ -23,20 +23,9 @@ from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
 from videochat_flash_jax.train.program import train_program
 
-pytestmark = pytest.mark.tpu
+pytestmark = [pytest.mark.tpu, pytest.mark.usefixtures("in_haste")]
 
 DEPTH = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hasty_compiler():
-  with pytest.MonkeyPatch.context() as patch:
-    for name in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-      patch.setenv(name, "")  # put back afterwards
-    ahead_of_time.prepare()
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    yield
-    jax.config.update("jax_exec_time_optimization_effort", 0.0)
 
 
 def compiled_step(mesh, topology):

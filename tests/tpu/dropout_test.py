@@ -19,21 +19,10 @@ from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
 from videochat_flash_jax.parallel.sharding import weight_shardings
 
-pytestmark = pytest.mark.tpu
+pytestmark = [pytest.mark.tpu, pytest.mark.usefixtures("in_haste")]
 
 LENGTHS = (3072, 2048, 1024)  # of a row: before, between and after two drops
 CHIPS, WIDTH = 4, 384
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-  with pytest.MonkeyPatch.context() as patch:
-    for name in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-      patch.setenv(name, "")  # put back afterwards
-    ahead_of_time.prepare()
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    yield
-    jax.config.update("jax_exec_time_optimization_effort", 0.0)
 
 
 def layout_of_a_row():

@@ -24,14 +24,6 @@ DROPOUT = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_a_tpu():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    yield
-
-
 def config_of(dropout):
   """The tiny model with a decoder whose heads are as wide as those of the released ones."""
   tiny = VideoChatFlashConfig.tiny()
