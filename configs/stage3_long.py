@@ -1,5 +1,7 @@
 """Stage 3, instructions about short and long videos, of 64 to 512 frames: all parts learn.
 
+vcflash train --config configs/stage3_long.py --workdir DIR
+  --config.init_from=WORKDIR_OF_STAGE_2 --config.data.mixture=MIXTURE
 vcflash compile --config configs/stage3_long.py --topology v5e:8x8
 
 Mesh and slice: fsdp 16 x sequence 4 on v5e:8x8, v6e:8x8 or v5p:4x4x4; the smallest slice is
@@ -18,4 +20,6 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   """Returns the config of the stage."""
-  return common.get_config()
+  config = common.get_config()
+  config.num_steps = 13_700  # 3.5 million examples, as the paper counts them, 256 a step
+  return config

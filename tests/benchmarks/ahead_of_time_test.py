@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from videochat_flash_jax.benchmarks import ahead_of_time
-from videochat_flash_jax.benchmarks.chips import CHIPS
 from videochat_flash_jax.cli.main import main
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel.chips import CHIPS
 
 STAGE_3 = Path(__file__).parents[2] / "configs" / "stage3_long.py"
 
@@ -52,9 +52,9 @@ def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch, capsys):
 
 def test_a_wrong_field_is_told_before_a_compiler_is_looked_for(monkeypatch, capsys):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  assert compile_verb("--config.trained=('visoin',)") == 2
+  assert compile_verb("--config.optimizer.scales=(('visoin',),)") == 2
   (line,) = capsys.readouterr().err.splitlines()
-  assert "config.trained" in line
+  assert "config.optimizer.scales" in line
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from videochat_flash_jax.benchmarks.chips import CHIPS, roofline
+from videochat_flash_jax.benchmarks.chips import roofline
 from videochat_flash_jax.benchmarks.hlo_costs import Costs, program_costs
+from videochat_flash_jax.parallel.chips import CHIPS
 
 TPU_STEP = (Path(__file__).parent / "tpu_step.hlo").read_text()
 PRODUCT = 2 * 8 * 16 * 16  # flops of [8, 16] x [16, 16]

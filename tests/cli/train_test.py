@@ -9,25 +9,33 @@ from videochat_flash_jax.cli.config_file import apply_override, load_config
 from videochat_flash_jax.cli.main import main
 from videochat_flash_jax.errors import InputError
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs" / "tiny.py"
+SMALL = ROOT / "tests" / "train" / "small_config.py"
 
 
 def test_an_override_sets_a_field_to_a_value_of_its_type():
   config = load_config(TINY)
-  apply_override(config, "--config.encoder.peak_rate=1e-3")
-  apply_override(config, "--config.short.frames=(4, 8)")
-  apply_override(config, "--config.stages=('encoder',)")
-  assert config.encoder.peak_rate == 1e-3
-  assert tuple(config.short.frames) == (4, 8) and tuple(config.stages) == ("encoder",)
+  apply_override(config, "--config.stages.stage1_align.optimizer.learning_rate=1e-3")
+  apply_override(config, "--config.stages.stage3_long.data.frames=(4, 8)")
+  stages = config.stages
+  assert stages.stage1_align.optimizer.learning_rate == 1e-3
+  assert tuple(stages.stage3_long.data.frames) == (4, 8)
+
+
+def test_a_seed_is_that_of_all_stages():
+  config = load_config(TINY)
+  apply_override(config, "--config.seed=7")
+  assert {stage.seed for stage in config.stages.values()} == {7}
 
 
 @pytest.mark.parametrize(
   "override, complaint",
   [
-    ("--config.encoder.peak_rat=1", r"no field 'encoder\.peak_rat': did you mean encoder\.peak_"),
+    ("--config.stages.stage1_align.num_step=1", r"no field 'stages\.stage1_align\.num_step': did "),
     ("--config.sed=1", "did you mean seed"),
-    ("--config.short.rows=many", r"--config\.short\.rows=many: the field holds a int"),
-    ("--config.short.rows", r"write --config\.FIELD=VALUE"),
+    ("--config.stages.stage1_align.rows=many", r"rows=many: the field holds a int"),
+    ("--config.seed", r"write --config\.FIELD=VALUE"),
     ("--confg.seed=1", r"write --config\.FIELD=VALUE"),
   ],
 )
@@ -60,42 +68,56 @@ def test_a_config_file_that_gives_no_config_is_refused_in_one_line(
   assert not (tmp_path / "run").exists()
 
 
+def arguments(config, workdir, *overrides):
+  return ["train", "--config", str(config), "--workdir", str(workdir), *overrides]
+
+
 def test_a_config_that_cannot_be_trained_leaves_no_workdir(tmp_path, capsys):
-  arguments = ["train", "--config", str(TINY), "--workdir", str(tmp_path / "run")]
-  assert main([*arguments, "--config.vocab_size=100"]) == 2
-  assert "config.vocab_size is 100: give an integer of 305" in capsys.readouterr().err
+  command = arguments(SMALL, tmp_path / "run", "--config.num_steps=0")
+  assert main(command) == 2
+  assert "config.num_steps is 0: give a positive integer" in capsys.readouterr().err
   assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_below_a_file_is_refused(tmp_path, capsys):
   (tmp_path / "file").write_text("")
   workdir = tmp_path / "file" / "run"
-  assert main(["train", "--config", str(TINY), "--workdir", str(workdir)]) == 2
+  assert main(arguments(SMALL, workdir)) == 2
   assert f"--workdir {workdir}: cannot be written" in capsys.readouterr().err
 
 
-def test_a_run_leaves_a_log_checkpoints_and_a_model_that_loads(tmp_path, capsys):
+def test_processes_that_are_told_half_are_refused(tmp_path, capsys):
+  assert main([*arguments(SMALL, tmp_path / "run"), "--process-id=1"]) == 2
+  assert "give coordinator, num_processes and process_id together" in capsys.readouterr().err
+
+
+def test_a_run_leaves_a_log_and_a_checkpoint_that_is_exported_and_loads(tmp_path, capsys):
   from videochat_flash_jax.inference.chat import VideoChat
 
   workdir = tmp_path / "run"
-  arguments = ["train", "--config", str(TINY), "--workdir", str(workdir)]
-  arguments += ["--config.stages=('encoder', 'short')"]
-  for stage in ("encoder", "short"):
-    arguments += [f"--config.{stage}.num_steps=2"]
-  arguments += ["--config.encoder.videos=1", "--config.short.rows=1", "--config.vocab_size=1200"]
-  assert main(arguments) == 0
-  assert sorted(path.name for path in (workdir / "export").iterdir()) == [
-    "config.json",
-    "model.safetensors",
-    "tokenizer.model",
-  ]
+  assert main(arguments(SMALL, workdir, "--config.num_steps=2")) == 0
+  said = capsys.readouterr().out
+  assert str(workdir / "checkpoints") in said and f"convert --model {workdir} --out" in said
+  assert {path.name for path in workdir.iterdir()} >= {
+    "checkpoints", "config.json", "hub", "train_log.jsonl", "train_log.txt",
+  }  # fmt: skip
+  assert list(workdir.glob("events.*"))
   log = [json.loads(line) for line in (workdir / "train_log.jsonl").read_text().splitlines()]
   assert log[0]["event"] == "start" and log[0]["config"]["seed"] == 0
-  assert [line["stage"] for line in log[1:-1]] == ["encoder", "short"]
-  assert log[-1]["event"] == "end"
-  assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"0", "1"}
-  decoder = VideoChat.from_pretrained(workdir / "export").config.decoder
-  assert decoder.tied_embeddings and decoder.vocab_size == 1200
+  assert [line["step"] for line in log[1:]] == [1, 2, 2]
+  assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "model_tflops"} <= set(log[1])
+  assert main(["convert", "--model", str(workdir), "--out", str(tmp_path / "export")]) == 0
+  loaded = VideoChat.from_pretrained(workdir).config
+  assert loaded.decoder == VideoChat.from_pretrained(tmp_path / "export").config.decoder
 
-  assert main(arguments) == 2  # A finished run is not written over.
-  assert "export exists" in capsys.readouterr().err
+
+@pytest.mark.slow
+def test_the_stages_of_the_shipped_config_run_one_after_another(tmp_path):
+  changes = {"num_steps": 2, "rows": 1, "eval.batches": 1, "data.workers": 0}
+  stages = [f"stages.{name}" for name in load_config(TINY).stages]
+  overrides = [
+    f"--config.{stage}.{field}={value}" for stage in stages for field, value in changes.items()
+  ]
+  assert main(arguments(TINY, tmp_path, *overrides)) == 0
+  for stage in load_config(TINY).stages:
+    assert (tmp_path / stage / "checkpoints" / "2").is_dir()

@@ -17,7 +17,7 @@ from videochat_flash_jax.data.broken_share import BrokenShare
 from videochat_flash_jax.data.example_order import ExampleOrder
 from videochat_flash_jax.data.examples import Example, ExampleReader
 from videochat_flash_jax.data.replacement import Drawn, PassedOver, ReplacingReader, may_pass
-from videochat_flash_jax.data.train_batches import TrainBatches, batch_metrics
+from videochat_flash_jax.data.train_batches import batch_metrics, mixture_batches
 from videochat_flash_jax.errors import InputError
 
 CONFIG = config(max_broken_share=1.0)
@@ -74,16 +74,17 @@ def test_an_epoch_delivers_every_healthy_row_and_counts_every_broken_one(mutated
 
 
 def test_workers_give_batches_of_such_a_mixture_with_the_same_counts(rows):
-  batches = iter(TrainBatches(config(max_broken_share=1.0, workers=2), rows, make_tokenizer))
+  batches = iter(mixture_batches(config(max_broken_share=1.0, workers=2), rows, make_tokenizer))
   for _ in range(6):
     next(batches)
   state = batches.get_state()
   batches.close()
   reader, _ = reader_of(rows)
   share = BrokenShare(1.0)
-  for number in range(state["examples"]):
+  counts = state["streams"]["0"]
+  for number in range(counts["examples"]):
     share.count(reader.read(0, number))
-  assert share.state() == {name: state[name] for name in ("examples", "damaged", "broken")}
+  assert share.state() == {name: counts[name] for name in ("examples", "damaged", "broken")}
   metrics = batch_metrics(state)
   assert metrics["broken_share"] == share.num_broken / share.num_examples
   assert metrics["broken/bad times"] == sum(
@@ -92,7 +93,7 @@ def test_workers_give_batches_of_such_a_mixture_with_the_same_counts(rows):
 
 
 def test_too_many_broken_rows_stop_the_run_and_the_worst_sources_are_named(rows):
-  batches = iter(TrainBatches(config(max_broken_share=0.3), rows, make_tokenizer))
+  batches = iter(mixture_batches(config(max_broken_share=0.3), rows, make_tokenizer))
   said = r"of \d\d\d examples .* 0.3: .*videos.jsonl \d+ \("
   with pytest.raises(InputError, match=said) as error:
     collections.deque(itertools.islice(batches, 100), maxlen=0)
@@ -247,6 +248,15 @@ def test_a_few_broken_rows_at_the_start_do_not_stop_a_run():
     "2 of 151 examples could not be read, and max_broken_share is 0.01: "
     "a.jsonl 1 (1 missing file); b.jsonl 1 (1 no frames); mend them"
   )
+
+
+def test_the_limit_is_for_all_streams_together():
+  share = BrokenShare(0.01)
+  share.count(broken("a.jsonl", "missing file"), stream=1)
+  for _ in range(98):
+    share.count(Drawn(None, 1), stream=2)
+  with pytest.raises(InputError, match=r"2 of 100 .*: a.jsonl 2 \(1 missing file, 1 no frames\)"):
+    share.count(broken("a.jsonl", "no frames"), stream=2)
 
 
 def test_counts_go_on_from_a_state():

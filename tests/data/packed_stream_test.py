@@ -4,8 +4,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from tests.data.saved_batches import digest
 from tests.data.small_mixture import config, make_tokenizer, read_rows, write_mixture
 from videochat_flash_jax.data import train_batches
 from videochat_flash_jax.data.row_packer import RowPacker
-from videochat_flash_jax.data.train_batches import TrainBatches
+from videochat_flash_jax.data.train_batches import mixture_batches
 from videochat_flash_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +45,7 @@ def unfinished(state):
 
 def test_videos_that_are_mended_meanwhile_do_not_change_rows_that_were_begun(changing, monkeypatch):
   folder, rows, away = changing
-  batches = iter(TrainBatches(config(rows=1, max_broken_share=1.0), rows, make_tokenizer))
+  batches = iter(mixture_batches(config(rows=1, max_broken_share=1.0), rows, make_tokenizer))
   given, write_row, states, num_begun = {}, train_batches.write_row, [], 0
 
   def spy(packed, *args):
@@ -73,7 +75,7 @@ def test_videos_that_are_mended_meanwhile_do_not_change_rows_that_were_begun(cha
 
 def test_videos_that_are_gone_meanwhile_are_named(changing):
   folder, rows, _ = changing
-  batches = iter(TrainBatches(config(rows=1, max_broken_share=1.0), rows, make_tokenizer))
+  batches = iter(mixture_batches(config(rows=1, max_broken_share=1.0), rows, make_tokenizer))
   for _ in range(4):
     next(batches)
   state = batches.get_state()
@@ -89,8 +91,8 @@ def test_videos_that_are_gone_meanwhile_are_named(changing):
 
 def test_after_an_error_the_state_is_that_behind_the_last_batch(mixture, monkeypatch):
   rows = read_rows(mixture)
-  expected = iter(TrainBatches(config(rows=1), rows, make_tokenizer))
-  batches = iter(TrainBatches(config(rows=1), rows, make_tokenizer))
+  expected = iter(mixture_batches(config(rows=1), rows, make_tokenizer))
+  batches = iter(mixture_batches(config(rows=1), rows, make_tokenizer))
   for _ in range(3):
     assert digest(next(batches)) == digest(next(expected))
   add = RowPacker.add
@@ -108,7 +110,7 @@ def test_after_an_error_the_state_is_that_behind_the_last_batch(mixture, monkeyp
 
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(mixture):
-  batches = iter(TrainBatches(config(rows=1, workers=1), read_rows(mixture), make_tokenizer))
+  batches = iter(mixture_batches(config(rows=1, workers=1), read_rows(mixture), make_tokenizer))
 
   def run_on(states):
     for _ in range(100):
@@ -129,9 +131,9 @@ FAILING = """
 import sys
 from pathlib import Path
 from tests.data.small_mixture import config, make_tokenizer, read_rows
-from videochat_flash_jax.data.train_batches import TrainBatches
+from videochat_flash_jax.data.train_batches import mixture_batches
 rows = read_rows(Path(sys.argv[1]))
-batches = iter(TrainBatches(config(rows=1, workers=2), rows, make_tokenizer))
+batches = iter(mixture_batches(config(rows=1, workers=2), rows, make_tokenizer))
 next(batches)
 raise ValueError("of its own")
 """
@@ -144,3 +146,37 @@ def test_a_program_that_fails_with_workers_tells_its_own_error_alone(mixture):
   )  # fmt: skip
   assert process.stderr.endswith("ValueError: of its own\n") and process.returncode == 1
   assert process.stderr.count("Traceback") == 1
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from tests.data.small_mixture import config, make_tokenizer, read_rows
+from videochat_flash_jax.data.train_batches import mixture_batches
+rows = read_rows(Path(sys.argv[1]))
+batches = iter(mixture_batches(config(rows=1, workers=2), rows, make_tokenizer))
+next(batches)
+print([process.pid for process in multiprocessing.active_children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_program_that_is_killed(mixture):
+  process = subprocess.run(
+    [sys.executable, "-c", KILLED, str(mixture)],
+    env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, timeout=100,
+  )  # fmt: skip
+  workers = json.loads(process.stdout)
+  assert process.returncode == -signal.SIGKILL and len(workers) == 2
+  end = time.monotonic() + 30
+  while any(is_running(worker) for worker in workers):
+    assert time.monotonic() < end, "a worker goes on"
+    time.sleep(0.01)
+
+
+def is_running(process):
+  """Whether there is such a process, other than one that nobody has taken note of."""
+  try:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+  except OSError:
+    return False

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.data.small_mixture import config, make_tokenizer, read_rows
-from videochat_flash_jax.data.train_batches import TrainBatches
+from videochat_flash_jax.data.train_batches import mixture_batches
 
 
 def digest(batch: dict) -> str:
@@ -22,7 +22,7 @@ def digest(batch: dict) -> str:
 
 def following(rows, workers: int, state: dict, num_batches: int) -> list[str]:
   """Digests of the batches behind a state."""
-  batches = iter(TrainBatches(config(rows=1, workers=workers), rows, make_tokenizer))
+  batches = iter(mixture_batches(config(rows=1, workers=workers), rows, make_tokenizer))
   batches.set_state(state)
   digests = [digest(next(batches)) for _ in range(num_batches)]
   batches.close()

@@ -22,9 +22,10 @@ from tests.data.small_mixture import (
   read_rows,
   write_mixture,
 )
+from videochat_flash_jax.data import train_batches
 from videochat_flash_jax.data.conversation import IGNORE_LABEL
 from videochat_flash_jax.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
-from videochat_flash_jax.data.train_batches import TrainBatches, batch_metrics
+from videochat_flash_jax.data.train_batches import batch_metrics, mixture_batches
 from videochat_flash_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ def rows(mixture):
 @pytest.fixture(scope="module")
 def run(rows):
   """States before each batch, and what the batches hold."""
-  batches, states, digests = iter(TrainBatches(config(rows=1), rows, make_tokenizer)), [], []
+  batches, states, digests = iter(mixture_batches(config(rows=1), rows, make_tokenizer)), [], []
   for _ in range(50):
     states.append(json.loads(json.dumps(batches.get_state())))
     digests.append(digest(next(batches)))
@@ -88,7 +89,7 @@ def test_a_new_process_with_two_workers_goes_on_exactly_from_any_of_20_states(mi
 
 def test_two_workers_give_the_same_and_their_state_goes_on_without_any(rows, run):
   states, digests = run
-  batches = iter(TrainBatches(config(rows=1, workers=2), rows, make_tokenizer))
+  batches = iter(mixture_batches(config(rows=1, workers=2), rows, make_tokenizer))
   assert [digest(next(batches)) for _ in range(8)] == digests[:8]
   assert batches.get_state() == states[8]
   batches.close()
@@ -96,14 +97,14 @@ def test_two_workers_give_the_same_and_their_state_goes_on_without_any(rows, run
 
 def test_a_state_is_small_and_restored_at_once(rows, run):
   states, _ = run
-  batches = iter(TrainBatches(config(rows=1), rows, make_tokenizer))
+  batches = iter(mixture_batches(config(rows=1), rows, make_tokenizer))
   batches.set_state(states[40])
   assert batches.get_state() == states[40]
   assert len(json.dumps(states[40])) < 2000
 
 
 def test_orbax_saves_and_restores_the_batches_with_a_model(rows, tmp_path):
-  batches = iter(TrainBatches(config(), rows, make_tokenizer))
+  batches = iter(mixture_batches(config(), rows, make_tokenizer))
   next(batches)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
     args = ocp.args.Composite(
@@ -112,7 +113,7 @@ def test_orbax_saves_and_restores_the_batches_with_a_model(rows, tmp_path):
     )
     checkpointer.save(tmp_path / "saved", args)
     expected = digest(next(batches))
-    other = iter(TrainBatches(config(), rows, make_tokenizer))
+    other = iter(mixture_batches(config(), rows, make_tokenizer))
     checkpointer.restore(
       tmp_path / "saved", ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(other))
     )
@@ -129,33 +130,33 @@ def test_orbax_saves_and_restores_the_batches_with_a_model(rows, tmp_path):
   ],
 )
 def test_a_state_of_other_batches_is_refused_in_one_line(rows, change, said):
-  state = iter(TrainBatches(config(), rows, make_tokenizer)).get_state()
+  state = iter(mixture_batches(config(), rows, make_tokenizer)).get_state()
   with pytest.raises(InputError, match=said) as error:
-    iter(TrainBatches(config(**change), rows, make_tokenizer)).set_state(state)
+    iter(mixture_batches(config(**change), rows, make_tokenizer)).set_state(state)
   assert "\n" not in str(error.value)
 
 
 def test_a_state_of_another_mixture_is_refused(rows, tmp_path):
-  state = iter(TrainBatches(config(), rows, make_tokenizer)).get_state()
+  state = iter(mixture_batches(config(), rows, make_tokenizer)).get_state()
   other = read_rows(write_mixture(tmp_path, num_videos=2, num_images=1, num_texts=1))
   fewer_frames = dataclasses.replace(rows, max_frames=8)  # these decide how rows are dealt
   for others in (other, fewer_frames):
     with pytest.raises(InputError, match=r"made with mixture .* the same max_frames to open_rows"):
-      iter(TrainBatches(config(), others, make_tokenizer)).set_state(state)
+      iter(mixture_batches(config(), others, make_tokenizer)).set_state(state)
 
 
 def test_a_state_of_another_vocabulary_is_refused(rows, tmp_path):
   path = tmp_path / "tokenizer.model"
   train_sentencepiece(["What is shown? It is a cat."], path, 300)
-  state = iter(TrainBatches(config(), rows, make_tokenizer)).get_state()
-  other = iter(TrainBatches(config(), rows, functools.partial(SentencePieceTokenizer, path)))
+  state = iter(mixture_batches(config(), rows, make_tokenizer)).get_state()
+  other = iter(mixture_batches(config(), rows, functools.partial(SentencePieceTokenizer, path)))
   with pytest.raises(InputError, match=r"made with tokenizer .* give the one it was saved with"):
     other.set_state(state)
 
 
 def test_a_state_of_fewer_streams_or_of_another_format_is_refused(rows):
-  one = iter(TrainBatches(config(streams=2), rows, make_tokenizer, streams=[0])).get_state()
-  both = iter(TrainBatches(config(streams=2), rows, make_tokenizer))
+  one = iter(mixture_batches(config(streams=2), rows, make_tokenizer, streams=[0])).get_state()
+  both = iter(mixture_batches(config(streams=2), rows, make_tokenizer))
   with pytest.raises(InputError, match="reads 1; run as many processes"):
     both.set_state(one)
   with pytest.raises(InputError, match="have format 9"):
@@ -163,9 +164,9 @@ def test_a_state_of_fewer_streams_or_of_another_format_is_refused(rows):
 
 
 def test_each_of_several_processes_gives_its_rows_of_what_one_gives(rows):
-  whole = iter(TrainBatches(config(streams=2), rows, make_tokenizer))
+  whole = iter(mixture_batches(config(streams=2), rows, make_tokenizer))
   parts = [
-    iter(TrainBatches(config(streams=2), rows, make_tokenizer, streams=[stream]))
+    iter(mixture_batches(config(streams=2), rows, make_tokenizer, streams=[stream]))
     for stream in range(2)
   ]
   for _ in range(3):
@@ -174,8 +175,33 @@ def test_each_of_several_processes_gives_its_rows_of_what_one_gives(rows):
       np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), array)
 
 
+def test_states_of_several_processes_are_one_when_their_streams_are_put_together(rows):
+  whole = iter(mixture_batches(config(streams=2), rows, make_tokenizer))
+  next(whole)
+  streams = {}
+  for stream in range(2):
+    part = iter(mixture_batches(config(streams=2), rows, make_tokenizer, streams=[stream]))
+    next(part)
+    streams |= part.get_state()["streams"]
+  assert whole.get_state()["streams"] == streams
+
+
+def test_a_state_names_the_rows_of_the_last_batch(rows, monkeypatch):
+  read, write_row = [], train_batches.write_row
+
+  def spy(packed, *args):
+    read.append([item.source_row for item in packed])
+    write_row(packed, *args)
+
+  monkeypatch.setattr(train_batches, "write_row", spy)
+  batches = iter(mixture_batches(config(), rows, make_tokenizer))
+  for number in range(3):
+    next(batches)
+    assert batches.get_state()["streams"]["0"]["last"] == read[2 * number :]
+
+
 def test_batches_have_the_shapes_of_the_config(rows):
-  batch = next(iter(TrainBatches(config(), rows, make_tokenizer)))
+  batch = next(iter(mixture_batches(config(), rows, make_tokenizer)))
   assert (
     batch["frames"].shape == (2, 2 * 24, 4, SIZE, SIZE, 3) and batch["frames"].dtype == np.uint8
   )
@@ -190,7 +216,7 @@ def test_batches_have_the_shapes_of_the_config(rows):
 
 
 def test_metrics_tell_how_full_rows_are(rows):
-  batches = iter(TrainBatches(config(tokens=1024, frames=(4, 16)), rows, make_tokenizer))
+  batches = iter(mixture_batches(config(tokens=1024, frames=(4, 16)), rows, make_tokenizer))
   filled = [(next(batches)["segment_ids"] > 0).mean() for _ in range(3)]
   metrics = batch_metrics(batches.get_state())
   assert metrics["tokens_filled"] == pytest.approx(np.mean(filled))
@@ -199,12 +225,12 @@ def test_metrics_tell_how_full_rows_are(rows):
 
 def test_images_are_refused_where_there_is_no_room_for_any(rows):
   with pytest.raises(InputError, match="tiles_per_shard is 0; give room"):
-    TrainBatches(config(tiles_per_shard=0), rows, make_tokenizer)
+    mixture_batches(config(tiles_per_shard=0), rows, make_tokenizer)
 
 
 def test_without_images_batches_have_no_tiles(tmp_path):
   rows = read_rows(write_mixture(tmp_path, num_videos=2, num_images=0, num_texts=2))
-  batch = next(iter(TrainBatches(config(tiles_per_shard=0), rows, make_tokenizer)))
+  batch = next(iter(mixture_batches(config(tiles_per_shard=0), rows, make_tokenizer)))
   assert "tiles" not in batch and batch["frames"].any()
 
 

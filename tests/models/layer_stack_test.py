@@ -102,3 +102,41 @@ def test_one_layer_can_be_had_by_itself(stack):
   x = normal(2, WIDTH)
   np.testing.assert_array_equal(stack.layer(2)(x), copied(stack).unstack().layer(2)(x))
   assert_close(stack.layer(1)(x), x @ stack.stacked.kernel[...][1], absolute=1e-6)
+
+
+@pytest.mark.parametrize("in_part", [False, True], ids=["run", "run_part"])
+def test_what_is_computed_again_is_as_asked_and_gradients_are_the_same(stack, in_part):
+  x = normal(2, WIDTH)
+  graph, weights = nnx.split(stack)
+
+  def loss(weights, remat, frozen=frozenset()):
+    layers = nnx.merge(graph, weights)
+    layers.remat, layers.frozen = remat, frozen
+    carry = (x, jnp.zeros(DEPTH))
+    if in_part:
+      return layers.run_part(apply, carry, range(DEPTH))[0][0].sum()
+    return layers.run(apply, carry)[0].sum()
+
+  def products(remat):  # in the backward loop: two for the gradients, and those made again
+    text = str(jax.make_jaxpr(jax.grad(functools.partial(loss, remat=remat)))(weights))
+    return text.count("dot_general[")
+
+  expected = jax.grad(functools.partial(loss, remat="full"))(weights)
+  for remat in ("dots", "none"):
+    found = jax.grad(functools.partial(loss, remat=remat))(weights)
+    jax.tree.map(functools.partial(assert_close, relative=1e-6), found, expected)
+  assert products("full") == products("dots") + 1 == products("none") + 1
+
+
+def test_frozen_weights_of_a_part_get_no_gradient_and_the_others_theirs(stack):
+  x = normal(2, WIDTH)
+  graph, weights = nnx.split(stack)
+
+  def loss(weights, frozen):
+    layers = nnx.merge(graph, weights)
+    layers.frozen = frozenset(frozen)
+    return layers.run_part(apply, (x, jnp.zeros(DEPTH)), range(DEPTH))[0][0].sum()
+
+  whole, part = (nnx.to_pure_dict(jax.grad(loss)(weights, f)) for f in ((), ("kernel",)))
+  assert_close(part["stacked"]["bias"], whole["stacked"]["bias"], relative=1e-6)
+  assert not part["stacked"]["kernel"].any() and whole["stacked"]["kernel"].all()

@@ -16,11 +16,16 @@ from jax.sharding import NamedSharding
 from tests.data.saved_batches import digest
 from tests.data.small_mixture import config, make_tokenizer, read_rows, write_mixture
 from tests.multidevice.two_processes_test import free_port
-from videochat_flash_jax.data.train_batches import TrainBatches
+from videochat_flash_jax.data.train_batches import mixture_batches
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
-from videochat_flash_jax.train.device_batches import device_batches, own_streams, row_groups
+from videochat_flash_jax.train.device_batches import (
+  device_batches,
+  own_rows,
+  own_streams,
+  row_groups,
+)
 
 ROOT = Path(__file__).parents[2]
 SHAPE = NUM_ROWS, _ = 4, 256
@@ -45,7 +50,7 @@ def digests_on(mesh_config, mixture, num_batches=3):
   """Digests of batches, gathered from all devices, with this process's rows read by it alone."""
   made, placed = data(mesh_config), shardings(mesh_config)
   streams = own_streams(placed["token_ids"], SHAPE, made.streams)
-  batches = TrainBatches(made, read_rows(mixture), make_tokenizer, streams)
+  batches = mixture_batches(made, read_rows(mixture), make_tokenizer, streams)
   batches = device_batches(batches, placed, NUM_ROWS)
   gather = functools.partial(multihost_utils.process_allgather, tiled=True)
   digests = [digest(jax.tree.map(gather, next(batches))) for _ in range(num_batches)]
@@ -69,12 +74,12 @@ def mixture(tmp_path_factory):
 
 
 def host_batches(mesh_config, mixture):
-  return iter(TrainBatches(data(mesh_config), read_rows(mixture), make_tokenizer))
+  return iter(mixture_batches(data(mesh_config), read_rows(mixture), make_tokenizer))
 
 
 def test_devices_hold_what_the_host_gave_and_the_state_is_of_the_batch_given(mixture):
   host, placed = host_batches(BY_ROWS, mixture), shardings(BY_ROWS)
-  batches = TrainBatches(data(BY_ROWS), read_rows(mixture), make_tokenizer)
+  batches = mixture_batches(data(BY_ROWS), read_rows(mixture), make_tokenizer)
   batches = device_batches(batches, placed, NUM_ROWS)
   for _ in range(3):
     expected, found = next(host), next(batches)
@@ -96,9 +101,9 @@ import sys
 from pathlib import Path
 from tests.data.small_mixture import make_tokenizer, read_rows
 from tests.multidevice.{Path(__file__).stem} import BY_ROWS, NUM_ROWS, data, shardings
-from videochat_flash_jax.data.train_batches import TrainBatches
+from videochat_flash_jax.data.train_batches import mixture_batches
 from videochat_flash_jax.train.device_batches import device_batches
-batches = TrainBatches(data(BY_ROWS, workers=1), read_rows(Path(sys.argv[1])), make_tokenizer)
+batches = mixture_batches(data(BY_ROWS, workers=1), read_rows(Path(sys.argv[1])), make_tokenizer)
 batches = device_batches(batches, shardings(BY_ROWS), NUM_ROWS)
 next(batches)
 raise ValueError("of its own")
@@ -171,8 +176,13 @@ def test_processes_that_share_rows_are_one_group():
   sharding = FakeSharding([(0, 2), (2, 4)], [(0, 2), (2, 4)], [(4, 6), (6, 8)], [(4, 6), (6, 8)])
   assert row_groups(sharding, (8, 16)) == [(0, 1, 2, 3), (4, 5, 6, 7)]
   assert own_streams(sharding, (8, 16), 2) == [0] and own_streams(sharding, (8, 16), 4) == [0, 1]
-  with pytest.raises(InputError, match=r"streams is 1, .* 2 groups of processes; give 2, or"):
-    own_streams(sharding, (8, 16), 1)
+  assert own_rows(sharding, (8, 16), 2) == own_rows(sharding, (8, 16), 4) == [0, 1, 2, 3]
+
+
+def test_of_a_stream_that_two_processes_read_each_keeps_its_rows():
+  first, second = FakeSharding([(0, 4)], [(4, 8)]), FakeSharding([(4, 8)], [(0, 4)])
+  for sharding, rows in ((first, [0, 1, 2, 3]), (second, [4, 5, 6, 7])):
+    assert own_streams(sharding, (8, 16), 1) == [0] and own_rows(sharding, (8, 16), 1) == rows
 
 
 def test_processes_with_overlapping_rows_are_refused():

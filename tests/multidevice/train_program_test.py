@@ -37,6 +37,7 @@ def program_of(*overrides):
     (["mesh.sequence=3"], r"sequence 3 x tensor 1 do not make the 8 devices"),
     (["mesh.sequence=1", "mesh.tensor=8"], r"model: 28 is no multiple of 8, .* heads"),
     (["mesh.tensor=2", "clips_per_shard=3"], r"clips_per_shard: 3 is no multiple of 2"),
+    (["accumulate=16"], r"rows: 16 is no multiple of 32, .* x mesh\.fsdp x accumulate"),
     (["model=tiny", "image_size=32", "mesh.tensor=2", "mesh.sequence=1"], None),
     (
       ["model=tiny", "image_size=32", "mesh.tensor=2", "mesh.sequence=1", "sequence_parallel=none"],
@@ -53,9 +54,11 @@ def test_sizes_that_cannot_be_split_are_refused_in_one_line(overrides, complaint
   assert "\n" not in str(error.value)
 
 
-def test_the_step_of_a_config_trains():
-  tiny = ["model=tiny", "image_size=32", "rows=2", "tokens_per_row=64", "clips_per_shard=1"]
-  program = program_of(*tiny, "learning_rate=0.1", "num_steps=40")
+@pytest.mark.parametrize("rows, accumulate", [(2, 1), (4, 2)])
+def test_the_step_of_a_config_trains(rows, accumulate):
+  tiny = ["model=tiny", "image_size=32", "tokens_per_row=64", "clips_per_shard=1"]
+  tiny += [f"rows={rows}", f"accumulate={accumulate}"]
+  program = program_of(*tiny, "optimizer.learning_rate=0.1", "num_steps=40")
   compiled = program.step.lower(program.state, program.batch).compile()
   assert program_costs(compiled.as_text()).counts["collective-permute"] > 0
 
@@ -68,8 +71,8 @@ def test_the_step_of_a_config_trains():
   state, batch = jax.tree.map(filled, (program.state, program.batch))
   state = state._replace(optimizer=jax.tree.map(jnp.zeros_like, state.optimizer))
   tokens = program.batch["labels"].sharding
-  batch["labels"] = jax.device_put(np.full((2, 64), 5, np.int32), tokens)
-  batch["segment_ids"] = jax.device_put(np.ones((2, 64), np.int32), tokens)
+  batch["labels"] = jax.device_put(np.full((rows, 64), 5, np.int32), tokens)
+  batch["segment_ids"] = jax.device_put(np.ones((rows, 64), np.int32), tokens)
   losses = []
   for _ in range(6):
     state, metrics = compiled(state, batch)

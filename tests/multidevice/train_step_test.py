@@ -22,7 +22,8 @@ from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
 from videochat_flash_jax.parallel.sharding import weight_shardings
 from videochat_flash_jax.train.losses import answer_loss
-from videochat_flash_jax.train.optimizer import make_adamw
+from videochat_flash_jax.train.optimizer import make_optimizer
+from videochat_flash_jax.train.settings_types import OptimizerSettings
 from videochat_flash_jax.train.step import make_step, split_state
 
 MESHES = {
@@ -33,6 +34,15 @@ MESHES = {
   "fsdp 2 x sequence 2 x tensor 2": {"sequence": 2, "tensor": 2},
 }
 ROWS, LENGTH, CLIPS, TILES = 8, 96, 2, 2
+ADAMW = OptimizerSettings(
+  "adamw",
+  1e-3,
+  (("vision", 0.5), ("", 1.0)),
+  warm_up=0.03,
+  final=0.0,
+  weight_decay=0.0,
+  clip_norm=1.0,
+)
 
 
 def small_config():
@@ -97,8 +107,8 @@ def one_step(layout, batch):
   """A step from the same weights; with dropout it is that of production, which clips gradients."""
   config = small_config()
   model = fill_randomly(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0)))
-  optimizer = make_adamw(10, 1e-3, 5e-4) if "dropout" in batch else optax.adamw(1e-3)
-  graph, state = split_state(model, ("vision", "connector", "decoder"), optimizer)
+  optimizer = make_optimizer(ADAMW, 10) if "dropout" in batch else optax.adamw(1e-3)
+  graph, state = split_state(model, lambda path: True, optimizer)
   if layout.mesh is not None:
     state = on_mesh(state, weight_shardings(layout.mesh, state))
     whole = NamedSharding(layout.mesh, PartitionSpec())

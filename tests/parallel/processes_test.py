@@ -18,7 +18,7 @@ def joined(monkeypatch):
   calls = []
   for name in TPU_VARIABLES:
     monkeypatch.delenv(name, raising=False)
-  monkeypatch.setattr(jax.distributed, "initialize", lambda *told: calls.append(told))
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *told, **_: calls.append(told))
   return calls
 
 
@@ -32,7 +32,7 @@ def on_tpu():
 
 
 def fail_with(monkeypatch, error):
-  def fail(*_):
+  def fail(*_, **__):
     raise error
 
   monkeypatch.setattr(jax.distributed, "initialize", fail)
@@ -108,6 +108,13 @@ def test_a_tpu_host_that_cannot_join_says_so_in_one_line(monkeypatch, error):
 def test_a_process_that_is_told_where_joins_there(joined):
   join_processes("host-0:1234", 2, 1)
   assert joined == [("host-0:1234", 2, 1)]
+
+
+def test_all_are_told_how_long_to_wait_for_one_that_says_nothing(monkeypatch):
+  waits = {}
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **told: waits.update(told))
+  join_processes("host-0:1234", 2, 1, heartbeat_seconds=7)
+  assert waits == {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 7}
 
 
 @pytest.mark.usefixtures("joined")

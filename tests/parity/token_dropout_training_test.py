@@ -213,7 +213,7 @@ def loss_and_gradients(state, inputs, batch):
     tokens = [row.reshape(-1, row.shape[-1]) for row in tokens]
     most = max(map(len, tokens))
     tokens = jnp.stack([jnp.pad(row, ((0, most - len(row)), (0, 0))) for row in tokens])
-    return sequence_loss(model, tokens, batch)[0]
+    return sequence_loss(model, tokens, batch).means()["loss"]
 
   return jax.value_and_grad(loss_of)(weights)
 

@@ -1,93 +1,148 @@
-"""The loop: what it refuses before it starts, and when it stops."""
+"""The loop: what it refuses before anything is computed, and when it stops."""
 
-import itertools
-from pathlib import Path
+import json
+import logging
+import math
 
+import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from videochat_flash_jax.cli.config_file import load_config
-from videochat_flash_jax.data.synthetic_training import vocabulary_lines
-from videochat_flash_jax.data.tokenizer import train_sentencepiece
+from tests.train import small_config
+from tests.train.small_runs import records
+from videochat_flash_jax.checkpoints.convert import open_checkpoint
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train import loop
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
+
+def small(**changes):
+  config = small_config.get_config()
+  config.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})
+  return config
 
 
-def test_the_shipped_config_can_be_trained():
-  loop.check_config(load_config(TINY))
+def as_if_begun(workdir, config):
+  """What a run leaves: its config, and a checkpoint that is whole by its looks."""
+  for item in ("state", "data", "run"):
+    (workdir / "checkpoints" / "2" / item).mkdir(parents=True)
+  plain = json.loads(config.to_json_best_effort())
+  (workdir / "config.json").write_text(json.dumps({"version": "0", "config": plain}))
 
 
 @pytest.mark.parametrize(
-  "field, value",
+  "changes, said",
   [
-    ("seed", -1),
-    ("seed", 2**32),
-    ("seed", True),
-    ("vocab_size", 304),
-    ("vocab_size", None),
-    ("stages", ()),
-    ("stages", "encoder"),
-    ("encoder", None),
-    ("encoder.objective", "pictures"),
-    ("encoder.trained", ()),
-    ("encoder.trained", "vision"),
-    ("encoder.trained", ("decoder",)),
-    ("encoder.videos", 0),
-    ("encoder.clips_per_video", None),
-    ("short.trained", ("heads",)),
-    ("short.num_steps", 0),
-    ("short.log_every", 0),
-    ("short.rows", 1.5),
-    ("short.peak_rate", 0.0),
-    ("short.peak_rate", float("nan")),
-    ("short.questions", None),
-    ("short.questions", ConfigDict({"colour": 1.0})),
-    ("short.questions", ConfigDict({"attribute": -1.0, "absence": 2.0})),
-    ("short.questions", ConfigDict({"absence": 0.0})),
-    ("short.frames", (16,)),
-    ("short.frames", (0, 16)),
-    ("short.frames", (5, 7)),
-    ("short.frames", (16, 4)),
-    ("short.frames", (4, 20)),
-    ("short.tokens_per_row", 100),
+    ({"init_from": ""}, r"config\.init_from is missing: give a model on the hub"),
+    ({"init_from": "nowhere"}, "'nowhere': no such model or directory"),
+    ({"num_steps": 0}, r"config\.num_steps is 0: give a positive integer"),
+    ({"clips_per_shard": 0}, r"config\.clips_per_shard is 0"),
+    ({"rows": 1, "accumulate": 2}, r"config\.accumulate is 2"),
   ],
 )
-def test_a_field_that_cannot_be_used_is_named_in_one_line(field, value):
-  config = load_config(TINY)
-  *sections, name = field.split(".")
-  with config.ignore_type():
-    section = config[sections[0]] if sections else config
-    section[name] = value
-  named = "short.frames" if field == "short.tokens_per_row" else field
-  with pytest.raises(InputError, match=rf"^config\.{named} is .*: give [^\n]+$"):
-    loop.check_config(config)
+def test_a_config_that_cannot_be_trained_is_refused_in_one_line(tmp_path, changes, said):
+  with pytest.raises(InputError, match=said) as error:
+    loop.train(small(**changes), tmp_path / "run")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_stage_without_a_section_is_refused():
-  config = load_config(TINY)
-  config.stages = ("encoder", "shrt")
-  with pytest.raises(InputError, match=r"config\.shrt is missing"):
-    loop.check_config(config)
+@pytest.mark.parametrize("field", ["data.mixture", "eval.mixture"])
+def test_a_mixture_that_is_not_there_is_refused(tmp_path, field):
+  config = small()
+  config.data.synthetic = type(config)()
+  (tmp_path / "rows.json").write_text("[]")
+  config.data.mixture = str(tmp_path / "rows.json")
+  config.update_from_flattened_dict({field: str(tmp_path / "gone.yaml")})
+  with pytest.raises(InputError, match=rf"config\.{field} is .*gone\.yaml.*: give a file that is"):
+    loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
-def test_the_least_vocabulary_is_the_least_that_can_be_made(tmp_path):
-  lines, least = vocabulary_lines(), loop._LEAST_VOCABULARY
-  assert train_sentencepiece(lines, tmp_path / "least", least).vocab_size == least
-  with pytest.raises(InputError):
-    train_sentencepiece(lines, tmp_path / "less", least - 1)
+def test_a_run_without_data_is_refused(tmp_path):
+  config = small()
+  config.data.synthetic = type(config)()
+  with pytest.raises(InputError, match=r"config\.data\.mixture is missing: give a file"):
+    loop.train(config, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_exports(tmp_path, monkeypatch):
-  losses = itertools.chain([1.0] * 5, itertools.repeat(float("nan")))
-  monkeypatch.setattr(loop, "split_state", lambda *_: (None, None))
-  monkeypatch.setattr(loop, "make_step", lambda *_: lambda *_: (None, {"loss": next(losses)}))
-  monkeypatch.setattr(loop, "_batches", lambda *_: itertools.repeat({}))
-  config = load_config(TINY)
-  config.stages, config.short.log_every = ("short",), 4
-  complaint = r"stage short: the loss is nan by step 8; lower config\.short\.peak_rate"
-  with pytest.raises(InputError, match=complaint):
+@pytest.mark.parametrize(
+  "field, value, said",
+  [
+    ("seed", 4, "config.seed 0, now it is 4; give 0, or another --workdir"),
+    ("optimizer.learning_rate", 0.5, "config.optimizer.learning_rate 0.001, now it is 0.5"),
+    ("data.frames", (4, 8), r"config.data.frames \[4, 4\], now it is \[4, 8\]"),
+  ],
+)
+def test_the_directory_of_another_run_is_refused(tmp_path, field, value, said):
+  as_if_begun(tmp_path, small())
+  config = small()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(InputError, match=said):
     loop.train(config, tmp_path)
-  assert '"step": 4' in (tmp_path / "train_log.jsonl").read_text().splitlines()[-1]
-  assert not (tmp_path / "export").exists()
+
+
+def test_a_directory_with_a_damaged_config_is_refused(tmp_path):
+  as_if_begun(tmp_path, small())
+  (tmp_path / "config.json").write_text('{"config"')
+  with pytest.raises(InputError, match=r"config\.json: not of a run of this package, or damaged"):
+    loop.train(small(), tmp_path)
+
+
+def test_what_no_number_depends_on_may_change(tmp_path):
+  as_if_begun(tmp_path, small())
+  config = small(log_every=7, checkpoint__every=9, data__workers=2, mesh__data=2, remat="full")
+  loop.check_config(tmp_path, json.loads(config.to_json_best_effort()))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_names_of_its_batch(tmp_path):
+  config = small(optimizer__learning_rate=1e30, checkpoint__every=1)
+  with pytest.raises(InputError, match=r"the loss of step (\d+) is (nan|inf)") as error:
+    loop.train(config, tmp_path)
+  (path,) = tmp_path.glob("nan_step_*.json")
+  told, step = json.loads(path.read_text()), int(path.stem.removeprefix("nan_step_"))
+  assert f"of step {step} is" in str(error.value) and path.name in str(error.value)
+  assert f"checkpoint {step - 1} is good" in str(error.value) and "\n" not in str(error.value)
+  assert told["step"] == step and not math.isfinite(float(told["metrics"]["loss"]))
+  (row,) = told["rows"]
+  assert row and all("of the synthetic world" in name for name in row)
+  assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} <= set(range(1, step))
+  assert max(record["step"] for record in records(tmp_path)) == step - 1
+
+
+def test_frozen_weights_do_not_change_by_a_bit(tmp_path):
+  config = small(num_steps=3, checkpoint__every=1)
+  config.optimizer.scales = (("connector", 1.0), ("", 0.0))
+  loop.train(config, tmp_path)
+  first, last = (weights(tmp_path / "checkpoints" / step) for step in ("1", "3"))
+  changed = {name for name in first if not np.array_equal(first[name], last[name])}
+  assert changed == {name for name in first if "mm_projector" in name}
+
+
+def weights(directory):
+  tensors = open_checkpoint(directory).tensors
+  return {name: np.concatenate(list(tensor.blocks())) for name, tensor in tensors.items()}
+
+
+def test_stages_begin_where_the_one_before_ended_and_finished_ones_are_left(tmp_path, caplog):
+  stages = {"first": small(num_steps=2), "second": small(num_steps=2)}
+  second = stages["second"]
+  with second.ignore_type():
+    second.init_from = None
+  second.optimizer.learning_rate = 1e-30
+  config = type(second)({"stages": stages})
+  assert loop.train(config, tmp_path) == tmp_path / "second"
+  first, last = (weights(tmp_path / name) for name in stages)
+  assert all(np.array_equal(first[name], last[name]) for name in first)
+  with caplog.at_level(logging.INFO, "videochat_flash_jax"):
+    assert loop.train(config, tmp_path) == tmp_path / "second"
+  assert [r.getMessage() for r in caplog.records if "finished before" in r.getMessage()] == [
+    f"{tmp_path / name}: finished before" for name in stages
+  ]
+
+
+def test_held_out_batches_are_the_same_each_time_and_profiles_are_left(tmp_path):
+  config = small(num_steps=2, eval__every=1, profile=(1, 2))
+  config.optimizer.learning_rate = 1e-30
+  loop.train(config, tmp_path)
+  measured = [record["eval/loss"] for record in records(tmp_path) if "eval/loss" in record]
+  assert len(measured) == 2 and measured[0] == measured[1]
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))

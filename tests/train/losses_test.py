@@ -39,7 +39,7 @@ def test_gradients_of_many_blocks_are_not_lost_in_bfloat16(monkeypatch):
 
   def loss(head):
     decoder = types.SimpleNamespace(head=head)
-    return losses.next_token_loss(decoder, hidden, targets, ONE_DEVICE)[0]
+    return losses.next_token_loss(decoder, hidden, targets, ONE_DEVICE).means()["loss"]
 
   gradient = jax.grad(loss)(jnp.zeros((8, 4), jnp.bfloat16)).astype(jnp.float32)
   np.testing.assert_allclose(gradient, np.tile([-0.75, 0.25, 0.25, 0.25], (8, 1)), rtol=0.01)
@@ -68,11 +68,12 @@ def answer_batch():
 def test_the_answer_loss_does_not_see_answers_before_they_are_given_nor_the_padding():
   model = VideoChatFlash(VideoChatFlashConfig.tiny(), rngs=nnx.Rngs(0))
   batch = answer_batch()
-  loss, metrics = losses.answer_loss(model, batch)
-  assert np.isfinite(loss) and 0 <= metrics["answer_tokens"] <= 1
+  means = losses.answer_loss(model, batch).means()
+  assert np.isfinite(means["loss"]) and 0 <= means["answer_tokens"] <= 1 and means["tokens"] == 2
   unseen = jnp.array([19, *range(39, 48)])
   changed = {**batch, "token_ids": batch["token_ids"].at[0, unseen].add(1)}
-  np.testing.assert_allclose(losses.answer_loss(model, changed)[0], loss, rtol=1e-5)
+  unchanged = losses.answer_loss(model, changed).means()["loss"]
+  np.testing.assert_allclose(unchanged, means["loss"], rtol=1e-5)
 
 
 def samples_with_tokens():
@@ -126,7 +127,8 @@ def test_packed_samples_have_the_losses_and_gradients_that_they_have_alone(dropo
   @quick_jit
   @jax.value_and_grad
   def loss(weights, visual_tokens, batch):
-    return losses.sequence_loss(nnx.merge(graph, weights), visual_tokens, batch)[0]
+    sums = losses.sequence_loss(nnx.merge(graph, weights), visual_tokens, batch)
+    return sums.means()["loss"]
 
   samples = samples_with_tokens()
   together = loss(weights, *packed(samples, dropout))
@@ -138,13 +140,13 @@ def test_packed_samples_have_the_losses_and_gradients_that_they_have_alone(dropo
 
 def test_the_patch_loss_falls_when_the_heads_are_right():
   model = VideoChatFlash(VideoChatFlashConfig.tiny(), rngs=nnx.Rngs(0))
-  probe = losses.PatchProbe(model, {"kinds": 3}, rngs=nnx.Rngs(1))
+  losses.add_heads(model, {"kinds": 3}, rngs=nnx.Rngs(1))
   frames = np.random.default_rng(0).integers(0, 255, (2, 4, 32, 32, 3)).astype(np.uint8)
   labels = np.full((2, 64), 1, np.int32)
   labels[0] = 2
   labels[1, ::2] = IGNORE_LABEL
   batch = {"frames": jnp.asarray(frames), "kinds": jnp.asarray(labels)}
-  before, _ = losses.patch_loss(probe, batch)
-  probe.heads["kinds"].bias[...] = jnp.array([-50.0, 0.0, 0.0])
-  after, metrics = losses.patch_loss(probe, batch)
-  assert after < before and 0 <= metrics["kinds"] <= 1
+  before = losses.patch_loss(model, batch).means()
+  model.heads["kinds"].bias[...] = jnp.array([-50.0, 0.0, 0.0])
+  after = losses.patch_loss(model, batch).means()
+  assert after["loss"] < before["loss"] and 0 <= after["kinds"] <= 1

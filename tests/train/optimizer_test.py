@@ -1,14 +1,36 @@
-"""The optimiser: Muon where layers hold matrices, AdamW elsewhere."""
+"""The optimisers: AdamW, or Muon where layers hold matrices; rates of their own; what is frozen."""
+
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from videochat_flash_jax.train.optimizer import make_optimizer
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.train.optimizer import (
+  learning_rate_at,
+  make_optimizer,
+  scale_of,
+  trained_paths,
+)
+from videochat_flash_jax.train.settings_types import OptimizerSettings
+
+ADAMW = OptimizerSettings(
+  name="adamw",
+  learning_rate=1e-5,
+  scales=(("vision", 0.2), ("", 1.0)),
+  warm_up=0.03,
+  final=0.0,
+  weight_decay=0.0,
+  clip_norm=1.0,
+)
+MUON = dataclasses.replace(ADAMW, name="muon", learning_rate=0.1, scales=(("", 1.0),))
+PATHS = ("vision.norm.scale", "connector.fc1.kernel", "decoder.norm.scale")
 
 
-def second_update(weights, gradients, peak_rate=0.1):
+def second_update(weights, gradients):
   """The update of step 1: at step 0 of a warm-up the rate is zero."""
-  optimizer = make_optimizer(num_steps=20, peak_rate=peak_rate, weight_decay=0.0)
+  optimizer = make_optimizer(MUON, num_steps=20)
   state = optimizer.init(weights)
   for _ in range(2):
     updates, state = optimizer.update(gradients, state, weights)
@@ -35,3 +57,87 @@ def test_all_else_moves_by_equal_steps_against_the_sign_of_its_gradient():
   step = abs(float(updates["embedding"][0, 0]))
   np.testing.assert_allclose(updates["embedding"], [[-step, step], [-step, -step]], rtol=1e-3)
   np.testing.assert_allclose(updates["stacked"]["bias"], [[-step, step]], rtol=1e-3)
+
+
+def plain_adamw(weights, gradients, settings, num_steps):
+  """Steps of AdamW (Loshchilov & Hutter 2019) after clipping, in float64, one rate a weight."""
+  weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+  first = {name: np.zeros_like(value) for name, value in weights.items()}
+  second = {name: np.zeros_like(value) for name, value in weights.items()}
+  warm_up = int(np.ceil(settings.warm_up * num_steps))
+  for step, now in enumerate(gradients):
+    now = {name: np.asarray(value, np.float64) for name, value in now.items()}
+    norm = np.sqrt(sum((value**2).sum() for value in now.values()))
+    share = (step - warm_up) / (num_steps - warm_up)
+    rate = step / warm_up if step < warm_up else 0.5 * (1 + np.cos(np.pi * share))
+    for name, gradient in now.items():
+      gradient = gradient * min(1.0, settings.clip_norm / norm)
+      first[name] = 0.9 * first[name] + 0.1 * gradient
+      second[name] = 0.999 * second[name] + 0.001 * gradient**2
+      mean = first[name] / (1 - 0.9 ** (step + 1))
+      root = np.sqrt(second[name] / (1 - 0.999 ** (step + 1)))
+      move = mean / (root + 1e-8) + settings.weight_decay * weights[name]
+      scale = 0.2 if "vision" in name else 1.0
+      weights[name] = weights[name] - settings.learning_rate * scale * rate * move
+  return weights
+
+
+def stepped(weights, gradients, settings, num_steps):
+  """The same steps by our optimiser."""
+  optimizer = make_optimizer(settings, num_steps)
+  weights = {name: jnp.asarray(value) for name, value in weights.items()}
+  state = optimizer.init(weights)
+  for now in gradients:
+    updates, state = optimizer.update(
+      {name: jnp.asarray(value) for name, value in now.items()}, state, weights
+    )
+    weights = {name: value + updates[name] for name, value in weights.items()}
+  return weights
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_clips_warms_up_and_scales_as_written_out_plainly(decay):
+  settings = dataclasses.replace(ADAMW, learning_rate=0.01, warm_up=0.1, weight_decay=decay)
+  rng = np.random.default_rng(0)
+  weights = {name: rng.standard_normal((4, 5)).astype(np.float32) for name in PATHS}
+  gradients = [
+    {name: (rng.standard_normal((4, 5)) * size).astype(np.float32) for name in PATHS}
+    for size in (0.01, 2.0, 0.1, 1.0, 0.03)
+  ]
+  found = stepped(weights, gradients, settings, 20)
+  for name, expected in plain_adamw(weights, gradients, settings, 20).items():
+    np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=1e-6)
+    assert np.abs(expected - weights[name]).max() > 0.003
+
+
+def test_the_rate_rises_and_falls_as_published():
+  rate = learning_rate_at(ADAMW, 100)
+  assert rate(0) == 0 and rate(100) == pytest.approx(0, abs=1e-12)
+  assert rate(3) == pytest.approx(1e-5) and rate(1) == pytest.approx(1e-5 / 3)
+  assert rate(51.5) == pytest.approx(0.5e-5)
+  ends_high = dataclasses.replace(ADAMW, final=0.02)
+  assert learning_rate_at(ends_high, 100)(100) == pytest.approx(2e-7)
+  assert learning_rate_at(ADAMW, 1)(0) == pytest.approx(1e-5), "a run of one step learns, too"
+
+
+def test_the_first_expression_that_is_found_counts():
+  settings = dataclasses.replace(ADAMW, scales=(("vision", 0.2), ("norm", 3.0), ("", 0.0)))
+  assert [scale_of(settings, path) for path in PATHS] == [0.2, 0.0, 3.0]
+  is_trained = trained_paths(settings, PATHS)
+  assert [is_trained(path) for path in PATHS] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+  "scales, complaint",
+  [
+    ((("visoin", 0.2), ("", 1.0)), r"'visoin' is the first to be found in no weight; .* vision\."),
+    ((("", 1.0), ("vision", 0.2)), r"'vision' is the first to be found in no weight"),
+    ((("vision", 0.2), ("decoder", 1.0)), r"no expression is found in the weight connector\.fc1"),
+    ((("", 0.0),), "freezes all weights"),
+  ],
+)
+def test_a_table_that_cannot_be_meant_is_refused(scales, complaint):
+  settings = dataclasses.replace(ADAMW, scales=scales)
+  with pytest.raises(InputError, match=complaint) as error:
+    trained_paths(settings, PATHS)
+  assert "\n" not in str(error.value)

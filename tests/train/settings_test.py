@@ -1,19 +1,23 @@
-"""The stages' configs: typed, checked, and the shapes of their steps."""
+"""The stages' configs: typed, checked, and as published."""
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
-from videochat_flash_jax.cli.config_file import read_config
+from videochat_flash_jax.cli.config_file import load_config, read_config
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.train.program import train_program
-from videochat_flash_jax.train.settings import train_settings
+from videochat_flash_jax.models.config import DropoutConfig
+from videochat_flash_jax.train.optimizer import scale_of
+from videochat_flash_jax.train.settings import data_config, train_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGES = sorted(path.name for path in CONFIGS.glob("stage*.py"))
-ONE_DEVICE = ["--config.mesh.sequence=1", "--config.rows=1"]
+PARTS = {
+  "vision": "vision.blocks.stacked.fc1.kernel",
+  "connector": "connector.fc1.kernel",
+  "decoder": "decoder.layers.stacked.q_proj.kernel",
+}
 
 
 def settings_of(stage, *overrides):
@@ -26,82 +30,128 @@ def test_every_stage_is_there():
 
 
 @pytest.mark.parametrize(
-  "stage, trained, size, frames, rate, tokens",
+  "stage, rates, size, frames, tokens, steps",
   [
-    ("stage1_align.py", {"connector"}, 224, (4, 4), 1e-3, 8192),
-    ("stage2_pretrain.py", {"vision", "connector", "decoder"}, 224, (4, 8), 1e-5, 32768),
-    ("stage3_long.py", {"vision", "connector", "decoder"}, 224, (64, 512), 1e-5, 32768),
-    ("stage4_highres.py", {"vision", "connector"}, 448, (64, 512), 1e-5, 32768),
+    ("stage1_align.py", {"connector": 1e-3}, 224, (4, 4), 8192, 2030),
+    (
+      "stage2_pretrain.py",
+      {"vision": 2e-6, "connector": 1e-5, "decoder": 1e-5},
+      *(224, (4, 8), 32768, 23_400),
+    ),
+    (
+      "stage3_long.py",
+      {"vision": 2e-6, "connector": 1e-5, "decoder": 1e-5},
+      *(224, (64, 512), 32768, 13_700),
+    ),
+    ("stage4_highres.py", {"vision": 2e-6, "connector": 1e-5}, 448, (64, 512), 32768, 4642),
   ],
 )
-def test_stages_are_as_published(stage, trained, size, frames, rate, tokens):
+def test_stages_are_as_published(stage, rates, size, frames, tokens, steps):
   settings = settings_of(stage)
-  assert set(settings.trained) == trained and settings.frames == frames
-  assert settings.learning_rate == rate and settings.vision_learning_rate == 2e-6
+  optimizer, data = settings.optimizer, settings.data
+  for part, path in PARTS.items():
+    rate = optimizer.learning_rate * scale_of(optimizer, path)
+    assert rate == pytest.approx(rates.get(part, 0.0))
+  assert (optimizer.name, optimizer.warm_up, optimizer.final) == ("adamw", 0.03, 0.0)
+  assert (optimizer.weight_decay, optimizer.clip_norm, settings.lora.rank) == (0.0, 1.0, 0)
+  assert data.frames == frames and settings.num_steps == steps and settings.dropout is None
+  of_first = stage == "stage1_align.py"
+  assert data.sampling == ("middle" if of_first else "dynamic_fps1")
+  assert data.template == ("plain" if of_first else "qwen_2")
   assert settings.tokens_per_row == tokens and settings.model.vision.image_size == size
 
 
-@pytest.mark.parametrize(
-  "stage",
-  [
-    # The others have the same program, or nearly so.
-    pytest.param(name, marks=() if name[:6] in ("stage1", "stage3") else pytest.mark.slow)
-    for name in STAGES
-  ],
-)
-def test_two_steps_of_a_stage_have_shapes(stage):
-  settings = train_settings(read_config(CONFIGS / stage, ONE_DEVICE))
-  program = train_program(settings, jax.devices()[:1])
-
-  def two_steps(state, batch):
-    state, _ = program.step(state, batch)
-    return program.step(state, batch)
-
-  state, metrics = jax.eval_shape(two_steps, program.state, program.batch)
-  assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
-  for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
-    assert new.shape == old.shape and new.dtype == old.dtype
+def test_a_config_names_what_batches_are_made_of():
+  config = data_config(settings_of("stage3_long.py", "data.frames=(8, 64)"), 4, streams=2)
+  assert config.example.frames == (8, 64) and config.example.image_size == 224
+  assert config.example.time_message == "short" and config.streams == 2 and config.rows == 16
+  layout = config.layout
+  assert (layout.tokens, layout.clip_tokens, layout.num_shards) == (32768, 64, 4)
+  assert layout.zigzag and (layout.clips_per_shard, layout.tiles_per_shard) == (128, 40)
+  assert not data_config(settings_of("stage1_align.py"), 1, streams=1).layout.zigzag
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_is_frozen_has_no_optimizer_state_and_is_in_bfloat16(stage):
-  settings = train_settings(read_config(CONFIGS / stage, ONE_DEVICE))
-  state = train_program(settings, jax.devices()[:1]).state
-  assert set(state.trained) == set(settings.trained)
-  assert {x.dtype for x in jax.tree.leaves(state.frozen)} <= {jnp.dtype(jnp.bfloat16)}
-  assert {x.dtype for x in jax.tree.leaves(state.trained)} == {jnp.dtype(jnp.float32)}
-  sizes = [sum(x.size for x in jax.tree.leaves(part)) for part in (state.trained, state.optimizer)]
-  assert 0 <= sizes[1] - 2 * sizes[0] < 8  # two moments of each weight, and counters
+def test_dropout_and_synthetic_questions_can_be_asked_for():
+  settings = settings_of("stage3_long.py", "dropout.kind=uniform0_attention")
+  assert settings.dropout == DropoutConfig.model_card()
+  config = load_config(CONFIGS / "stage3_long.py")
+  config.data.synthetic = ConfigDict({"attribute": 0.8, "absence": 0.2})
+  assert dict(train_settings(config).data.synthetic) == {"attribute": 0.8, "absence": 0.2}
 
 
 @pytest.mark.parametrize(
   "override, complaint",
   [
+    ("seed=-1", r"config\.seed is -1: give an integer below"),
+    ("objective=answer", r"config\.objective is 'answer': give answers or patches"),
     ("model=qwen3", r"config\.model is 'qwen3': give one of tiny, qwen2_7b_res224"),
     ("image_size=100", r"image_size is 100: give pixels, a multiple of 16"),
-    ("trained=('visoin',)", r"config\.trained is \('visoin',\): give names out of"),
     ("sequence_parallel=rign", r"sequence_parallel is 'rign': give none or all_gather or ring"),
     ("rows=0", r"rows is 0: give a positive integer"),
-    ("frames=(8, 4)", r"frames is \(8, 4\): give the least and the most"),
-    ("learning_rate=-1.0", r"learning_rate is -1\.0: give a positive number"),
+    ("accumulate=3", r"config\.accumulate is 3: give a divisor of rows, which is 16"),
+    ("remat=some", r"config\.remat is 'some': give full or dots or none"),
+    ("compute_dtype=float16", r"compute_dtype is 'float16': give bfloat16 or float32"),
+    ("profile=(5,)", r"config\.profile is \(5,\): give \(\) or the first and the last step"),
     ("mesh.sequnce=4", r"no field 'mesh\.sequnce': did you mean mesh\.sequence"),
     ("mesh.tensor=x", r"mesh\.tensor=x: the field holds a int"),
+    ("optimizer.learning_rate=-1.0", r"optimizer\.learning_rate is -1\.0: give a number above 0"),
+    ("optimizer.scales=(('(', 1.0),)", r"optimizer\.scales is .*: give pairs of a regular expr"),
+    ("optimizer.scales=(('', -1.0),)", r"optimizer\.scales is .*: give pairs of a regular expr"),
+    ("optimizer.warm_up=3.0", r"optimizer\.warm_up is 3\.0: give a number from 0 to 1"),
+    ("lora.rank=-1", r"config\.lora\.rank is -1: give an integer of 0 or more"),
+    ("lora.targets=(", r"config\.lora\.targets is '\(': give a regular expression"),
+    ("dropout.kind=evenly", r"config\.dropout\.kind is 'evenly': give '' or uniform"),
+    ("data.frames=(8, 4)", r"data\.frames is \(8, 4\): give the least and the most"),
+    ("data.frames=(4, 9)", r"data\.frames is \(4, 9\): give .*, multiples of 4"),
+    ("data.max_broken_share=2.0", r"max_broken_share is 2\.0: give a number from 0 to 1"),
+    ("data.template=qwen", r"data\.template is 'qwen': give qwen_2 or qwen_1_5 or plain"),
+    ("eval.every=0", r"config\.eval\.every is 0: give a positive integer"),
+    ("checkpoint.keep=0", r"config\.checkpoint\.keep is 0: give a positive integer"),
   ],
 )
 def test_a_wrong_field_is_named_with_the_remedy(override, complaint):
-  with pytest.raises(InputError, match=complaint):
+  with pytest.raises(InputError, match=complaint) as error:
     settings_of("stage3_long.py", override)
+  assert "\n" not in str(error.value)
+
+
+def test_a_config_file_cannot_mistype_a_field():
+  config = load_config(CONFIGS / "stage3_long.py")
+  with pytest.raises(AttributeError, match="learning_rate"):
+    config.optimizer.learning_rat = 1.0
 
 
 @pytest.mark.parametrize(
-  "overrides, complaint",
+  "section, field, complaint",
   [
-    (["mesh.sequence=4"], "do not make the 1 devices"),
-    (["mesh.sequence=0"], r"mesh\.sequence is 0"),
-    (["mesh.sequence=1", "mesh.fsdp=2"], "do not make the 1 devices"),
-    (["mesh.sequence=2", "mesh.fsdp=2"], "fsdp 2 x sequence 2 x tensor 1 do not make"),
+    ("", "learning_rate", r"^config\.learning_rate is no field: did you mean .*$"),
+    ("optimizer", "learningrate", r"^config\.optimizer\.learningrate .* mean learning_rate\?$"),
+    ("mesh", "sequnce", r"^config\.mesh\.sequnce is no field: did you mean sequence\?$"),
   ],
 )
-def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_built(overrides, complaint):
+def test_a_field_of_ones_own_is_refused_with_the_nearest(section, field, complaint):
+  config = load_config(CONFIGS / "stage3_long.py").copy_and_resolve_references()
+  with config.unlocked():
+    (config[section] if section else config)[field] = 1
   with pytest.raises(InputError, match=complaint):
-    train_program(settings_of("stage3_long.py", *overrides), jax.devices()[:1])
+    train_settings(config)
+
+
+@pytest.mark.parametrize("name", ["rows", "mesh", "optimizer.scales", "data.frames"])
+def test_a_field_that_is_missing_is_named(name):
+  config = load_config(CONFIGS / "stage3_long.py").copy_and_resolve_references()
+  *sections, field = name.split(".")
+  with config.unlocked():
+    del (config[sections[0]] if sections else config)[field]
+  with pytest.raises(InputError, match=rf"^config\.{name} is missing: [^\n]+$"):
+    train_settings(config)
+
+
+@pytest.mark.parametrize(
+  "weights", [{"colour": 1.0}, {"attribute": -1.0, "absence": 2.0}, {"absence": 0.0}]
+)
+def test_weights_of_questions_that_cannot_be_used_are_refused(weights):
+  config = load_config(CONFIGS / "stage3_long.py")
+  config.data.synthetic = ConfigDict(weights)
+  with pytest.raises(InputError, match=r"^config\.data\.synthetic is .* weights from 0 for"):
+    train_settings(config)

@@ -1,21 +1,34 @@
-"""The step: only what is named is trained, and a batch is learnt."""
+"""The step: only what is named is trained, a batch is learnt, and parts of it add up."""
+
+import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 from flax import nnx
 
+from tests.conftest import assert_close
+from tests.models.small_models import CONFIG, fill_randomly
 from tests.train.losses_test import answer_batch
-from videochat_flash_jax.models.config import VideoChatFlashConfig
+from tests.train.optimizer_test import ADAMW
+from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
+from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.train.losses import answer_loss
 from videochat_flash_jax.train.optimizer import make_optimizer
-from videochat_flash_jax.train.step import make_step, split_state
+from videochat_flash_jax.train.step import make_evaluation, make_step, split_state
+
+MUON = dataclasses.replace(ADAMW, name="muon", learning_rate=0.01, warm_up=0.05, final=0.02)
 
 
 def test_a_batch_is_learnt_while_frozen_weights_stay():
   model = VideoChatFlash(VideoChatFlashConfig.tiny(), rngs=nnx.Rngs(0))
-  optimizer = make_optimizer(num_steps=20, peak_rate=0.01)
-  graph, state = split_state(model, ("connector", "decoder"), optimizer)
+  optimizer = make_optimizer(MUON, num_steps=20)
+  graph, state = split_state(model, lambda path: not path.startswith("vision."), optimizer)
   assert set(state.trained) == {"connector", "decoder"} and set(state.frozen) == {"vision"}
   before = jax.tree.map(np.asarray, state)
   step = make_step(graph, answer_loss, optimizer)
@@ -24,7 +37,85 @@ def test_a_batch_is_learnt_while_frozen_weights_stay():
   for _ in range(20):
     state, metrics = step(state, batch)
     losses.append(float(metrics["loss"]))
-  assert losses[-1] < 0.1 * losses[0]
+  assert losses[-1] < 0.1 * losses[0] and metrics["grad_norm"] > 0 and metrics["tokens"] == 2
   jax.tree.map(np.testing.assert_array_equal, state.frozen, before.frozen)
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.trained, before.trained)
   assert all(jax.tree.leaves(moved))
+
+
+def four_rows():
+  """Rows that have 1, 2, 11 and 3 tokens to learn."""
+  row = answer_batch()
+  batch = {name: jnp.concatenate([value] * 4) for name, value in row.items()}
+  labels = np.full((4, 48), IGNORE_LABEL, np.int32)
+  for number, places in enumerate(([19], [19, 39], [18, 19, *range(24, 33)], [18, 19, 39])):
+    labels[number, places] = (np.asarray(batch["token_ids"]) % 60 + number)[number, places]
+  small = CONFIG.decoder.vocab_size
+  batch |= {"labels": jnp.asarray(labels % small), "token_ids": batch["token_ids"] % small}
+  batch["labels"] = jnp.where(labels >= 0, batch["labels"], IGNORE_LABEL)
+  tokens = CONFIG.connector.clip_tokens  # visual tokens that there are
+  is_visual = (batch["visual_index"] >= 0) & (batch["visual_index"] < 2 * tokens)
+  return batch | {"visual_index": jnp.where(is_visual, batch["visual_index"], -1)}
+
+
+def with_dropout(batch):
+  dropout = DropoutConfig("uniform0_attention", layers=(1, 2), ratios=(1.0, 0.5, 0.25))
+  fields = [np.asarray(batch[name]) for name in ("visual_index", "segment_ids", "labels")]
+  plan = plan_dropout(dropout, fields[0] >= 0, fields[1], fields[2] >= 0)
+  return batch | {"dropout": jax.tree.map(jnp.asarray, plan)}
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["all tokens", "dropout"])
+def test_a_batch_in_parts_gives_the_step_that_it_gives_whole(dropout):
+  batch = with_dropout(four_rows()) if dropout else four_rows()
+  results = []
+  for accumulate in (1, 2):
+    model = fill_randomly(lambda: VideoChatFlash(CONFIG, rngs=nnx.Rngs(0)))
+    optimizer = optax.sgd(1.0)  # whose updates are the gradients
+    graph, state = split_state(model, lambda path: True, optimizer)
+    before = jax.tree.map(np.asarray, state.trained)
+    evaluated = make_evaluation(graph, answer_loss, accumulate=accumulate)(state, batch)
+    state, metrics = make_step(graph, answer_loss, optimizer, accumulate=accumulate)(state, batch)
+    results.append((metrics, jax.tree.map(lambda a, b: b - np.asarray(a), state.trained, before)))
+    assert metrics["tokens"] == 17
+    for name, value in evaluated.items():
+      assert_close(value, metrics[name], relative=1e-6)
+  (whole, gradients), (parts, summed) = results
+  for name, value in whole.items():
+    assert_close(parts[name], value, relative=1e-5)
+  jax.tree.map(functools.partial(assert_close, relative=1e-5), summed, gradients)
+
+
+_MLP = ("gate_proj.kernel", "up_proj.kernel", "down_proj.kernel")
+
+
+def temporary_bytes_per_layer(is_trained, batch):
+  """By how much a further layer of the decoder lets a step's temporaries grow, in layers."""
+
+  def temporary_bytes(depth):
+    decoder = dataclasses.replace(CONFIG.decoder, mlp_width=2048, depth=depth)
+    config, optimizer = dataclasses.replace(CONFIG, decoder=decoder), optax.sgd(1e-3)
+
+    def start():
+      model = VideoChatFlash(config, rngs=nnx.Rngs(0))
+      stack = "decoder.layers.stacked."
+      model.decoder.layers.frozen = frozenset(x for x in _MLP if not is_trained(stack + x))
+      return split_state(model, is_trained, optimizer)
+
+    graph, state = jax.eval_shape(start)
+    lowered = make_step(graph, answer_loss, optimizer).lower(state, batch)
+    compiled = lowered.compile({"xla_backend_optimization_level": 0})
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  layer = 4 * len(_MLP) * 2048 * CONFIG.decoder.width
+  return (temporary_bytes(12) - temporary_bytes(4)) / 8 / layer
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["all tokens", "dropout"])
+def test_what_is_frozen_has_no_room_for_gradients(dropout):
+  batch = with_dropout(four_rows()) if dropout else four_rows()
+  assert temporary_bytes_per_layer(lambda path: path.startswith("connector."), batch) < 0.2
+
+
+def test_room_for_gradients_would_be_seen():
+  assert temporary_bytes_per_layer(lambda path: True, four_rows()) > 0.9

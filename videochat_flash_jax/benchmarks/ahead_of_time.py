@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
-from videochat_flash_jax.benchmarks.chips import CHIPS, roofline
+from videochat_flash_jax.benchmarks.chips import roofline
 from videochat_flash_jax.benchmarks.hlo_costs import program_costs
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel.chips import CHIPS
 
 _EXAMPLES = "v4:2x2x2, v5e:4x4, v5e:8x8, v5p:2x2x1, v5p:4x4x4, v6e:8x8"
 _GIB = 2**30

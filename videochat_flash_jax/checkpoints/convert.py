@@ -1,24 +1,23 @@
 """Checkpoint directories in the released layout, in and out: strict, nothing left over."""
 
 import contextlib
-import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from videochat_flash_jax.checkpoints.checkpoint import Checkpoint, with_head
 from videochat_flash_jax.checkpoints.hf_config import parse_config, read_fields, write_config
 from videochat_flash_jax.checkpoints.hf_mapping import hub_tensors
+from videochat_flash_jax.checkpoints.run_files import is_run
 from videochat_flash_jax.checkpoints.safetensors_files import (
   FLOATING,
-  StoredTensor,
   read_directory,
   write_directory,
 )
@@ -49,37 +48,22 @@ _COPIED = (
 )
 
 
-class Checkpoint(NamedTuple):
-  """A checkpoint that was opened, but not read."""
-
-  where: str  # for messages
-  directory: Path  # of its tokenizer
-  config: VideoChatFlashConfig
-  fields: Mapping[str, Any]  # of its config.json
-  tensors: Mapping[str, StoredTensor]  # by their names on the hub
-
-
 def open_checkpoint(directory: Path) -> Checkpoint:
   """Opens a directory with `config.json` and `model.safetensors`, or shards and their index.
+
+  Or a training run: its WORKDIR, for the newest checkpoint, or one of WORKDIR/checkpoints.
 
   Raises:
     InputError: a file is missing, broken, or describes a model that this package does not have.
   """
+  if is_run(directory):
+    from videochat_flash_jax.checkpoints.orbax_files import open_run  # Orbax is slow to import
+
+    return open_run(directory)
   fields = read_fields(directory)
   config = parse_config(directory, fields)
   tensors = read_directory(directory)
   return Checkpoint(str(directory), directory, with_head(config, tensors), fields, tensors)
-
-
-def with_head(
-  config: VideoChatFlashConfig, tensors: Mapping[str, StoredTensor]
-) -> VideoChatFlashConfig:
-  """A stored head counts, as in the released 2B, whatever the language model's config says."""
-  if not config.decoder.tied_embeddings or "lm_head.weight" not in tensors:
-    return config
-  return dataclasses.replace(
-    config, decoder=dataclasses.replace(config.decoder, tied_embeddings=False)
-  )
 
 
 def load_model(
@@ -138,7 +122,7 @@ def save_model(
     write_directory(partial, "the model", hub_arrays(weights))
     write_config(config, partial, dtype=dtype, base=source and read_fields(source))
     if source is not None:
-      _copy_beside(source, partial)
+      copy_beside(source, partial)
 
 
 def write_checkpoint(
@@ -173,11 +157,12 @@ def write_checkpoint(
   with _staged(out) as partial:
     num_bytes = write_directory(partial, checkpoint.where, stored, dtype and jnp.dtype(dtype))
     write_config(checkpoint.config, partial, dtype=told, base=checkpoint.fields)
-    _copy_beside(checkpoint.directory, partial)
+    copy_beside(checkpoint.directory, partial)
   return num_bytes
 
 
-def _copy_beside(source, target):
+def copy_beside(source: Path, target: Path):
+  """Copies what goes along with the weights of a checkpoint: the tokenizer above all."""
   for pattern in _COPIED:
     for path in source.glob(pattern):
       shutil.copyfile(path, target / path.name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from videochat_flash_jax.checkpoints.convert import Checkpoint, with_head
+from videochat_flash_jax.checkpoints.checkpoint import Checkpoint, with_head
 from videochat_flash_jax.checkpoints.hf_config import TOWERS, read_decoder_config, read_fields
 from videochat_flash_jax.checkpoints.safetensors_files import (
   StoredTensor,
@@ -29,14 +29,18 @@ _PRETRAINING = {"umt": r"(?!encoder\.)", "internvideo2": r"(?:clip|final_clip|ma
 
 
 def join_parts(
-  language_model: Path, encoder: Path, tower: str, projector: Path | None = None, seed: int = 0
+  language_model: Path,
+  encoder: Path,
+  tower: str | VisionConfig,
+  projector: Path | None = None,
+  seed: int = 0,
 ) -> Checkpoint:
   """A whole VideoChat-Flash, to be written by `write_checkpoint`.
 
   Args:
     language_model: directory of a Qwen2 model as it is on the hub, with its tokenizer.
     encoder: `UMT-L_f4_vision.pt`, `InternVideo2-1B_f4_vision.pt`, or one of their kind.
-    tower: upstream's name of the encoder and its picture size, as in `TOWERS`.
+    tower: upstream's name of the encoder and its picture size, as in `TOWERS`; or its sizes.
     projector: `mm_projector.bin` of a first training stage; by default (None) its weights are
       drawn at random, as the original draws them.
     seed: of those.
@@ -48,7 +52,8 @@ def join_parts(
   if fields.get("model_type") != "qwen2":
     kind = fields.get("model_type")
     raise InputError(f"{path}: field 'model_type' is {kind!r}; give a Qwen2 language model")
-  vision, decoder = TOWERS[tower], read_decoder_config(path, fields)
+  decoder = read_decoder_config(path, fields)
+  vision = tower if isinstance(tower, VisionConfig) else TOWERS[tower]
   tensors = read_directory(language_model) | _encoder_tensors(encoder, vision)
   if projector is None:
     tensors |= _fresh_projector(vision, decoder, seed)

@@ -35,7 +35,7 @@ def load_weights(
   where: Path | str,
   stored: Mapping[str, StoredTensor],
   shapes: Mapping[str, tuple[int, ...]],
-  dtype: np.dtype = np.float32,
+  dtype: np.dtype | Mapping[str, np.dtype] = np.float32,
   sharding_of: ShardingOf = lambda path, shape: None,
 ) -> dict[str, jax.Array]:
   """Reads every array of a model; every stored tensor is used exactly once.
@@ -47,7 +47,7 @@ def load_weights(
     where: the checkpoint, for messages.
     stored: tensors by their names on the hub.
     shapes: shape of every array of the model by its path, `decoder.norm.scale` and so on.
-    dtype: of the arrays returned.
+    dtype: of the arrays returned; of each by its path, or of all.
     sharding_of: where the array of a path and shape goes.
 
   Raises:
@@ -56,20 +56,22 @@ def load_weights(
   """
   tensors = hub_tensors(dict(shapes), stored)
   check_tensors(where, stored, tensors)
-  dtype, broken, arrays = np.dtype(dtype), [], {}
-  total = sum(dtype.itemsize * int(np.prod(shape)) for shape in shapes.values())
+  types = {path: np.dtype(dtype[path] if isinstance(dtype, Mapping) else dtype) for path in shapes}
+  broken, arrays = [], {}
+  total = sum(types[path].itemsize * int(np.prod(shape)) for path, shape in shapes.items())
   with tqdm(desc="loading", total=total, **BAR) as bar:
 
     def fill(array: np.ndarray, tensor: HubTensor):
       rows, start = tensor.layout.to_hub(array), 0  # a view of ours with the axes of the file
-      for block in finite_blocks(tensor.name, stored[tensor.name], dtype, broken):
+      for block in finite_blocks(tensor.name, stored[tensor.name], types[tensor.path], broken):
         _copy(rows[start : start + len(block)], block)
         start += len(block)
         bar.update(block.nbytes)
 
     for path, parts in itertools.groupby(tensors.values(), lambda tensor: tensor.path):
       shape = tuple(shapes[path])
-      arrays[path] = _read_array(list(parts), shape, dtype, sharding_of(path, shape), fill)
+      sharding = sharding_of(path, shape)
+      arrays[path] = _read_array(list(parts), shape, types[path], sharding, fill)
   refuse_broken(where, broken)
   return arrays
 

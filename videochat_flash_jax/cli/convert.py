@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--model",
     required=True,
-    help="'tiny', a checkpoint directory or a name on the hub; with --encoder, a Qwen2 model",
+    help="'tiny', a checkpoint directory, a training run's WORKDIR or a name on the hub; with "
+    "--encoder, a Qwen2 model",
   )
   parser.add_argument("--to", choices=["hf"], default="hf", help="the layout to write")
   parser.add_argument("--out", type=Path, required=True, help="directory to write; must be new")

@@ -13,16 +13,34 @@ TAKES_OVERRIDES = True
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the verb's options to its parser."""
   add_config_argument(parser)
-  parser.add_argument("--workdir", type=Path, required=True, help="directory to write")
+  parser.add_argument(
+    "--workdir", type=Path, required=True, help="directory to write; a run in it goes on"
+  )
+  several = parser.add_argument_group(
+    "several hosts", "the same command on each; TPU hosts find each other without being told"
+  )
+  several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+  several.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+  several.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
 
 
 def run(args: argparse.Namespace):
-  """Trains, and says where the model is."""
+  """Trains, and says where the weights are."""
   config = read_config(args.config, args.overrides)
-  logging.basicConfig(format="%(message)s")
-  logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
 
-  from videochat_flash_jax.train.loop import train  # Imports JAX: not for a mistyped option.
+  import jax  # Not for a mistyped option.
 
-  train(config, args.workdir)
-  print(f"the trained model is in {args.workdir / 'export'}")
+  from videochat_flash_jax.parallel.processes import ends_with_others, join_processes
+  from videochat_flash_jax.train.loop import heartbeat_seconds, train
+
+  told = args.coordinator, args.num_processes, args.process_id
+  join_processes(*told, heartbeat_seconds(config))
+  is_first = jax.process_index() == 0
+  logging.basicConfig(format="%(message)s", force=True)  # libraries have set up their own
+  level = logging.INFO if is_first else logging.WARNING
+  logging.getLogger("videochat_flash_jax").setLevel(level)
+  with ends_with_others():
+    workdir = train(config, args.workdir)
+  if is_first and workdir is not None:
+    print(f"the checkpoint is in {workdir / 'checkpoints'}; to write it as models on the hub are:")
+    print(f"vcflash convert --model {workdir} --out DIR")

@@ -1,5 +1,6 @@
 """Counts examples whose row could not be read; too many of them stop the run."""
 
+import dataclasses
 import logging
 from collections import Counter
 from typing import Any
@@ -12,57 +13,82 @@ _LEAST_EXAMPLES = 100  # before these, one broken row says nothing about the oth
 _NUM_NAMED = 3  # sources in the message
 
 
+@dataclasses.dataclass
+class _Counts:
+  """Of one stream: examples, damaged ones among them, and broken ones by source and reason."""
+
+  examples: int = 0
+  damaged: int = 0
+  broken: dict[str, Counter] = dataclasses.field(default_factory=dict)
+
+
 class BrokenShare:
-  """Counts by source and reason. A row that is drawn again, in another epoch, counts again."""
+  """Counts by stream, source and reason; the limit is for all streams of a process together.
+
+  A row that is drawn again, in another epoch, counts again.
+  """
 
   def __init__(self, most: float):
     """Begins at nothing; `most` is the share of broken examples that is borne."""
     self._most = most
-    self.num_examples = self._num_damaged = 0
-    self._counts: dict[str, Counter] = {}
+    self._streams: dict[int, _Counts] = {}
     self._logged: set[int] = set()
 
-  def count(self, drawn: Drawn):
+  def count(self, drawn: Drawn, stream: int = 0):
     """Counts an example under what was wrong with its row, and logs every row once.
 
     Raises:
       InputError: of at least a hundred examples more than the share borne were broken; names the
         worst sources.
     """
-    self.num_examples += 1
+    counts = self._streams.setdefault(stream, _Counts())
+    counts.examples += 1
     for row in drawn.passed_over:
       if row.row not in self._logged:
         self._logged.add(row.row)
         _log.warning("%s, %s is replaced: %s", row.source, row.label, row.message)
     if drawn.damaged is not None:
-      self._num_damaged += 1
+      counts.damaged += 1
       if drawn.row not in self._logged:
         self._logged.add(drawn.row)
         _log.warning("%s is damaged, and used as far as it can be read", drawn.damaged)
     if drawn.passed_over:
       first = drawn.passed_over[0]
-      self._counts.setdefault(first.source, Counter())[first.reason] += 1
+      counts.broken.setdefault(first.source, Counter())[first.reason] += 1
       self._check()
+
+  @property
+  def num_examples(self) -> int:
+    """Examples so far."""
+    return sum(counts.examples for counts in self._streams.values())
 
   @property
   def num_broken(self) -> int:
     """Examples so far whose row could not be read."""
-    return sum(count.total() for count in self._counts.values())
+    return sum(reasons.total() for _, reasons in self._broken())
 
-  def state(self) -> dict[str, Any]:
+  def state(self, stream: int = 0) -> dict[str, Any]:
     """Fit for JSON: `examples`, `damaged`, and `broken`, counts by source and reason."""
-    broken = {source: dict(counts) for source, counts in self._counts.items()}
-    return {"examples": self.num_examples, "damaged": self._num_damaged, "broken": broken}
+    counts = self._streams.get(stream, _Counts())
+    broken = {source: dict(reasons) for source, reasons in counts.broken.items()}
+    return {"examples": counts.examples, "damaged": counts.damaged, "broken": broken}
 
-  def set_state(self, state: dict[str, Any]):
+  def set_state(self, state: dict[str, Any], stream: int = 0):
     """Goes on from what `state` gave."""
-    self.num_examples, self._num_damaged = state["examples"], state["damaged"]
-    self._counts = {source: Counter(counts) for source, counts in state["broken"].items()}
+    broken = {source: Counter(reasons) for source, reasons in state["broken"].items()}
+    self._streams[stream] = _Counts(state["examples"], state["damaged"], broken)
+
+  def _broken(self):
+    """Source and counts by reason, of every stream."""
+    return [pair for counts in self._streams.values() for pair in counts.broken.items()]
 
   def _check(self):
     if self.num_examples < _LEAST_EXAMPLES or self.num_broken <= self._most * self.num_examples:
       return
-    worst = sorted(self._counts.items(), key=lambda item: -item[1].total())
+    by_source: dict[str, Counter] = {}
+    for source, reasons in self._broken():
+      by_source[source] = by_source.get(source, Counter()) + reasons
+    worst = sorted(by_source.items(), key=lambda item: -item[1].total())
     named = "; ".join(
       f"{source} {counts.total()} ({', '.join(f'{n} {why}' for why, n in counts.most_common())})"
       for source, counts in worst[:_NUM_NAMED]

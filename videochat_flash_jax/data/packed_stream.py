@@ -9,15 +9,19 @@ Those are read once more when a run goes on. They have to be the same rows as be
 then others may be readable, so which ones they were is not worked out again.
 """
 
+import functools
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 from absl import flags
 
 from videochat_flash_jax.data.broken_share import BrokenShare
 from videochat_flash_jax.data.data_config import DataConfig
-from videochat_flash_jax.data.replacement import Drawn, ReplacingReader
+from videochat_flash_jax.data.replacement import Drawn
 from videochat_flash_jax.data.row_packer import Packed, RowPacker
 from videochat_flash_jax.errors import InputError
 
@@ -26,10 +30,20 @@ _EXAMPLES_AHEAD = 2  # of each worker
 _LEAST_SHARED_BYTES = 1 << 16  # smaller arrays are sent, larger ones handed over in shared memory
 
 
+class Reader(Protocol):
+  """Gives the n-th example of a stream: `ReplacingReader`, or `SyntheticReader`."""
+
+  def read(self, stream: int, number: int) -> Drawn:
+    """Reads example `number` of a stream."""
+
+  def read_again(self, stream: int, number: int, row: int) -> Drawn:
+    """Reads it as it was read before, from `row`."""
+
+
 class PackedStream:
   """Gives packed rows, endlessly."""
 
-  def __init__(self, reader: ReplacingReader, number: int, config: DataConfig):
+  def __init__(self, reader: Reader, number: int, config: DataConfig):
     """Reads nothing yet; `number` is that of the stream."""
     self._reader, self._number, self._config = reader, number, config
     self._drawn: grain.DatasetIterator | None = None
@@ -76,7 +90,7 @@ class PackedStream:
     full = None
     while full is None:
       drawn = self._draw()
-      share.count(drawn)
+      share.count(drawn, self._number)
       full = self._packer.add(Packed(self._next, drawn.row, drawn.example))
       self._next += 1
     return full
@@ -99,8 +113,21 @@ def stop_all(streams: Iterable[PackedStream]):
     stream.stop()
 
 
+@functools.cache
+def _end_with_program():
+  """Has a worker process end when the program is gone, even if that was killed."""
+  program = multiprocessing.parent_process()
+
+  def follow():
+    program.join()
+    os._exit(1)
+
+  if program is not None:
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def _read_ahead(
-  reader: ReplacingReader,
+  reader: Reader,
   stream: int,
   workers: int,
   again: Sequence[Sequence[int]],
@@ -109,6 +136,7 @@ def _read_ahead(
   """Yields the examples `again`, numbers and rows, then all from number `first` on."""
 
   def draw(place: int) -> Drawn:
+    _end_with_program()
     if place < len(again):
       return reader.read_again(stream, *again[place])
     return reader.read(stream, first + place - len(again))

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from videochat_flash_jax.data import synthetic
-from videochat_flash_jax.data.conversation import IGNORE_LABEL, Turn, encode_dialog, time_message
+from videochat_flash_jax.data.conversation import (
+  IGNORE_LABEL,
+  TokenizedText,
+  Turn,
+  encode_caption,
+  encode_dialog,
+  time_message,
+)
 from videochat_flash_jax.data.packing import lay_out
 from videochat_flash_jax.data.synthetic_render import COLOURS, Scene, render
 from videochat_flash_jax.data.synthetic_shapes import KINDS
@@ -18,6 +25,7 @@ from videochat_flash_jax.models.config import VideoChatFlashConfig
 # A patch shows a thing if that covers more than the first part of it, and none if it covers less
 # than the second; patches in between teach nothing.
 _SHOWN, _BARE = 0.15, 0.03
+_COLOUR_NAMES = tuple(COLOURS)
 
 
 def draw_clips(
@@ -53,8 +61,11 @@ def draw_conversation(
   frames: tuple[int, int],
   max_tokens: int,
   question_weights: Mapping[str, float],
+  template: str = "qwen_2",
 ) -> dict[str, np.ndarray]:
   """Draws a video and a conversation about it, written as at inference.
+
+  With template "plain" it is a caption in place of a conversation: "red star, blue moon".
 
   Args:
     rng: what the example depends on.
@@ -63,6 +74,7 @@ def draw_conversation(
     frames: least and most sampled frames.
     max_tokens: the most tokens, visual ones included; later questions are left out.
     question_weights: how often each kind of question is asked, as far as the scene gives it.
+    template: out of `conversation.TEMPLATES`.
 
   Returns:
     `frames` uint8 `[C, F, S, S, 3]`, and `token_ids`, `labels`, `visual_index`, int32 `[T]`.
@@ -71,21 +83,35 @@ def draw_conversation(
   pictures, _ = _film(rng, scene, config)
   clips = pictures.reshape(-1, config.vision.clip_frames, *pictures.shape[1:])
   visual_tokens = len(clips) * config.connector.clip_tokens
-  questions = _deal(rng, scene, question_weights)
-  for num_questions in range(len(questions), 0, -1):
-    turns = _turns(scene, questions[:num_questions])
-    text = encode_dialog(turns, tokenizer, label_style="clean")
-    if len(text.ids) - 1 + visual_tokens <= max_tokens:
-      break
+  if template == "plain":
+    text = _caption(scene, tokenizer)
+  else:
+    text = _dialog(rng, scene, tokenizer, max_tokens - visual_tokens, question_weights)
   token_ids, visual_index = lay_out(text.ids, [visual_tokens])
   labels = np.full(len(token_ids), IGNORE_LABEL, np.int32)
-  labels[visual_index < 0] = _ask_early(text.ids, text.labels, tokenizer)[text.ids >= 0]
+  labels[visual_index < 0] = text.labels[text.ids >= 0]
   return {
     "frames": clips,
     "token_ids": token_ids[:max_tokens],
     "labels": labels[:max_tokens],
     "visual_index": visual_index[:max_tokens],
   }
+
+
+def _caption(scene, tokenizer) -> TokenizedText:
+  shown = [f"{_COLOUR_NAMES[event.colour]} {KINDS[event.kind]}" for event in scene.events]
+  return encode_caption([Turn("human", ""), Turn("gpt", ", ".join(shown))], tokenizer)
+
+
+def _dialog(rng, scene, tokenizer, max_tokens, question_weights) -> TokenizedText:
+  """As many of the drawn questions as fit, with the labels of `_ask_early`."""
+  questions = _deal(rng, scene, question_weights)
+  for num_questions in range(len(questions), 0, -1):
+    turns = _turns(scene, questions[:num_questions])
+    text = encode_dialog(turns, tokenizer, label_style="clean")
+    if len(text.ids) - 1 <= max_tokens:
+      break
+  return TokenizedText(text.ids, _ask_early(text.ids, text.labels, tokenizer))
 
 
 def _ask_early(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

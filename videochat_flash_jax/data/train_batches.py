@@ -1,18 +1,19 @@
 """Batches of training data: drawn, read by worker processes, packed, and begun again anywhere.
 
   rows    = open_rows(read_mixture("stage3.yaml"))
-  batches = iter(TrainBatches(config, rows, make_tokenizer))
+  batches = iter(mixture_batches(config, rows, make_tokenizer))
   batch   = next(batches)            # numpy arrays of fixed shapes, see `sharded_rows.empty_rows`
   state   = batches.get_state()      # fit for JSON; `set_state` goes on behind this batch
 
 Row r of a batch comes from stream r // (rows / streams). A stream is a sequence of examples that
-depends on the seed alone, so its state is small, see `packed_stream`.
+depends on the seed alone, so its state is small, see `packed_stream`. All that is known of a stream
+stands under its number: put together, the streams of several processes' states are one state.
 """
 
 import hashlib
 import json
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -23,19 +24,53 @@ from videochat_flash_jax.data.data_config import DataConfig
 from videochat_flash_jax.data.example_order import ExampleOrder
 from videochat_flash_jax.data.examples import ExampleReader, seen_as
 from videochat_flash_jax.data.feature_store import FeatureStore
-from videochat_flash_jax.data.packed_stream import PackedStream, stop_all
+from videochat_flash_jax.data.packed_stream import PackedStream, Reader, stop_all
 from videochat_flash_jax.data.replacement import ReplacingReader
 from videochat_flash_jax.data.row_packer import write_row
 from videochat_flash_jax.data.sharded_rows import empty_rows
 from videochat_flash_jax.data.tokenizer import Tokenizer
 from videochat_flash_jax.errors import InputError
 
-_VERSION = 2
+_VERSION = 3
 _REMEDIES = {  # for facts that say nothing to a reader
   "mixture": "give the one it was saved with, and the same max_frames to open_rows",
   "tokenizer": "give the one it was saved with",
 }
+_PACKED = ("tokens", "visual_tokens", "places")  # counted in each stream, over all of its rows
 _NAMES_OF_FEATURES = {"frames": "features", "tiles": "tile_features"}
+
+
+def mixture_batches(
+  config: DataConfig,
+  rows,
+  make_tokenizer: Callable[[], Tokenizer],
+  streams: Sequence[int] | None = None,
+  features: FeatureStore | None = None,
+) -> "TrainBatches":
+  """Batches of a mixture; opens the tokenizer alone.
+
+  Args:
+    config: what batches are made of.
+    rows: of `data.rows.open_rows`.
+    make_tokenizer: gives the tokenizer, once in each worker: `partial(BPETokenizer, path)`.
+    streams: see `TrainBatches`.
+    features: to take in place of frames; batches have `features [B, C, V, E]` and perhaps
+      `tile_features [B, I, V, E]`, bfloat16, in place of `frames` and `tiles`.
+
+  Raises:
+    InputError: the rows hold images, and batches have no room for any.
+  """
+  if not config.layout.tiles_per_shard and rows.has("image"):
+    raise InputError("the mixture holds images, but tiles_per_shard is 0; give room for some")
+  reader = ExampleReader(config.example, config.layout, make_tokenizer, features)
+  facts = {
+    "mixture": rows.fingerprint,
+    "features": None if features is None else features.key.digest,
+    "tokenizer": vocabulary_digest(reader.tokenizer),
+  }
+  order = ExampleOrder(rows, config.seed, config.streams)
+  reader = ReplacingReader(rows, reader, order, config.seed)
+  return TrainBatches(config, reader, facts, streams, features)
 
 
 class TrainBatches(grain.IterDataset):
@@ -44,36 +79,25 @@ class TrainBatches(grain.IterDataset):
   def __init__(
     self,
     config: DataConfig,
-    rows,
-    make_tokenizer: Callable[[], Tokenizer],
+    reader: Reader,
+    facts: Mapping[str, Any],
     streams: Sequence[int] | None = None,
     features: FeatureStore | None = None,
   ):
-    """Opens the tokenizer alone.
+    """Reads nothing yet.
 
     Args:
       config: what batches are made of.
-      rows: of `data.rows.open_rows`.
-      make_tokenizer: gives the tokenizer, once in each worker: `partial(BPETokenizer, path)`.
+      reader: of examples: those of a mixture (`mixture_batches`), or of the synthetic world.
+      facts: what decides which examples it gives; a state saved with others is refused.
       streams: which of the config's streams this process reads; by default all. Its batches have
         their rows only.
-      features: to take in place of frames; batches have `features [B, C, V, E]` and perhaps
-        `tile_features [B, I, V, E]`, bfloat16, in place of `frames` and `tiles`.
-
-    Raises:
-      InputError: the rows hold images, and batches have no room for any.
+      features: that the reader gives in place of frames.
     """
     super().__init__()
-    if not config.layout.tiles_per_shard and rows.has("image"):
-      raise InputError("the mixture holds images, but tiles_per_shard is 0; give room for some")
-    self._config = config
+    self._config, self._reader, self._features = config, reader, features
     self._streams = range(config.streams) if streams is None else streams
-    order = ExampleOrder(rows, config.seed, config.streams)
-    reader = ExampleReader(config.example, config.layout, make_tokenizer, features)
-    self._facts = config.facts() | {"mixture": rows.fingerprint}
-    self._facts["features"] = None if features is None else features.key.digest
-    self._facts["tokenizer"] = _vocabulary_digest(reader.tokenizer)
-    self._reader, self._features = ReplacingReader(rows, reader, order, config.seed), features
+    self._facts = config.facts() | facts
 
   def __iter__(self) -> "TrainBatchesIterator":
     return TrainBatchesIterator(
@@ -92,7 +116,7 @@ class TrainBatchesIterator(grain.DatasetIterator):
   def __init__(
     self,
     config: DataConfig,
-    reader: ReplacingReader,
+    reader: Reader,
     streams: Sequence[int],
     facts: dict[str, Any],
     features: FeatureStore | None,
@@ -104,7 +128,7 @@ class TrainBatchesIterator(grain.DatasetIterator):
     # Before the interpreter takes Grain's modules apart, which its own clean-up needs.
     weakref.finalize(self, stop_all, list(self._streams.values()))
     self._share = BrokenShare(config.max_broken_share)
-    self._num_tokens = self._num_places = 0
+    self._packed = {stream: {"last": []} | dict.fromkeys(_PACKED, 0) for stream in streams}
 
   def __next__(self) -> dict[str, np.ndarray]:
     state = self.get_state()
@@ -120,25 +144,31 @@ class TrainBatchesIterator(grain.DatasetIterator):
     rows_each = self._config.rows // self._config.streams
     num_rows = len(self._streams) * rows_each
     batch = empty_rows(layout, num_rows, *seen_as(self._config.example, self._features))
-    for place, stream in enumerate(self._streams.values()):
+    for place, (name, stream) in enumerate(self._streams.items()):
+      self._packed[name]["last"] = []
       for number in range(place * rows_each, (place + 1) * rows_each):
         packed = stream.next_row(self._share)
         write_row(packed, layout, batch, number)
-        self._num_tokens += sum(len(item.example.token_ids) for item in packed)
-    self._num_places += num_rows * layout.tokens
+        self._count(packed, self._packed[name])
     if self._features is None:
       return batch
     return {_NAMES_OF_FEATURES.get(name, name): values for name, values in batch.items()}
+
+  def _count(self, packed, counts):
+    counts["last"].append([item.source_row for item in packed])
+    counts["tokens"] += sum(len(item.example.token_ids) for item in packed)
+    counts["visual_tokens"] += sum(int((item.example.visual_index >= 0).sum()) for item in packed)
+    counts["places"] += self._config.layout.tokens
 
   def get_state(self) -> dict[str, Any]:
     """What `set_state` needs to go on behind the last batch: a few kilobytes, fit for JSON."""
     return {
       "version": _VERSION,
       "facts": self._facts,
-      "streams": {str(stream): rows.state() for stream, rows in self._streams.items()},
-      "tokens": self._num_tokens,
-      "places": self._num_places,
-      **self._share.state(),
+      "streams": {
+        str(stream): rows.state() | self._packed[stream] | self._share.state(stream)
+        for stream, rows in self._streams.items()
+      },
     }
 
   def set_state(self, state: dict[str, Any]):
@@ -152,9 +182,10 @@ class TrainBatchesIterator(grain.DatasetIterator):
 
   def _go_to(self, state):
     for stream, rows in self._streams.items():
-      rows.set_state(state["streams"][str(stream)])
-    self._share.set_state(state)
-    self._num_tokens, self._num_places = state["tokens"], state["places"]
+      saved = state["streams"][str(stream)]
+      rows.set_state(saved)
+      self._share.set_state(saved, stream)
+      self._packed[stream] = {name: saved[name] for name in ("last", *_PACKED)}
 
   def _check_state(self, state):
     if state.get("version") != _VERSION:
@@ -193,23 +224,29 @@ def batch_metrics(state: dict[str, Any]) -> dict[str, float]:
 
   `damaged` are examples of videos of which some frames could not be read; they are used.
 
-  {"examples": 812, "damaged": 2, "tokens_filled": 0.97, "broken_share": 0.005,
-   "broken/missing file": 4}
+  {"examples": 812, "damaged": 2, "tokens": 198000, "visual_tokens": 96000, "tokens_filled": 0.97,
+   "broken_share": 0.005, "broken/missing file": 4}
   """
-  reasons: dict[str, float] = {}
-  for counts in state["broken"].values():
-    for reason, count in counts.items():
-      reasons[f"broken/{reason}"] = reasons.get(f"broken/{reason}", 0) + count
+  streams, reasons = state["streams"].values(), {}
+  for stream in streams:
+    for counts in stream["broken"].values():
+      for reason, count in counts.items():
+        reasons[f"broken/{reason}"] = reasons.get(f"broken/{reason}", 0) + count
+  sums = {
+    name: sum(stream[name] for stream in streams) for name in ("examples", "damaged", *_PACKED)
+  }
   return {
-    "examples": state["examples"],
-    "damaged": state["damaged"],
-    "tokens_filled": state["tokens"] / max(state["places"], 1),
-    "broken_share": sum(reasons.values()) / max(state["examples"], 1),
+    "examples": sums["examples"],
+    "damaged": sums["damaged"],
+    "tokens": sums["tokens"],
+    "visual_tokens": sums["visual_tokens"],
+    "tokens_filled": sums["tokens"] / max(sums["places"], 1),
+    "broken_share": sum(reasons.values()) / max(sums["examples"], 1),
     **reasons,
   }
 
 
-def _vocabulary_digest(tokenizer: Tokenizer) -> str:
+def vocabulary_digest(tokenizer: Tokenizer) -> str:
   """Tells vocabularies apart: the same for the same pieces at the same ids."""
   pieces = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
   marks = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id, tokenizer.pad_id

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from videochat_flash_jax.checkpoints.convert import load_model
 from videochat_flash_jax.checkpoints.hub import checkpoint_directory
+from videochat_flash_jax.checkpoints.run_files import hub_files
 from videochat_flash_jax.data.frame_sampling import inference_indices
 from videochat_flash_jax.data.image_reader import ImageSource, read_image
 from videochat_flash_jax.data.image_tiling import (
@@ -86,10 +87,11 @@ class VideoChat:
     mesh: MeshConfig | None = None,
     features: str | Path | None = None,
   ) -> "VideoChat":
-    """Loads a checkpoint in the released layout.
+    """Loads a checkpoint in the released layout, or of a training run.
 
     Args:
       name: "tiny", the model that ships with the package; a directory; or a released model.
+        WORKDIR of a run gives its newest checkpoint, WORKDIR/checkpoints/STEP that one.
       dtype: of the weights and of the computation; by default float32 on a CPU, else bfloat16.
       context: the most tokens of a prompt and its answer, instead of the checkpoint's own limit.
         A longer prompt is refused; nothing is ever cut off.
@@ -115,7 +117,7 @@ class VideoChat:
     directory = checkpoint_directory(name)
     if dtype is None:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(hub_files(directory))
     layout = ONE_DEVICE if mesh is None else Layout(make_mesh(mesh), gathered=True)
 
     def make_model(config):

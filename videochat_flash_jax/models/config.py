@@ -96,6 +96,15 @@ class DropoutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Adapters of low rank (Hu et al. 2021) beside linear layers: y = W x + B A x * alpha / rank."""
+
+  rank: int
+  alpha: float = 16.0
+  targets: str = r"decoder\..*\.(q|k|v|o)_proj"  # regex, searched in paths of linear layers
+
+
+@dataclasses.dataclass(frozen=True)
 class TilingConfig:
   """How a single image is cut: at most `max_columns` x `max_rows` square tiles, and a base view."""
 

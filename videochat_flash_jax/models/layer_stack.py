@@ -10,29 +10,37 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.shapes import Array
+
+REMAT = ("full", "dots", "none")
 
 
 class LayerStack(nnx.Module):
-  """`depth` layers whose weights are stacked along a leading axis."""
+  """`depth` layers whose weights are stacked along a leading axis.
+
+  Attributes:
+    depth: number of layers.
+    remat: what of a layer the backward pass computes again: "full", everything, so that only the
+      carries between layers are kept; "dots", all but products of matrices, which are kept; "none",
+      nothing. On a mesh, "none" also keeps every layer's gathered weights.
+    frozen: dotted paths, such as `q_proj.kernel`, of the weights for which `run_part` needs no
+      gradients; it would make room for them otherwise.
+  """
 
   def __init__(self, make_layer: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs):
-    self.depth = depth
+    self.depth, self.remat, self.frozen = depth, "full", frozenset()
     self.stacked = nnx.vmap(make_layer)(rngs.split(depth))
 
   def run(self, apply: Callable, carry: tuple):
-    """Returns `carry` after `carry = apply(layer, layer_index, carry)` for every layer.
-
-    Each layer is recomputed in the backward pass; only the carries between layers are kept.
-    """
+    """Returns `carry` after `carry = apply(layer, layer_index, carry)` for every layer."""
     graph, weights = nnx.split(self.stacked)
 
     def body(carry, inputs):
       index, layer_weights = inputs
       return apply(nnx.merge(graph, layer_weights), index, carry), None
 
-    body = jax.checkpoint(body, prevent_cse=False)
-    carry, _ = jax.lax.scan(body, carry, (jax.numpy.arange(self.depth), weights))
+    carry, _ = jax.lax.scan(self._recomputed(body), carry, (jax.numpy.arange(self.depth), weights))
     return carry
 
   def run_part(self, apply: Callable, carry: tuple, layers: range) -> tuple[tuple, "LayerStack"]:
@@ -44,19 +52,28 @@ class LayerStack(nnx.Module):
       make a stack of its own, and zeros for all other layers, to be added up.
     """
     graph, weights = nnx.split(self.stacked)
-    readable = jax.lax.stop_gradient(weights)
+    paths, treedef = jax.tree.flatten_with_path(nnx.to_pure_dict(weights))
+    learns = [dotted_path(path) not in self.frozen for path, _ in paths]
+    readable = [jax.lax.stop_gradient(leaf) for _, leaf in paths]
+    stacks = [leaf if learns else None for (_, leaf), learns in zip(paths, learns, strict=True)]
 
     def body(state, index):
-      carry, weights = state
-      layer_weights, weights = _take_layer(readable, weights, index)
-      return (apply(nnx.merge(graph, layer_weights), index, carry), weights), None
+      carry, stacks = state
+      leaves, stacks = _take_layer(readable, stacks, index)
+      return (apply(nnx.merge(graph, treedef.unflatten(leaves)), index, carry), stacks), None
 
-    body = jax.checkpoint(body, prevent_cse=False)
     indices = jax.numpy.arange(layers.start, layers.stop)
-    (carry, weights), _ = jax.lax.scan(body, (carry, weights), indices)
+    (carry, stacks), _ = jax.lax.scan(self._recomputed(body), (carry, stacks), indices)
+    leaves = [old if new is None else new for old, new in zip(readable, stacks, strict=True)]
     same = nnx.clone(self)
-    same.stacked = nnx.merge(graph, weights)
+    same.stacked = nnx.merge(graph, treedef.unflatten(leaves))
     return carry, same
+
+  def _recomputed(self, body):
+    if self.remat == "none":
+      return body
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(body, prevent_cse=False, policy=dots if self.remat == "dots" else None)
 
   def layer(self, index: int) -> nnx.Module:
     """One layer by itself; its gradients would take a whole stack."""
@@ -80,22 +97,26 @@ class LayerStack(nnx.Module):
 
 
 @jax.custom_vjp
-def _take_layer(readable, stack, index):
-  """Weights of one layer, read from `readable`; `stack` passes by to have gradients put into it."""
-  layer = jax.tree.map(
-    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), readable
-  )
-  return layer, stack
+def _take_layer(readable, stacks, index):
+  """Weights of one layer, read from `readable`; `stacks` pass by to have gradients put into them.
+
+  Of those that are frozen, None passes by.
+  """
+  layer = [jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for leaf in readable]
+  return layer, stacks
 
 
-def _take_layer_forward(readable, stack, index):
-  return _take_layer(readable, stack, index), index
+def _take_layer_forward(readable, stacks, index):
+  return _take_layer(readable, stacks, index), index
 
 
 def _take_layer_backward(index, gradients):
-  of_layer, of_stack = gradients
-  of_stack = jax.tree.map(lambda stack, new: stack.at[index].add(new), of_stack, of_layer)
-  return None, of_stack, None
+  of_layer, of_stacks = gradients
+  of_stacks = [
+    None if stack is None else stack.at[index].add(new)
+    for stack, new in zip(of_stacks, of_layer, strict=True)
+  ]
+  return None, of_stacks, None
 
 
 _take_layer.defvjp(_take_layer_forward, _take_layer_backward)

@@ -2,18 +2,32 @@
 
 A program that computes on several hosts calls `join_processes` before anything else asks JAX for
 its devices: from then on `jax.devices()` are those of all hosts, of which `make_mesh` makes one
-mesh. `vcflash train` does not call it, since its loop trains on one process.
+mesh. When one process dies the others end, too, since none can go on without it.
 """
 
+import atexit
+import contextlib
 import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import jax
 
 from videochat_flash_jax.errors import InputError
 
+_ANOTHER_DIED = "another process of the run has died"
+_GO_ON = "start all of them again with the same command, to go on from the newest checkpoint"
+# What gloo, and JAX's coordination service, say of a process that is gone.
+_FROM_OTHERS = re.compile("gloo|coordination", re.IGNORECASE)
+
 
 def join_processes(
-  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  heartbeat_seconds: int = 100,
 ):
   """Joins the processes of a run; to be called before anything is computed.
 
@@ -25,14 +39,19 @@ def join_processes(
     coordinator: "host:port" of the first process, where all others find each other.
     num_processes: how many there are.
     process_id: this one's number, from 0.
+    heartbeat_seconds: after which a process that says nothing is taken for dead.
 
   Raises:
     InputError: only some of the three are given, or they cannot be; or JAX cannot start to join.
   """
   told = (coordinator, num_processes, process_id)
+  waits = {
+    "heartbeat_timeout_seconds": heartbeat_seconds,
+    "shutdown_timeout_seconds": heartbeat_seconds,  # behind one that failed and left the others
+  }
   if all(value is None for value in told):
     if _may_have_company():
-      _join_on_tpu()
+      _join_on_tpu(waits)
     return
   if any(value is None for value in told):
     raise InputError("give coordinator, num_processes and process_id together, or none of them")
@@ -43,12 +62,50 @@ def join_processes(
   # Without a network of accelerators the CPUs talk through gloo.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(coordinator, num_processes, process_id, **waits)
   except RuntimeError as error:
     raise InputError(
       f"process {process_id} of {num_processes} could not join at {coordinator} "
       f"({_first_line(error)}); start all of them with the same coordinator, and join first of all"
     ) from error
+
+
+@contextlib.contextmanager
+def ends_with_others() -> Iterator[None]:
+  """Within it a process of several ends with one line on stderr, and exit code 1, if another dies.
+
+  Mostly JAX notices first, and ends this one from C++ with many lines, of which the last are ours.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  here = f"process {jax.process_index()} of {jax.process_count()}"
+  end_of_word = _leave_word(
+    f"vcflash: {here} was ended: {_ANOTHER_DIED}, or this one was killed; {_GO_ON}"
+  )
+  try:
+    yield
+  except (RuntimeError, ValueError) as error:
+    if not _FROM_OTHERS.search(str(error)):
+      raise
+    end_of_word()
+    line = f"vcflash: {here} ends, since {_ANOTHER_DIED} ({_first_line(error)}); {_GO_ON}"
+    print(line, file=sys.stderr, flush=True)
+    os._exit(1)  # at an orderly exit JAX would wait for the other, and then abort
+
+
+def _leave_word(line):
+  """Has a line written to stderr if this process ends before it calls what this returns."""
+  script = 'read ended || echo "$0" >&2'
+  command = ["/bin/sh", "-c", script, line]
+  shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+  def end():
+    if shell.returncode is None:
+      shell.communicate(b"ended\n")
+
+  atexit.register(end)
+  return end
 
 
 def _may_have_company():
@@ -65,10 +122,10 @@ def _may_have_company():
   return hosts is None or "," in hosts
 
 
-def _join_on_tpu():
+def _join_on_tpu(waits):
   """Leaves it to JAX to find out who is there, from environment and metadata server."""
   try:
-    jax.distributed.initialize()
+    jax.distributed.initialize(**waits)
   except (RuntimeError, ValueError, OSError) as error:
     if isinstance(error, ValueError) and "coordinator_address" in str(error):
       return  # JAX has looked everywhere and found no cluster.

@@ -42,6 +42,12 @@ WEIGHTS: tuple[tuple[str, tuple[str, ...]], ...] = (
   (r"decoder\..*\.(gate|up)_proj\.kernel", ("width", "mlp")),
   (r"decoder\..*\.down_proj\.kernel", ("summed", "whole")),
   (r"(vision|connector)\..*\.kernel", ("whole", "width")),
+  # Adapters [in, rank] and [rank, out] are split as the kernel beside them; never along their rank.
+  (r"decoder\..*\.([qkv]|gate|up)_proj\.lora_a", ("width", "whole")),
+  (r"decoder\..*\.[qkv]_proj\.lora_b", ("whole", "heads")),
+  (r"decoder\..*\.(gate|up)_proj\.lora_b", ("whole", "mlp")),
+  (r"decoder\..*\.(o|down)_proj\.lora_a", ("summed", "whole")),
+  (r".*\.lora_b", ("whole", "width")),
   (r".*", ()),  # norms, biases, positions: small, and whole on every device
 )
 

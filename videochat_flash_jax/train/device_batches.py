@@ -6,6 +6,7 @@ several processes, each of them reads the row.
 
 import weakref
 from collections.abc import Mapping
+from typing import Any
 
 import grain
 import jax
@@ -44,37 +45,49 @@ def row_groups(sharding: NamedSharding, shape: tuple[int, int]) -> list[tuple[in
 
 
 def own_streams(sharding: NamedSharding, shape: tuple[int, int], num_streams: int) -> list[int]:
-  """Which streams this process reads: those of the rows on its devices.
+  """Which streams this process reads: those that have rows on its devices.
 
   Args:
     sharding: of the tokens of a batch.
     shape: (B, T) of all processes.
     num_streams: of all processes.
-
-  Raises:
-    InputError: a stream's rows lie on several groups of processes.
   """
   rows_each = shape[0] // num_streams
+  return sorted({row // rows_each for row in _rows_here(sharding, shape)})
+
+
+def own_rows(sharding: NamedSharding, shape: tuple[int, int], num_streams: int) -> list[int]:
+  """Which rows of those that its streams give lie on this process's devices.
+
+  All of them, unless a run goes on with more processes than it has streams: of 4 rows of one
+  stream, two processes read 4 each, and keep (0 1) and (2 3).
+
+  Args:
+    sharding: of the tokens of a batch.
+    shape: (B, T) of all processes.
+    num_streams: of all processes.
+  """
+  rows_each = shape[0] // num_streams
+  streams = own_streams(sharding, shape, num_streams)
+  return [
+    streams.index(row // rows_each) * rows_each + row % rows_each
+    for row in sorted(_rows_here(sharding, shape))
+  ]
+
+
+def _rows_here(sharding, shape):
   devices = sharding.addressable_devices_indices_map(shape)
-  own = {row for (rows, *_) in devices.values() for row in range(shape[0])[rows]}
-  streams = sorted({row // rows_each for row in own})
-  if len(own) != len(streams) * rows_each:
-    num_groups = len(row_groups(sharding, shape))
-    raise InputError(
-      f"streams is {num_streams}, but the rows lie on {num_groups} groups of processes; "
-      f"give {num_groups}, or a multiple of it"
-    )
-  return streams
+  return {row for (rows, *_) in devices.values() for row in range(shape[0])[rows]}
 
 
 def device_batches(
-  batches: grain.IterDataset, shardings: Mapping[str, NamedSharding], num_rows: int
+  batches: grain.IterDataset, shardings: Mapping[str, Any], num_rows: int
 ) -> grain.DatasetIterator:
   """Puts batches on the devices, in a thread, two ahead.
 
   Args:
-    batches: this process's rows of each batch, as `TrainBatches` gives them.
-    shardings: of the whole batch, field by field.
+    batches: this process's rows of each batch, as `TrainBatches` gives them; a field may be a tree.
+    shardings: of the whole batch, field by field: `NamedSharding`s, or trees of them.
     num_rows: B of all processes.
 
   Returns:
@@ -82,13 +95,12 @@ def device_batches(
     batch it gave, so it is what is saved. To be closed; the end of the program does it, too.
   """
 
-  def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return {
-      name: jax.make_array_from_process_local_data(
-        shardings[name], array, (num_rows, *array.shape[1:])
-      )
-      for name, array in batch.items()
-    }
+  def put_array(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
+    shape = (num_rows, *array.shape[1:])
+    return jax.make_array_from_process_local_data(sharding, array, shape)
+
+  def put(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: jax.tree.map(put_array, shardings[name], field) for name, field in batch.items()}
 
   iterator = iter(
     grain.experimental.ThreadPrefetchIterDataset(

@@ -1,4 +1,6 @@
-"""Losses: a model and a batch to a number, with metrics beside it."""
+"""Losses: a model and a batch to sums, so that batches in parts and on many hosts add up."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +14,43 @@ from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int
 
-Metrics = dict[str, Array]
-
 _BLOCK_TOKENS = 512  # of a device, whose logits are in memory at a time
 
 
-class PatchProbe(nnx.Module):
-  """A model with linear heads that say what each patch shows: to train its encoder alone.
+class Sums(NamedTuple):
+  """A loss that is not yet divided by how much counts in it.
+
+  Attributes:
+    loss: summed over all that counts.
+    count: how much that is.
+    right: by name, how many answers are right.
+  """
+
+  loss: Float[Array, ""]
+  count: Float[Array, ""]
+  right: dict[str, Float[Array, ""]]
+
+  def means(self) -> dict[str, Array]:
+    """The mean `loss`, shares of right answers by their names, and how many `tokens` counted."""
+    count = jnp.maximum(self.count, 1)
+    shares = {name: right / count for name, right in self.right.items()}
+    return {"loss": self.loss / count, **shares, "tokens": self.count}
+
+
+def add_heads(model: VideoChatFlash, num_classes: dict[str, int], rngs: nnx.Rngs):
+  """Gives a model linear heads that say what each patch shows: to train its encoder alone.
 
   Stands in for what a released encoder learnt before it met a decoder.
 
-  Attributes:
-    model: whose `vision` is trained.
-    heads: field of the batch that holds the labels -> head over its classes.
+  Args:
+    model: gets `heads`: field of the batch that holds the labels -> head over its classes.
+    num_classes: for each head.
+    rngs: what its weights are drawn from.
   """
-
-  def __init__(self, model: VideoChatFlash, num_classes: dict[str, int], *, rngs: nnx.Rngs):
-    self.model = model
-    width = model.config.vision.width
-    self.heads = nnx.Dict(
-      {name: nnx.Linear(width, classes, rngs=rngs) for name, classes in num_classes.items()}
-    )
+  width = model.config.vision.width
+  model.heads = nnx.Dict(
+    {name: nnx.Linear(width, classes, rngs=rngs) for name, classes in num_classes.items()}
+  )
 
 
 def cross_entropy(
@@ -48,29 +66,29 @@ def cross_entropy(
   return jnp.where(learnt, losses, 0).sum() / count, (right & learnt).sum() / count
 
 
-def patch_loss(probe: PatchProbe, batch: dict[str, Array]) -> tuple[Array, Metrics]:
-  """How badly the heads of a probe name what patches show, before and after they are merged.
+def patch_loss(model: VideoChatFlash, batch: dict[str, Array]) -> Sums:
+  """How badly the heads of a model name what patches show, before and after they are merged.
 
   Each patch is named twice: from its own feature, and from the merged token that it ends in. Where
   a token holds patches of a thing and bare ones, only the former are asked: the token is to tell
   of the thing, however few its patches are.
 
   Args:
-    probe: encoder and heads.
+    model: with heads, see `add_heads`.
     batch: `frames [C, F, S, S, 3]`, and labels `[C, P]` for every head; the last class is
       "nothing".
 
   Returns:
-    The loss, and for each head the share of right answers about patches that show something,
-    after merging.
+    One loss (of a batch in parts, the mean of theirs), and for each head the share of right answers
+    about patches that show something, after merging.
   """
-  connector = probe.model.connector
-  features = probe.model.encode_patches(batch["frames"])
+  connector = model.connector
+  features = model.encode_patches(batch["frames"])
   metric = jax.lax.stop_gradient(similarity_features(features, connector.config.merge_heads))
   group = merge_groups(metric, target=connector.config.clip_tokens)
   merged = jnp.take_along_axis(connector.merge(features), group[..., None], axis=1)
-  total, metrics = jnp.zeros(()), {}
-  for name, head in probe.heads.items():
+  total, right = jnp.zeros(()), {}
+  for name, head in model.heads.items():
     labels, nothing = batch[name], head.out_features - 1
     shown = jnp.where(labels == nothing, IGNORE_LABEL, labels)
     num_shown = sum_groups(1.0 * (shown >= 0)[..., None], group, connector.config.clip_tokens)
@@ -79,16 +97,16 @@ def patch_loss(probe: PatchProbe, batch: dict[str, Array]) -> tuple[Array, Metri
     bare_alone = jnp.where(beside, IGNORE_LABEL, bare)
     for x, without in ((features, bare), (merged, bare_alone)):
       logits = head(x)
-      loss, metrics[name] = cross_entropy(logits, shown)
+      loss, right[name] = cross_entropy(logits, shown)
       # Bare patches fill most of a picture: half the weight for them together.
       total += 0.5 * loss + 0.25 * cross_entropy(logits, without)[0]
-  return total, metrics
+  return Sums(total, jnp.ones(()), right)
 
 
 def next_token_loss(
   decoder: Qwen2, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], layout: Layout
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """`cross_entropy` of a decoder's logits, a block of tokens at a time.
+) -> Sums:
+  """Negative log-likelihoods of tokens by a decoder's logits, a block of tokens at a time.
 
   The logits of all tokens would take more memory than all else: 32,768 tokens and 152,064 words are
   20 GB. Those of a block are split over `tensor` by words, and computed again for the gradient.
@@ -117,8 +135,8 @@ def next_token_loss(
 
   tokens = ("batch", "sequence")
   sums = layout.per_device(sums_of_shard, (head, tokens, tokens), tokens)(head, hidden, targets)
-  count = jnp.maximum((targets >= 0).sum(), 1)
-  return sums[0].sum() / count, sums[1].sum() / count
+  loss, right, learnt = sums[0].sum(), sums[1].sum(), (targets >= 0).sum()
+  return Sums(loss, learnt.astype(jnp.float32), {"answer_tokens": right.astype(jnp.float32)})
 
 
 def _token_blocks(hidden, targets):
@@ -149,7 +167,7 @@ def _block_sums(kernel, hidden, targets, layout):
 
 def answer_loss(
   model: VideoChatFlash, batch: dict[str, Array], layout: Layout = ONE_DEVICE
-) -> tuple[Array, Metrics]:
+) -> Sums:
   """How badly a model continues packed conversations about videos.
 
   Args:
@@ -173,7 +191,7 @@ def sequence_loss(
   visual_tokens: Float[Array, "B V D"],
   batch: dict[str, Array],
   layout: Layout = ONE_DEVICE,
-) -> tuple[Array, Metrics]:
+) -> Sums:
   """`answer_loss` of videos that are encoded already."""
   sequence = batch["token_ids"], visual_tokens, batch["visual_index"]
   labels, segment_ids = batch["labels"], batch["segment_ids"]
@@ -189,5 +207,4 @@ def sequence_loss(
   follows = segment_ids[:, 1:] == segment_ids[:, :-1]
   targets = jnp.where(follows, labels[:, 1:], IGNORE_LABEL)
   targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORE_LABEL)
-  loss, right = next_token_loss(model.decoder, hidden, layout.spread(targets), layout)
-  return loss, {"answer_tokens": right}
+  return next_token_loss(model.decoder, hidden, layout.spread(targets), layout)

@@ -1,0 +1,51 @@
+"""The work of a step, counted by hand: against XLA's count of a program without loops."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import pytest
+
+from videochat_flash_jax.cli.config_file import read_config
+from videochat_flash_jax.train.flops import step_flops
+from videochat_flash_jax.train.program import train_program
+from videochat_flash_jax.train.settings import train_settings
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SIZES = {"rows": 1, "tokens_per_row": 128, "clips_per_shard": 2, "tiles_per_shard": 2}
+SIZES |= {"mesh.sequence": 1, "model": "tiny", "image_size": 64, "remat": "none"}
+SIZES |= {"compute_dtype": "float32"}
+
+
+def settings_of(stage, **changes):
+  """A stage of a model whose products outweigh all else."""
+  sizes = [f"--config.{name}={size}" for name, size in (SIZES | changes).items()]
+  settings = train_settings(read_config(CONFIGS / stage, sizes))
+  model = settings.model
+  decoder = dataclasses.replace(model.decoder, width=256, head_size=64, mlp_width=768, depth=2)
+  vision = dataclasses.replace(model.vision, width=192, mlp_width=768, depth=2)
+  model = dataclasses.replace(model, decoder=decoder, vision=vision)
+  return dataclasses.replace(settings, model=model)
+
+
+@pytest.mark.parametrize("stage", ["stage1_align.py", "stage3_long.py", "stage4_highres.py"])
+def test_the_count_is_that_of_xla(stage, monkeypatch):
+  monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
+  settings = settings_of(stage)
+  program = train_program(settings, jax.devices()[:1])
+  counted = program.step.lower(program.state, program.batch).cost_analysis()["flops"]
+  assert step_flops(settings, 1) == pytest.approx(counted, rel=0.1)
+
+
+def test_work_grows_with_rows_and_clips_and_with_what_learns():
+  settings = settings_of("stage3_long.py")
+  twice = dataclasses.replace(settings, rows=2)
+  assert step_flops(twice, 1) == 2 * step_flops(settings, 1)
+  more_clips = dataclasses.replace(settings, clips_per_shard=4)
+  assert step_flops(settings, 1) < step_flops(more_clips, 1)
+  optimizer = dataclasses.replace(settings.optimizer, scales=(("lora_", 1.0), ("", 0.0)))
+  adapted = dataclasses.replace(settings, optimizer=optimizer)
+  frozen = step_flops(adapted, 1)
+  with_adapters = dataclasses.replace(adapted, lora=dataclasses.replace(adapted.lora, rank=4))
+  assert frozen < step_flops(with_adapters, 1) < step_flops(settings, 1)

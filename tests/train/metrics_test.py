@@ -1,0 +1,136 @@
+"""Logs: whole after a crash, each step once; and rates that are those of the devices."""
+
+import contextlib
+import json
+import struct
+import time
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.train import metrics
+from videochat_flash_jax.train.metrics import RunLog, StepMeter
+
+
+def written(workdir, step, *steps):
+  with RunLog(workdir, step, num_steps=100) as log:
+    for number in steps:
+      log.write(number, loss=1.0 / number)
+
+
+def told(workdir, name):
+  return [json.loads(line)[name] for line in (workdir / "train_log.jsonl").read_text().splitlines()]
+
+
+def events(workdir):
+  """All events of TensorBoard's files, in the order in which it reads them."""
+  found = []
+  for path in sorted(workdir.glob("events.*")):
+    content, place = path.read_bytes(), 0
+    while place < len(content):
+      (length,) = struct.unpack_from("<Q", content, place)
+      found.append(Event.FromString(content[place + 12 : place + 12 + length]))
+      place += 12 + length + 4
+  return found
+
+
+def test_a_run_that_goes_on_appends_and_takes_out_what_is_done_again(tmp_path):
+  written(tmp_path, 0, 1, 2, 3, 4)
+  with (tmp_path / "train_log.jsonl").open("a") as file:
+    file.write('{"step": 5, "lo')
+  written(tmp_path, 3, 4, 5)
+  assert told(tmp_path, "step") == [1, 2, 3, 4, 5]
+  lines = (tmp_path / "train_log.txt").read_text().splitlines()
+  assert [line.split("  ")[:2] for line in lines[:3]] == [
+    ["step 1", "loss 1.0"],
+    ["step 2", "loss 0.5"],
+    ["step 3", "loss 0.33333"],
+  ]
+  assert len(lines) == 5
+
+
+def test_a_run_that_begins_anew_writes_new_logs(tmp_path):
+  written(tmp_path, 0, 1, 2)
+  written(tmp_path, 0, 1)
+  assert told(tmp_path, "step") == [1]
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+  with RunLog(tmp_path, 0, num_steps=100) as log:
+    for file in log._files:
+      file.close()
+    with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as full:
+      monkeypatch.setattr(log, "_files", [full, full])
+      with pytest.raises(InputError, match=r"the log cannot be written \(No space left"):
+        log.write(1, loss=1.0)
+
+
+def test_programs_read_numbers_as_they_are(tmp_path):
+  written(tmp_path, 0, 3)
+  assert json.loads((tmp_path / "train_log.jsonl").read_text())["loss"] == 1 / 3
+
+
+def test_time_goes_on_where_the_kept_steps_ended(tmp_path, monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+  monkeypatch.setattr(metrics.time, "sleep", lambda seconds: None)
+  for step in (0, 5):
+    with RunLog(tmp_path, step, num_steps=100) as log:
+      now[0] += 7
+      log.write(step + 5, loss=0.0)
+      now[0] += 1000
+  assert told(tmp_path, "wall_seconds") == [7.0, 14.0]
+
+
+def test_tensorboard_gets_numbers_and_is_told_where_a_run_goes_on(tmp_path):
+  written(tmp_path, 0, 1, 2)
+  time.sleep(1.0)
+  with RunLog(tmp_path, 1, num_steps=100) as log:
+    log.write(1, event="resume")
+    log.write(2, loss=2.0)
+  found = events(tmp_path)
+  (start,) = [event for event in found if event.session_log.status == SessionLog.START]
+  assert start.step == 2
+  values = [(event.step, v.tag, v.simple_value) for event in found for v in event.summary.value]
+  assert values == [(1, "loss", 1.0), (2, "loss", 0.5), (2, "loss", 2.0)]
+  assert found.index(start) > [event.step for event in found].index(2)
+
+
+def state(tokens, visual_tokens, broken=0):
+  counts = {"tokens": tokens, "visual_tokens": visual_tokens, "places": 2 * tokens}
+  reasons = {"a.jsonl": {"missing file": broken}} if broken else {}
+  return {"streams": {"0": {"examples": 10, "damaged": 0, "broken": reasons} | counts}}
+
+
+def test_rates_are_means_over_the_steps_behind_a_line(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+  meter = StepMeter(flops=1e12, peak=4e12, share=0.5, state=state(1000, 100))
+  for loss in (1.0, 3.0):
+    now[0] += 2
+    meter.waited(0.5)
+    meter.add({"loss": loss})
+  with meter.paused():
+    now[0] += 50
+  line = meter.line(state(3000, 500, broken=2))
+  assert line["loss"] == 2.0 and line["seconds_per_step"] == 2.0 and line["data_wait"] == 0.25
+  assert line["tokens_per_second"] == 2000 / 4 / 0.5
+  assert line["visual_tokens_per_second"] == 400 / 4 / 0.5
+  assert line["mfu"] == pytest.approx(2 * 1e12 / 4 / 4e12)
+  assert line["data/broken/missing file"] == 2 and line["data/broken_share"] == 0.2
+  assert line["data/tokens_filled"] == 0.5
+  now[0] += 1
+  meter.add({"loss": 5.0})
+  again = meter.line(state(3000, 500))
+  assert again["loss"] == 5.0 and again["tokens_per_second"] == 0
+
+
+def test_where_the_peak_is_unknown_operations_are_told_as_they_are(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+  meter = StepMeter(flops=3e12, peak=None, share=1.0, state={"next": 0})
+  now[0] += 2
+  meter.add({"loss": 1.0})
+  line = meter.line({"next": 1})
+  assert line["model_tflops"] == 1.5 and "mfu" not in line and "tokens_per_second" not in line

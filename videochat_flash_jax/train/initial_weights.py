@@ -1,0 +1,167 @@
+"""What a run begins with: a checkpoint, an earlier run, parts of several, or random numbers.
+
+config.init_from                  a directory in the released layout, or a name on the hub
+                                  WORKDIR of a run, or WORKDIR/checkpoints/STEP
+                                  "LANGUAGE_MODEL + ENCODER", or with " + PROJECTOR"
+                                  "random"
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from videochat_flash_jax.checkpoints.checkpoint import Checkpoint
+from videochat_flash_jax.checkpoints.convert import copy_beside, open_checkpoint
+from videochat_flash_jax.checkpoints.hf_config import read_fields, write_config
+from videochat_flash_jax.checkpoints.hub import checkpoint_directory
+from videochat_flash_jax.checkpoints.parts import join_parts
+from videochat_flash_jax.checkpoints.run_files import is_run
+from videochat_flash_jax.checkpoints.weights import load_weights
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.models.config import VideoChatFlashConfig
+
+RANDOM = "random"
+
+_FORMS = "a checkpoint, a run's WORKDIR, or 'LANGUAGE_MODEL + ENCODER[ + PROJECTOR]'"
+# Parts, and how their tensors begin on the hub.
+_PARTS = {
+  "encoder": "model.vision_tower.",
+  "projector": "model.mm_projector.",
+  "language model": "model.layers.",
+}
+# Sizes that may differ from those of config.model, since no weight depends on them.
+_FREE = {
+  "vision": ("image_size",),
+  "connector": (),
+  "decoder": ("max_positions", "yarn", "tied_embeddings"),
+}
+
+
+def initial_weights(
+  init_from: str,
+  config: VideoChatFlashConfig,
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  seed: int = 0,
+) -> dict[str, jax.Array]:
+  """Reads the weights that a run begins with, each to its devices and in its dtype.
+
+  No more than one tensor is on the host at a time. What does not fit is refused before any is read.
+
+  Args:
+    init_from: see the module.
+    config: of the model that is trained. Pictures may have another size than before.
+    shapes: of its weights by their paths, `decoder.norm.scale` and so on, with shardings.
+    seed: of a projector that is not given.
+
+  Returns:
+    Arrays by their paths; none for "random".
+
+  Raises:
+    InputError: a part is missing, or is of another model; names the first field that differs.
+  """
+  if init_from == RANDOM:
+    return {}
+  checkpoint = _opened(init_from, config, seed)
+  return load_weights(
+    checkpoint.where,
+    checkpoint.tensors,
+    {path: shape.shape for path, shape in shapes.items()},
+    {path: shape.dtype for path, shape in shapes.items()},
+    lambda path, _: shapes[path].sharding,
+  )
+
+
+def copy_hub_files(init_from: str, config: VideoChatFlashConfig, out: Path):
+  """Writes what an export of the run needs beside its weights: config.json and the tokenizer.
+
+  To be called by one process. What does not fit is refused before anything is written.
+
+  Args:
+    init_from: see the module; not "random", which has no tokenizer.
+    config: of the model that is trained.
+    out: WORKDIR/hub, made if it is missing.
+
+  Raises:
+    InputError: as `initial_weights`.
+  """
+  source = _opened(init_from, config)
+  out.mkdir(parents=True, exist_ok=True)
+  copy_beside(source.directory, out)
+  write_config(config, out, dtype="float32", base=source.fields)
+
+
+def _opened(init_from, config, seed=0) -> Checkpoint:
+  """Opens what `init_from` names and sees whether it fits the model that is trained."""
+  first, *others = _split(init_from)
+  directory = _directory(first)
+  if others:
+    encoder, *projector = map(Path, others)
+    projector = projector[0] if projector else None
+    checkpoint = join_parts(directory, encoder, config.vision, projector, seed)
+    joined = dataclasses.replace(checkpoint.config, connector=config.connector)  # told by no part
+    checkpoint = checkpoint._replace(config=joined)
+  else:
+    if not is_run(directory) and read_fields(directory).get("model_type") == "qwen2":
+      raise InputError(
+        f"config.init_from: {first} is a language model alone, without encoder and projector; "
+        f"give '{first} + ENCODER', where ENCODER is a file such as UMT-L_f4_vision.pt"
+      )
+    checkpoint = open_checkpoint(directory)
+  _check_parts(checkpoint)
+  _check_sizes(checkpoint, config)
+  return _with_tied_head(checkpoint, config)
+
+
+def _split(init_from):
+  parts = re.split(r"\s+\+\s+", init_from.strip())
+  if not all(parts) or len(parts) > 3:
+    raise InputError(f"config.init_from is {init_from!r}; give {_FORMS}; or random")
+  return parts
+
+
+def _directory(name):
+  if Path(name).is_file():
+    raise InputError(
+      f"config.init_from: {name} is a file, an encoder alone perhaps; give 'LANGUAGE_MODEL + "
+      "ENCODER', or a directory"
+    )
+  return checkpoint_directory(name)
+
+
+def _with_tied_head(checkpoint, config):
+  """The embedding as the head, too, where config.model has a head and the checkpoint has none."""
+  tensors = dict(checkpoint.tensors)
+  if not config.decoder.tied_embeddings and checkpoint.config.decoder.tied_embeddings:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  return checkpoint._replace(tensors=tensors)
+
+
+def _check_parts(checkpoint):
+  """Refuses a checkpoint that lacks an encoder, a projector or a language model altogether."""
+  for part, start in _PARTS.items():
+    if not any(name.startswith(start) for name in checkpoint.tensors):
+      raise InputError(
+        f"config.init_from: {checkpoint.where} lacks the {part}; give {_FORMS} that has it"
+      )
+
+
+def _check_sizes(checkpoint, config):
+  for part, free in _FREE.items():
+    has, asked = (dataclasses.asdict(getattr(one, part)) for one in (checkpoint.config, config))
+    if config.vision.kind == "internvideo2":  # its learnt positions are those of one size
+      free = tuple(field for field in free if field != "image_size")
+    for field, value in asked.items():
+      if field not in free and has[field] != value:
+        raise InputError(
+          f"config.init_from: {checkpoint.where} has {part}.{field} {has[field]!r}, but "
+          f"config.model, {config.name}, has {value!r}; give another config.model, or the "
+          "checkpoint that it names"
+        )
+  if config.decoder.tied_embeddings and not checkpoint.config.decoder.tied_embeddings:
+    raise InputError(
+      f"config.init_from: {checkpoint.where} has a head of its own (decoder.tied_embeddings), but "
+      f"config.model, {config.name}, has none; give another config.model"
+    )

@@ -1,0 +1,106 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): small trained adapters beside linear layers.
+
+  y = x W + b + (x A) B * alpha / rank        A [in, rank], B [rank, out]; stacked: [L, in, rank]
+
+B begins at zero, so a model with new adapters computes what it did without. The weights of the
+layer keep their paths: beside `decoder.layers.stacked.q_proj.kernel` come `..q_proj.lora_a` and
+`..q_proj.lora_b`. For inference and on the hub, A B * alpha / rank is added to W.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from videochat_flash_jax.checkpoints.adapters import LORA_A, LORA_B, merged_kernel
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.models.config import LoraConfig
+from videochat_flash_jax.shapes import Array, Float
+
+_DIRECT = "lm_head"  # its kernel is read past its layer, a share of the vocabulary at a time
+
+
+class AdaptedLinear(nnx.Linear):
+  """A linear layer, or a stack of them, with an adapter beside it; its own weights are shared."""
+
+  def __init__(self, base: nnx.Linear, lora: LoraConfig, *, rngs: nnx.Rngs):
+    for name, value in vars(base).items():
+      if not name.startswith("_pytree"):
+        setattr(self, name, value)
+    *layers, inputs, outputs = base.kernel.shape
+    # As torch draws the weights of a linear layer: uniform within 1 / sqrt(inputs).
+    draw = jax.nn.initializers.variance_scaling(
+      1 / 3, "fan_in", "uniform", batch_axis=tuple(range(len(layers)))
+    )
+    self.lora_a = nnx.Param(draw(rngs.params(), (*layers, inputs, lora.rank), jnp.float32))
+    self.lora_b = nnx.Param(jnp.zeros((*layers, lora.rank, outputs), jnp.float32))
+    self.lora_scale = lora.alpha / lora.rank
+
+  def __call__(self, inputs: Float[Array, "*batch E"]) -> Float[Array, "*batch M"]:
+    y = super().__call__(inputs)
+    a, b = (weight[...].astype(y.dtype) for weight in (self.lora_a, self.lora_b))
+    return y + (inputs.astype(y.dtype) @ a) @ b * self.lora_scale
+
+
+def add_adapters(model: nnx.Module, lora: LoraConfig, rngs: nnx.Rngs):
+  """Puts adapters beside all linear layers whose path `lora.targets` is found in, in place.
+
+  The head of the decoder gets none.
+
+  Args:
+    model: freshly built, or under `nnx.eval_shape`.
+    lora: rank, alpha, and the regex that is searched in paths such as
+      `decoder.layers.stacked.q_proj`.
+    rngs: of the matrices A.
+
+  Raises:
+    InputError: no layer is found, or the regex is none.
+  """
+  layers = {
+    ".".join(map(str, path)): (path, module)
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, nnx.Linear) and path[-1] != _DIRECT
+  }
+  try:
+    found = sorted(name for name in layers if re.search(lora.targets, name))
+  except re.error as error:
+    raise InputError(f"config.lora.targets: {lora.targets!r} is no regex ({error})") from error
+  if not found:
+    near = difflib.get_close_matches(lora.targets, layers, n=3, cutoff=0.3) or sorted(layers)
+    raise InputError(
+      f"config.lora.targets: {lora.targets!r} is in the path of no projection; there are "
+      f"{', '.join(near)}"
+    )
+  for name in found:
+    path, layer = layers[name]
+    parent = model
+    for step in path[:-1]:
+      parent = parent[step] if isinstance(parent, nnx.Dict | nnx.List) else getattr(parent, step)
+    setattr(parent, path[-1], AdaptedLinear(layer, lora, rngs=rngs))
+
+
+def merge_adapters(weights: Mapping[str, np.ndarray], lora: LoraConfig) -> dict[str, np.ndarray]:
+  """Weights without adapters that compute the same; a stack is merged layer by layer.
+
+  Args:
+    weights: of a model with adapters, by their dotted paths.
+    lora: of these adapters.
+
+  Returns:
+    All weights but the adapters. Merged ones are new, in the wider dtype of kernel and adapter.
+  """
+  merged = {path: w for path, w in weights.items() if not path.endswith((LORA_A, LORA_B))}
+  for path in weights:
+    if path.endswith(LORA_A):
+      layer = path.removesuffix(LORA_A)
+      parts = [np.asarray(weights[layer + end]) for end in (".kernel", LORA_A, LORA_B)]
+      if parts[0].ndim == 2:
+        merged[f"{layer}.kernel"] = merged_kernel(*parts, lora)
+      else:
+        each = [merged_kernel(*one, lora) for one in zip(*parts, strict=True)]
+        merged[f"{layer}.kernel"] = np.stack(each)
+  return merged

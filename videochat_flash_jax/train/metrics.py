@@ -1,0 +1,221 @@
+"""What a run tells of itself: log files, TensorBoard, and a line of progress in a terminal.
+
+A line of metrics is written every `log_every` steps, with means over the steps behind it:
+
+  step 20  loss 3.41  learning_rate 1e-05  grad_norm 2.1  tokens_per_second 51200  mfu 0.41  ...
+"""
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorboardX
+from metrax.logging import TensorboardBackend
+from tqdm import tqdm
+
+from videochat_flash_jax.data.train_batches import batch_metrics
+from videochat_flash_jax.errors import InputError
+
+_log = logging.getLogger("videochat_flash_jax")
+_DIGITS = 5  # for people
+_COUNTED = ("tokens", "visual_tokens")  # of `batch_metrics`, that are told as rates
+_IN_PROGRESS_LINE = (
+  "loss", "eval/loss", "learning_rate", "tokens_per_second", "mfu", "model_tflops", "data_wait",
+)  # fmt: skip
+_SINCE_START = ("wall_seconds", "cpu_seconds")
+
+
+class RunLog:
+  """Writes what happens to `train_log.jsonl`, for programs, to `.txt`, for people, and more.
+
+  Of several processes the first one writes; the others call it in vain.
+  """
+
+  def __init__(self, workdir: Path, step: int, num_steps: int):
+    """Opens the files of a run that is at `step`: what they hold of later steps is taken out.
+
+    Args:
+      workdir: of the run.
+      step: that training goes on behind; 0 begins the files anew.
+      num_steps: of the run.
+    """
+    self._is_writer = jax.process_index() == 0
+    self._workdir, self._board, self._purged_from = workdir, None, step + 1
+    before = _records(workdir / "train_log.jsonl", step) if self._is_writer else []
+    self._before = before[-1] if before else dict.fromkeys(_SINCE_START, 0.0)
+    self._start = time.perf_counter(), time.process_time()
+    self._files = self._rewritten(before) if self._is_writer else []
+    self._shown: dict[str, Any] = {}
+    hidden = not self._is_writer or not sys.stderr.isatty()
+    self._progress = tqdm(
+      total=num_steps, initial=step, desc=workdir.name, unit="step", disable=hidden
+    )
+
+  def __enter__(self) -> "RunLog":
+    return self
+
+  def __exit__(self, *_):
+    self._progress.close()
+    with contextlib.suppress(OSError):  # of a full disk, of which `write` has told
+      for file in self._files:
+        file.close()
+      if self._board is not None:
+        self._board.close()
+
+  def advance(self):
+    """Moves the progress line on by a step."""
+    self._progress.update()
+
+  def write(self, step: int, **fields: Any):
+    """Writes fields, with wall and CPU seconds since the run was begun; numbers go to TensorBoard.
+
+    What was spent on steps that are trained again, after a crash, is not counted.
+
+    Raises:
+      InputError: the disk is full, or the directory gone.
+    """
+    if not self._is_writer:
+      return
+    now = time.perf_counter(), time.process_time()
+    fields = {"step": step} | fields
+    for name, start, end in zip(_SINCE_START, self._start, now, strict=True):
+      fields[name] = round(self._before[name] + end - start, 1)
+    try:
+      for file, line in zip(self._files, _lines(fields), strict=True):
+        file.write(line)
+      self._write_board(step, fields)
+    except OSError as error:
+      raise InputError(
+        f"{self._workdir}: the log cannot be written ({error.strerror}); make room or mend the "
+        "directory, and give the same command again"
+      ) from error
+    self._shown |= {name: _rounded(fields[name]) for name in _IN_PROGRESS_LINE if name in fields}
+    self._progress.set_postfix(self._shown)
+    if self._progress.disable:
+      _log.info(_lines(fields)[1].rstrip())
+
+  def _write_board(self, step, fields):
+    scalars = {
+      name: value
+      for name, value in fields.items()
+      if isinstance(value, int | float) and name not in ("step", *_SINCE_START)
+    }
+    if scalars and self._board is None:
+      self._board = self._opened_board()
+    for name, value in scalars.items():
+      self._board.log_scalar(name, value, step=step)
+
+  def _opened_board(self):
+    folder = str(self._workdir)
+    if any(self._workdir.glob("events.*")):
+      # TensorBoard then forgets what a run that broke off told of the steps that follow. In a file
+      # of its own, since metrax cannot say so; and files of one second would have one name.
+      tensorboardX.SummaryWriter(folder, purge_step=self._purged_from).close()
+      time.sleep(1.0)
+    return TensorboardBackend(folder, flush_every_n_steps=1)
+
+  def _rewritten(self, records):
+    files = []
+    for number, suffix in enumerate((".jsonl", ".txt")):
+      path = self._workdir / f"train_log{suffix}"
+      partial = path.with_suffix(f"{suffix}.partial")
+      partial.write_text("".join(_lines(fields)[number] for fields in records))
+      partial.replace(path)
+      files.append(path.open("a", buffering=1))  # line by line, so that a run can be followed
+    return files
+
+
+class StepMeter:
+  """Takes in what steps compute and how long they take, and gives the means at each line."""
+
+  def __init__(self, flops: float, peak: float | None, share: float, state: Mapping[str, Any]):
+    """Begins to measure time.
+
+    Args:
+      flops: of a step, on all devices.
+      peak: operations a second of all devices together, if that is known.
+      share: of the streams of all processes, those that this one counts.
+      state: of the batches, before the first step.
+    """
+    self._flops, self._peak, self._share = flops, peak, share
+    self._counts = batch_metrics(state) if "streams" in state else {}
+    self.begin()
+
+  def begin(self):
+    """Begins at no step, and now."""
+    self._sums: dict[str, float] = {}
+    self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+  def waited(self, seconds: float):
+    """Counts time in which the devices may have had nothing to do, for want of data."""
+    self._waited += seconds
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Time within it is not that of steps."""
+    start = time.perf_counter()
+    yield
+    self._since += time.perf_counter() - start
+
+  def add(self, metrics: Mapping[str, float]):
+    """Counts a step that is done."""
+    self._steps += 1
+    for name, value in metrics.items():
+      self._sums[name] = self._sums.get(name, 0.0) + value
+
+  def line(self, state: Mapping[str, Any]) -> dict[str, float]:
+    """Means since the line before, and begins anew; `state` is that of the batches."""
+    seconds = max(time.perf_counter() - self._since, 1e-9)
+    line = {name: value / max(self._steps, 1) for name, value in self._sums.items()}
+    line["seconds_per_step"] = seconds / max(self._steps, 1)
+    line["data_wait"] = self._waited / seconds
+    if "streams" in state:
+      line |= self._data_line(state, seconds)
+    flops = self._flops * self._steps / seconds
+    line |= {"mfu": flops / self._peak} if self._peak else {"model_tflops": flops / 1e12}
+    self.begin()
+    return line
+
+  def _data_line(self, state, seconds):
+    counts, before = batch_metrics(state), self._counts
+    self._counts = counts
+    rates = {
+      f"{name}_per_second": (counts[name] - before[name]) / seconds / self._share
+      for name in _COUNTED
+    }
+    return rates | {f"data/{name}": counts[name] for name in counts if name not in _COUNTED}
+
+
+def _records(path, step):
+  """Records of a log of steps that are done; the last one may have been cut off."""
+  if not step or not path.exists():
+    return []
+  records = []
+  for line in path.read_text().splitlines():
+    try:
+      record = json.loads(line)
+    except ValueError:
+      continue
+    if record.get("step", 0) <= step:
+      records.append(record)
+  return records
+
+
+def _lines(fields):
+  """A record for programs, and the same for people, but for what is in config.json anyway."""
+  told = {name: value for name, value in fields.items() if not isinstance(value, dict)}
+  text = "  ".join(f"{name} {_rounded(value)}" for name, value in told.items())
+  return json.dumps(fields) + "\n", text + "\n"
+
+
+def _rounded(value):
+  if not isinstance(value, float) or not math.isfinite(value) or value == 0:
+    return value
+  return float(f"{value:.{_DIGITS}g}")
