@@ -12,9 +12,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.conftest import assert_close
+from tests.data.spread_batch import spread_rows
 from tests.models.small_models import CONFIG, fill_randomly
 from videochat_flash_jax.data.conversation import IGNORE_LABEL
-from videochat_flash_jax.data.sharded_rows import spread_rows
 from videochat_flash_jax.models.config import DropoutConfig
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
@@ -26,6 +26,7 @@ from videochat_flash_jax.train.optimizer import make_adamw
 from videochat_flash_jax.train.step import make_step, split_state
 
 MESHES = {
+  "one of the devices": {"fsdp": 1},
   "data 8": {"data": 8, "fsdp": 1},
   "fsdp 8": {},
   "sequence 8": {"sequence": 8},
@@ -129,11 +130,12 @@ def expected(dropout):
   return one_step(ONE_DEVICE, batch)
 
 
-def step_on_mesh(name, dropout):
+def step_on_mesh(name, dropout, sequence_parallel="ring"):
   """The same step, with rows laid out for a mesh."""
-  mesh = make_mesh(MeshConfig(**MESHES[name]))
+  devices = jax.devices()[:1] if name == "one of the devices" else jax.devices()
+  mesh = make_mesh(MeshConfig(**MESHES[name]), devices)
   shards = mesh.shape["sequence"]
-  layout = Layout(mesh, zigzag=shards > 1)
+  layout = Layout(mesh, sequence_parallel, zigzag=shards > 1)
   batch = packed_batch(small_config())
   plan = with_dropout(batch, lambda length: -(-length // (2 * shards)) * 2 * shards)
   batch = spread_rows(
@@ -172,3 +174,8 @@ def cases():
 @pytest.mark.parametrize("name, dropout", list(cases()))
 def test_a_step_on_a_mesh_is_a_step_on_one_device(name, dropout):
   assert_same(step_on_mesh(name, dropout), expected(dropout))
+
+
+def test_a_step_that_gathers_keys_and_values_is_that_of_one_device():
+  name = "tensor 2 x sequence 4"
+  assert_same(step_on_mesh(name, False, sequence_parallel="all_gather"), expected(False))

@@ -27,7 +27,7 @@ def compile_verb(topology, *options):
 def test_compile_prints_one_json_object(capsys, in_haste):
   assert compile_verb("v5e:2x2", *TINY, "--config.rows=2", "--config.tokens_per_row=2048") == 0
   report = json.loads(capsys.readouterr().out)
-  assert report["topology"] == "v5e:2x2" and report["chips"] == 4
+  assert report["topology"] == "v5e:2x2" and report["chips"] == 4 and report["num_slices"] == 1
   parts = ("argument_bytes", "temporary_bytes", "peak_bytes", "flops", "bytes_accessed")
   assert all(report[part] > 0 for part in parts)
   whole = report["argument_bytes"] + report["temporary_bytes"]

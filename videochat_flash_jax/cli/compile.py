@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
   """Compiles and prints what it takes; 2 if it does not fit."""
-  config = read_config(args.config, args.overrides)
+  config = read_config(args.config, args.overrides, example="configs/stage3_long.py")
 
   from videochat_flash_jax.benchmarks import ahead_of_time  # imports JAX: not for a typing error
   from videochat_flash_jax.train.settings import train_settings

@@ -33,6 +33,7 @@ from videochat_flash_jax.errors import InputError
 _VERSION = 2
 _REMEDIES = {  # for facts that say nothing to a reader
   "mixture": "give the one it was saved with, and the same max_frames to open_rows",
+  "order": "go on with the versions of grain and numpy it was saved with",
   "tokenizer": "give the one it was saved with",
 }
 _NAMES_OF_FEATURES = {"frames": "features", "tiles": "tile_features"}
@@ -70,7 +71,7 @@ class TrainBatches(grain.IterDataset):
     self._streams = range(config.streams) if streams is None else streams
     order = ExampleOrder(rows, config.seed, config.streams)
     reader = ExampleReader(config.example, config.layout, make_tokenizer, features)
-    self._facts = config.facts() | {"mixture": rows.fingerprint}
+    self._facts = config.facts() | {"mixture": rows.fingerprint, "order": order.digest()}
     self._facts["features"] = None if features is None else features.key.digest
     self._facts["tokenizer"] = _vocabulary_digest(reader.tokenizer)
     self._reader, self._features = ReplacingReader(rows, reader, order, config.seed), features
