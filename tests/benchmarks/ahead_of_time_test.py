@@ -19,20 +19,37 @@ def compile_verb(*options):
   return main(["compile", "--config", str(STAGE_3), "--topology", "v5e:4x4", *options])
 
 
-LARGER_THAN_ANY = ["v5e:64x64", "v5e:32x4", "v5e:4x4x4", "v6e:16x17", "v5p:16x24x24", "v4:17x1x1"]
+FLAT = "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
+CUBES = "2x2x1, 2x2x2, 2x2x4, 2x4x4, and multiples of 4 along three sides, of at most "
 
 
-@pytest.mark.parametrize("topology", LARGER_THAN_ANY)
-def test_a_slice_larger_than_any_is_refused_with_the_largest(topology):
-  kind = topology.partition(":")[0]
-  sides = "x".join(map(str, CHIPS[kind].largest_slice))
-  with pytest.raises(InputError, match=rf"no such slice \(the largest is {kind}:{sides}\)"):
-    ahead_of_time.topology_devices(topology)
+@pytest.mark.parametrize(
+  "kind, shapes, said",
+  [
+    ("v5e", "0x4 1x2 2x16 3x5 6x6 10x10 12x12 14x14 32x4 64x64 4x4x4", FLAT),
+    ("v6e", "6x6 16x17 2x2x1", FLAT),
+    ("v5p", "0x4x4 1x2x1 2x2 4x4x6 6x6x6 16x24x24", CUBES + "6,144 chips"),
+    ("v4", "17x1x1 16x16x20", CUBES + "4,096 chips"),
+  ],
+)
+def test_a_slice_that_cannot_be_rented_is_refused_with_those_that_can(kind, shapes, said):
+  for shape in shapes.split():
+    with pytest.raises(InputError) as error:
+      ahead_of_time.topology_devices(f"{kind}:{shape}")
+    assert f"{kind}:{shape}: no such slice (slices of {kind} are {said}); give" in str(error.value)
 
 
-@pytest.mark.parametrize("sides", [(16, 24, 16), (24, 16, 16), (2, 2), (1, 1, 1)])
-def test_a_slice_may_be_turned(sides):
-  assert CHIPS["v5p"].has_slice(sides)
+@pytest.mark.parametrize(
+  "kind, shapes",
+  [
+    ("v5e", "1x1 2x2 2x4 4x2 4x4 4x8 8x8 8x16 16x16"),
+    ("v5p", "2x2x1 2x2x2 2x4x4 4x2x4 4x4x4 4x4x28 16x16x24 24x16x16"),
+    ("v4", "2x2x1 12x12x24 16x16x16"),
+  ],
+)
+def test_slices_that_can_be_rented_are_known_turned_too(kind, shapes):
+  for shape in shapes.split():
+    assert CHIPS[kind].has_slice(map(int, shape.split("x")))
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "8x8", "v5e:4", "v5e:4x4x4x4"])
@@ -48,6 +65,12 @@ def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch, capsys):
   captured = capsys.readouterr()
   (line,) = captured.err.splitlines()
   assert "pip install 'videochat_flash_jax[tpu]'" in line and captured.out == ""
+
+
+def test_of_a_config_that_is_not_there_one_is_recommended_that_can_be_compiled(capsys):
+  assert main(["compile", "--config", "nowhere.py", "--topology", "v5e:4x4"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "nowhere.py: no such file" in line and "configs/stage3_long.py" in line
 
 
 def test_a_wrong_field_is_told_before_a_compiler_is_looked_for(monkeypatch, capsys):
@@ -104,3 +127,41 @@ def test_what_is_wanted_is_told_apart_from_what_is_there(wanted, said):
   with pytest.raises(ahead_of_time.OutOfMemory) as error:
     ahead_of_time.report("v5e:1x1", Refused(wanted), (shape,), remedy="fewer rows")
   assert str(error.value) == f"out of memory: {said}; try fewer rows"
+
+
+RESULT = {
+  "topology": "v5e:2x2",
+  "num_slices": 1,
+  "chips": 4,
+  "peak_bytes": 2**30,
+  "argument_bytes": 2**29,
+  "temporary_bytes": 2**28,
+  "flops": 2.5e12,
+  "bytes_accessed": 3e9,
+  "collectives": {"all-gather": {"count": 1234, "bytes": 6e9}},
+  "roofline": dict.fromkeys(("compute_seconds", "memory_seconds", "link_seconds"), 0.25)
+  | {"data_centre_seconds": 0.001},
+}
+
+
+@pytest.mark.parametrize(
+  "changed, row",
+  [
+    ({}, "| v5e:2x2 | 1.00 | 0.50 | 0.25 | 2.5 | 3 | all-gather 6 (1,234) | 250 / 250 / 250 |"),
+    (
+      {"num_slices": 2, "collectives": {}},
+      "| 2 x v5e:2x2 | 1.00 | 0.50 | 0.25 | 2.5 | 3 | - | 250 / 250 / 250 / 1 |",
+    ),
+    (
+      {"num_slices": 2, "roofline": {**RESULT["roofline"], "data_centre_seconds": None}},
+      "| 2 x v5e:2x2 | 1.00 | 0.50 | 0.25 | 2.5 | 3 | all-gather 6 (1,234) | 250 / 250 / 250 / ? |",
+    ),
+    (
+      {"error": "out of memory", "wanted_bytes": 18.7 * 2**30, "available_bytes": 15.75 * 2**30},
+      "| v5e:2x2 | does not fit: 18.70 of 15.75 GiB | | | | | | |",
+    ),
+  ],
+)
+def test_a_row_of_the_table_has_all_columns(changed, row):
+  printed = ahead_of_time.table_row("a run", {**RESULT, **changed})
+  assert printed == f"| a run {row}" and printed.count("|") == 10

@@ -1,5 +1,6 @@
 """Costs read from compiled programs, where the truth is known."""
 
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from videochat_flash_jax.benchmarks.hlo_costs import Costs, program_costs
 from videochat_flash_jax.parallel.chips import CHIPS
 
 TPU_STEP = (Path(__file__).parent / "tpu_step.hlo").read_text()
+PARTS = ("compute", "memory", "link", "data_centre")
 PRODUCT = 2 * 8 * 16 * 16  # flops of [8, 16] x [16, 16]
 
 
@@ -141,6 +143,28 @@ def test_a_loop_that_starts_or_steps_by_what_nobody_knows_is_a_guess(constant, o
   assert costs.guessed_loops == 1 and costs.counts["collective-permute"] == 1
 
 
+def test_what_is_sent_to_other_slices_is_a_kind_of_its_own_with_its_loops():
+  sent = """
+  %token = token[] after-all()
+  %send = (bf16[64,8]{1,0}, u32[], token[]) send(%x, %token), is_host_transfer=true, MEGASCALE
+  %sent = token[] send-done(%send), is_host_transfer=true, MEGASCALE
+  %recv = (bf16[64,8]{1,0}, u32[], token[]) recv(%token), is_host_transfer=true, MEGASCALE
+  %received = (bf16[64,8]{1,0}, token[]) recv-done(%recv), is_host_transfer=true, MEGASCALE
+  %done = """
+  place = "\n  %done = "
+  assert TPU_STEP.count(place) == 1
+  handler = 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+  before = program_costs(TPU_STEP)
+  with_sends = TPU_STEP.replace(place, sent)
+  costs = program_costs(with_sends.replace("MEGASCALE", handler))
+  runs, num_bytes = 6, 64 * 8 * 2
+  assert costs.counts == before.counts + Counter({"between slices": runs})
+  assert costs.sizes["between slices"] == costs.sent["between slices"] == runs * num_bytes
+  assert costs.num_bytes == before.num_bytes + runs * 2 * num_bytes, "read, and written"
+  to_its_host = program_costs(with_sends.replace("MEGASCALE", "frontend_attributes={}"))
+  assert to_its_host.counts == before.counts
+
+
 def started(kind, given, *operands):
   """A program that is the start of one instruction of two operands."""
   left, right = operands
@@ -237,5 +261,25 @@ def test_the_roofline_names_what_takes_longest():
   costs = Costs(flops=197e12, num_bytes=819e9 / 2)
   costs.sent["all-gather"] = 50e9
   bound = roofline(CHIPS["v5e"], costs)
-  seconds = [bound[f"{part}_seconds"] for part in ("compute", "memory", "link")]
-  assert seconds == [1.0, 0.5, 0.25] and bound["bound_by"] == "compute"
+  assert [bound[f"{part}_seconds"] for part in PARTS] == [1.0, 0.5, 0.25, 0]
+  assert bound["bound_by"] == "compute" and bound["is"] == "an estimate"
+
+
+@pytest.mark.parametrize(
+  "chip, seconds, bound_by",
+  [("v5e", 2.0, "data_centre"), ("v5p", 1.0, "data_centre"), ("v6e", 0.5, "link")],
+)
+def test_what_goes_to_other_slices_takes_its_time_beside_the_links(chip, seconds, bound_by):
+  costs = Costs()
+  costs.sent.update({"all-gather": 250e9, "between slices": 6.25e9})
+  bound = roofline(CHIPS[chip], costs)
+  assert bound["data_centre_seconds"] == seconds and bound["bound_by"] == bound_by
+  assert bound["link_seconds"] == round(250e9 / CHIPS[chip].sent_bytes_per_second, 6)
+
+
+def test_a_data_centre_network_of_unknown_speed_is_said_to_be_unknown():
+  costs = Costs(flops=1)
+  costs.sent["between slices"] = 1e9
+  bound = roofline(CHIPS["v4"], costs)
+  assert bound["data_centre_seconds"] is None and bound["bound_by"] == "compute"
+  assert "not published" in bound["is"]

@@ -1,6 +1,8 @@
 """`vcflash data`: exit codes, what is printed, and what is written."""
 
 import json
+import os
+import time
 
 import pytest
 
@@ -73,6 +75,29 @@ def test_an_index_is_made_ahead(tmp_path, capsys):
   assert len(list((tmp_path / "cache" / "rows").iterdir())) == 1
 
 
+def test_files_that_cannot_be_read_are_passed_over_and_give_1(tmp_path, capsys):
+  healthy(tmp_path)
+  entries = [{"json_path": name} for name in ("gone.json", "rows.json")]
+  (tmp_path / "mixture.yaml").write_text(json.dumps({"datasets": entries}))
+  code, out, err = data(capsys, "check", tmp_path / "mixture.yaml")
+  assert (code, err) == (1, "")
+  assert f"nothing of {tmp_path}/gone.json\n  {tmp_path}/gone.json: cannot be read" in out
+  code, out, err = data(capsys, "index", tmp_path / "mixture.yaml")
+  assert (code, err) == (1, "")
+  assert "gone.json: cannot be read" in out and "1 row(s) of 1 file(s) ready" in out
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(tmp_path, capsys):
+  cache = tmp_path / "cache" / "rows"
+  for name, days in (("building-old", 2), ("building-new", 0), ("0123", 2)):
+    (cache / name / "index").mkdir(parents=True)
+    then = time.time() - days * 24 * 3600
+    os.utime(cache / name, (then, then))
+  assert data(capsys, "index", healthy(tmp_path))[0] == 0
+  assert {"building-new", "0123"} < {folder.name for folder in cache.iterdir()}
+  assert not (cache / "building-old").exists()
+
+
 TABLE = """\ufeffvideo,image,question,answer,id,start,end
 a.mp4,,What moves?,"A cat, and
 a dog.",one,,
@@ -111,6 +136,7 @@ def test_rows_are_converted_from_lists_too(tmp_path, capsys):
   [
     ("a.csv", "video,question,answer\na.mp4,Q?,A\na.mp4,Q?,\n", "a.csv line 3: bad conversations"),
     ("a.csv", "video,question,answer,start,end\na.mp4,Q?,A,5,2\n", "a.csv line 2: bad times"),
+    ("a.csv", "video,question,answer,end\na.mp4,Q?,A,2\n", "a.csv line 2: bad times: only one"),
     ("a.csv", "video,question,answer\na.mp4,Q?,A,more\n", "a.csv line 2: bad json"),
     ("a.csv", "video,qestion,answer\n", "unknown column 'qestion'; did you mean question"),
     ("a.csv", "", "holds no row"),

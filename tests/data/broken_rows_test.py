@@ -103,8 +103,9 @@ def test_too_many_broken_rows_stop_the_run_and_the_worst_sources_are_named(rows)
 class FakeRows:
   """Ten rows of one kind; reading number n raises what `errors[n]` holds, first to last."""
 
-  def __init__(self, errors, kind="video"):
+  def __init__(self, errors, kind="video", paths=()):
     self.errors, self.num_reads, self._kind = errors, collections.Counter(), kind
+    self.paths = dict(paths)
     self.lengths, self.weights, self.source_ranges = np.ones(10, np.int32), [1.0], [(0, 10)]
 
   def __len__(self):
@@ -119,8 +120,11 @@ class FakeRows:
   def kind(self, index):
     return self._kind
 
-  def next_of_kind(self, index):
-    return (index + 1) % 10
+  def draw_of_kind(self, kind, most, rng):
+    return [*range(4, 10), *range(4)][:most]
+
+  def media(self, index):
+    return [self.paths.get(index, f"{index}.mp4")]
 
   def source(self, index):
     return "a.jsonl"
@@ -168,7 +172,7 @@ def test_a_failure_that_passes_is_tried_again_and_not_counted():
   assert rows.num_reads[3] == 3
 
 
-def test_a_failure_that_does_not_pass_is_replaced_by_the_next_row():
+def test_a_failure_that_does_not_pass_is_replaced_by_another_row():
   rows = FakeRows(
     {3: [OSError(errno.EIO, "input/output error")] * 9, 4: [BrokenRow("no frames", "b")]}
   )
@@ -179,8 +183,17 @@ def test_a_failure_that_does_not_pass_is_replaced_by_the_next_row():
 
 def test_rows_that_are_all_broken_end_the_search():
   rows = FakeRows({n: [BrokenRow("missing file", "gone")] * 3 for n in range(10)})
-  with pytest.raises(InputError, match=r"10 rows in turn cannot be read, .* missing file: gone"):
+  with pytest.raises(InputError, match=r"10 were tried, the first one .* missing file: gone"):
     drawn_of(rows)
+
+
+def test_a_row_about_a_medium_that_has_just_failed_is_not_tried():
+  gone, badly_timed = BrokenRow("missing file", "gone"), BrokenRow("bad times", "late")
+  paths = {3: "a.mp4", 4: "a.mp4", 5: "b.mp4", 6: "b.mp4"}
+  rows = FakeRows({3: [gone], 4: [gone], 5: [badly_timed]}, paths=paths)
+  drawn = drawn_of(rows)
+  assert drawn.row == 6 and [row.row for row in drawn.passed_over] == [3, 5]
+  assert 4 not in rows.num_reads
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from videochat_flash_jax.data import conversation
-from videochat_flash_jax.data.conversation import IGNORE_LABEL, VISUAL_SLOT, TokenizedText, Turn
+from videochat_flash_jax.data.conversation import IGNORE_LABEL, VISUAL_SLOT, Turn
 from videochat_flash_jax.data.tokenizer import train_sentencepiece
 from videochat_flash_jax.errors import InputError
 
@@ -246,13 +246,3 @@ def test_a_placeholder_that_the_model_wrote_is_text(tokenizer):
 def test_an_unusable_question_is_an_error(tokenizer, question, message):
   with pytest.raises(InputError, match=message):
     conversation.inference_prompt(question, tokenizer, OPENING)
-
-
-def test_batches_are_as_long_as_their_longest_row_and_no_longer_than_the_most():
-  rows = [TokenizedText(np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int32)) for n in (3, 5)]
-  batch = conversation.collate(rows, pad_id=9, max_length=4)
-  np.testing.assert_array_equal(batch["ids"], [[0, 1, 2, 9], [0, 1, 2, 3]])
-  np.testing.assert_array_equal(batch["labels"], [[0, 1, 2, IGNORE_LABEL], [0, 1, 2, 3]])
-  np.testing.assert_array_equal(batch["attention_mask"], [[1, 1, 1, 0], [1, 1, 1, 1]])
-  assert batch["attention_mask"].dtype == bool
-  assert conversation.collate(rows, pad_id=9, max_length=40)["ids"].shape == (2, 5)

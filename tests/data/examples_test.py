@@ -1,5 +1,6 @@
 """Examples: which frames and tiles, what text stands around them, what is too long."""
 
+import contextlib
 import pickle
 
 import numpy as np
@@ -239,6 +240,19 @@ def test_a_damaged_video_is_told(folder, monkeypatch):
   assert not read({"video": str(folder / "a.mp4")}).is_damaged
   monkeypatch.setattr("videochat_flash_jax.data.video_reader.VideoReader.damaged", True)
   assert read({"video": str(folder / "a.mp4")}).is_damaged
+
+
+@pytest.mark.parametrize("style", ["qwen", "clean"])
+def test_a_row_is_too_long_until_a_word_of_the_answer_fits(tokenizer, style):
+  """However little of the answer's turn is left; "qwen" learns its header, too."""
+  kept = []
+  for length in range(200, 260):
+    turns = [TURNS[0] | {"value": " a" * length}, TURNS[1]]
+    with contextlib.suppress(BrokenRow):
+      example = read({"conversations": turns}, label_style=style)
+      assert tokenizer.decode(example.token_ids).rpartition("assistant\n")[2].startswith("A")
+      kept.append(length)
+  assert 0 < len(kept) < 60 and kept == list(range(200, 200 + len(kept)))
 
 
 def test_positions_jump_twice_within_bounds():

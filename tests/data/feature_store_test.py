@@ -126,7 +126,8 @@ def test_thousands_of_small_entries_take_seconds_and_few_files(tmp_path):
 
 def test_a_million_entries_are_ready_in_a_moment(tmp_path):
   open_store(tmp_path)
-  records = np.zeros(1_000_000, [("digest", "<u8", (2,)), ("first", "<i8"), ("clips", "<i8")])
+  fields = ("digest", "<u8", (2,)), ("first", "<i8"), ("clips", "<i8"), ("is_damaged", "u1")
+  records = np.zeros(1_000_000, list(fields))
   records["digest"] = np.random.default_rng(0).integers(1, 1 << 63, (len(records), 2))
   records["digest"][5, 0] = records["digest"][6, 0]  # half a digest is not enough
   records["clips"] = 1
@@ -224,8 +225,8 @@ def test_a_later_format_other_folders_and_files_are_refused(tmp_path):
     FeatureStore.open(tmp_path / "none", KEY)
   open_store(tmp_path / "a")
   key = tmp_path / "a" / "key.json"
-  key.write_text(json.dumps(json.loads(key.read_text()) | {"format": 2}))
-  with pytest.raises(InputError, match="format is 2 there, here it is 1"):
+  key.write_text(json.dumps(json.loads(key.read_text()) | {"format": 3}))
+  with pytest.raises(InputError, match="format is 3 there, here it is 2"):
     open_store(tmp_path / "a")
   for text in ("[1]", "{", ""):
     key.write_text(text)

@@ -1,12 +1,16 @@
 """Pictures of all kinds come as uint8 RGB as shown; what is no picture is refused in one line."""
 
 import itertools
+import os
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from videochat_flash_jax.data.feature_key import file_digest
 from videochat_flash_jax.data.image_reader import read_image
+from videochat_flash_jax.data.picture_folder import read_picture
 from videochat_flash_jax.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -109,6 +113,26 @@ def test_what_is_no_image_is_refused(source, said):
 def test_a_folder_is_refused(tmp_path):
   with pytest.raises(InputError, match="a folder"):
     read_image(tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+  (tmp_path / "folder").mkdir()
+  pipes, said = [tmp_path / "a.png", tmp_path / "folder" / "1.jpg"], []
+  for path in pipes:
+    os.mkfifo(path)
+
+  def read():
+    calls = read_image, read_picture, file_digest
+    for call, path in zip(calls, (*pipes, pipes[0]), strict=True):
+      try:
+        call(path)
+      except InputError as error:
+        said.append(str(error))
+
+  thread = threading.Thread(target=read, daemon=True)
+  thread.start()
+  thread.join(20)
+  assert len(said) == 3 and all("a pipe or a device, no file; " in text for text in said)
 
 
 @pytest.mark.parametrize(

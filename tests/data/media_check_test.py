@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import signal
 
 import av
 import pytest
@@ -10,13 +11,20 @@ from PIL import Image
 
 from tests.data.mutations import turns, write_mutated_mixture
 from tests.data.video_files import pictures, write_video
+from videochat_flash_jax.data import media_check
 from videochat_flash_jax.data.broken import BrokenRow
 from videochat_flash_jax.data.check_report import as_json, as_table
 from videochat_flash_jax.data.data_config import ExampleConfig
-from videochat_flash_jax.data.media_check import NUM_OFFENDERS, check_mixture
+from videochat_flash_jax.data.media_check import (
+  NUM_OFFENDERS,
+  check_mixture,
+  check_roots,
+  check_sources,
+)
 from videochat_flash_jax.data.mixture import read_mixture
 from videochat_flash_jax.data.row_media import read_row_video
 from videochat_flash_jax.data.rows import open_rows
+from videochat_flash_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +128,78 @@ def test_broken_files_are_not_held_open(tmp_path):
   (report,) = check_mixture(opened, None)
   assert report.broken == {"unreadable video": 20}
   assert len(os.listdir("/proc/self/fd")) == before
+
+
+def write_sources(folder):
+  """Two healthy sources, and between them three of which no row can be read."""
+  write_video(folder / "a.mp4", pictures(8))
+  row = {"video": "a.mp4", "conversations": turns("<image>?", "!")}
+  for name in ("a.json", "e.json"):
+    (folder / name).write_text(json.dumps([row]))
+  (folder / "c.json").write_text(json.dumps([row])[:-9])
+  names = "a.json", "b.json", "c.json", "d.json", "e.json"
+  entries = [{"json_path": name} for name in names]
+  entries[3] |= {"json_path": "a.json", "sampling_strategy": "first4:1"}
+  (folder / "mixture.yaml").write_text(json.dumps({"datasets": entries}))
+  return read_mixture(folder / "mixture.yaml")
+
+
+def test_sources_that_cannot_be_read_have_a_line_each_and_the_others_are_checked(tmp_path):
+  reports = check_sources(write_sources(tmp_path), None, tmp_path / "cache")
+  said = ["", "cannot be read", "broken JSON", "leaves no row", ""]
+  assert [said in report.problem for said, report in zip(said, reports, strict=True)] == [True] * 5
+  assert [bool(report.problem) for report in reports] == list(map(bool, said))
+  assert [report.opened.total() for report in reports] == [1, 0, 0, 0, 1]
+  lines = as_table(reports).splitlines()
+  assert [line.split()[-2] for line in lines[1:7]] == ["0", "all", "all", "all", "0", "0"]
+  assert f"nothing of {tmp_path / 'b.json'}" in lines and "nothing is broken" not in lines
+  assert json.loads(json.dumps(as_json(reports)))["sources"][2]["problem"] == reports[2].problem
+
+
+def killed(checked, opened):
+  """In place of a check, in a process of its own: as if memory had run out there."""
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_one_line_that_names_rows(tmp_path, monkeypatch):
+  rows = [{"id": f"n{n}", "conversations": turns("?", "!")} for n in range(5000)]
+  (tmp_path / "a.json").write_text(json.dumps(rows))
+  opened = open_rows(read_mixture(tmp_path / "a.json"), tmp_path / "cache")
+  monkeypatch.setattr(os, "cpu_count", lambda: 2)
+  monkeypatch.setattr(media_check, "_check_kept_rows", killed)
+  said = r"a\.json: a process .* was killed, .*; 2048 rows from n0 on are .*; free some memory"
+  with pytest.raises(InputError, match=said) as error:
+    check_mixture(opened, 0)
+  assert "\n" not in str(error.value)
+
+
+def test_a_wrong_data_root_is_named_with_its_source(tmp_path):
+  (tmp_path / "media").mkdir()
+  write_video(tmp_path / "media" / "a.mp4", pictures(8))
+  row = {"video": "a.mp4", "conversations": turns("<image>?", "!")}
+  rows = [row | {"video": "gone.mp4"}] * 40 + [row] * 9  # a few that are missing do not matter
+  (tmp_path / "a.json").write_text(json.dumps(rows))
+  (tmp_path / "b.json").write_text(json.dumps([{"conversations": turns("?", "!")}]))
+
+  def check(root):
+    entries = [{"json_path": "a.json", "data_root": root}, {"json_path": "b.json"}]
+    (tmp_path / "mixture.yaml").write_text(json.dumps({"datasets": entries}))
+    check_roots(open_rows(read_mixture(tmp_path / "mixture.yaml"), tmp_path / "cache"))
+
+  check("media")
+  with pytest.raises(InputError, match=r"a\.json, data_root .*/medai: .*gone\.mp4: no such file"):
+    check("medai")
+
+
+def test_rows_with_only_one_of_start_and_end_are_counted_though_a_run_uses_them(tmp_path):
+  write_video(tmp_path / "a.mp4", pictures(8))
+  row = {"video": "a.mp4", "conversations": turns("<image>?", "!")}
+  rows = [row, row | {"start": 0.1}, row | {"end": 0.5}, row | {"start": 0, "end": 0.5}]
+  (tmp_path / "a.json").write_text(json.dumps(rows))
+  reports = check_mixture(open_rows(read_mixture(tmp_path / "a.json"), tmp_path / "cache"), None)
+  assert (reports[0].half_clips, reports[0].broken) == (2, {})
+  table = as_table(reports)
+  assert "2 rows with only one of start and end" in table and "nothing is broken" in table
 
 
 def test_damaged_videos_are_counted_though_a_run_uses_them(tmp_path):

@@ -97,7 +97,8 @@ def _make_folder(path, healthy, rng):
 
 
 def _write_noise(path, healthy, rng):
-  path.write_bytes(rng.bytes(int(rng.integers(1, 5000))))
+  # In some hundred bytes FFmpeg may see the header of a format, and nothing behind it.
+  path.write_bytes(rng.bytes(int(rng.integers(1000, 5000))))
 
 
 def _write_header_only(path, healthy, rng):
@@ -115,7 +116,7 @@ VIDEOS = [
   ("zero bytes", "unreadable video", _write_nothing),
   ("folder", "unreadable video", _make_folder),
   ("noise", "unreadable video", _write_noise),
-  ("0 frames", "unreadable video", _write_header_only),
+  ("0 frames", "no frames", _write_header_only),
 ]
 
 

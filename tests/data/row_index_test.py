@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.data.annotation_rows import open_all, row, write_jsonl
@@ -168,7 +169,7 @@ def grown_megabytes(pickled, indices, answers):
   rows = pickle.loads(pickled)
   for index in indices:
     assert rows[index]["id"] == index
-    assert rows.next_of_kind(index) == index + 1
+    assert len(rows.draw_of_kind("video", 5, np.random.default_rng(index))) == 5
   assert len(rows.lengths) == len(rows)
   answers.put(resident() - before)
 

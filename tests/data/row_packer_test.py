@@ -3,12 +3,17 @@ import pytest
 
 from videochat_flash_jax.data.conversation import IGNORE_LABEL
 from videochat_flash_jax.data.examples import Example
-from videochat_flash_jax.data.row_packer import Packed, RowPacker, write_row
+from videochat_flash_jax.data.row_packer import NUM_HELD, Packed, RowPacker, write_row
 from videochat_flash_jax.data.sharded_rows import RowLayout, empty_rows
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.zigzag import unzigzag_order
 
-STAGE3 = RowLayout(32_768, 64, clips_per_shard=132, tiles_per_shard=132, num_shards=4, zigzag=True)
+# As configs/stage3_long.py has it, and with the paper's shares of images, short and long videos.
+STAGE3 = {
+  "tokens": 32_768, "clip_tokens": 64, "clips_per_shard": 128, "tiles_per_shard": 40,
+  "zigzag": True,
+}  # fmt: skip
+SHARES = {"image": 0.31, "short": 0.46, "long": 0.2, "text": 0.03}
 SMALL = RowLayout(96, 4, clips_per_shard=7, tiles_per_shard=5, num_shards=4, zigzag=True)
 
 
@@ -30,18 +35,20 @@ def example(mark, num_clips, num_tiles, num_text, clip_tokens):
 
 def draw(rng, mark):
   """Of a stage-3 mixture: 64 to 512 frames, images of 2 to 37 tiles, text alone."""
-  kind = rng.choice(["long", "short", "image", "text"], p=[0.3, 0.35, 0.25, 0.1])
+  kind = rng.choice(list(SHARES), p=list(SHARES.values()))
   clips = {"long": rng.integers(17, 129), "short": 16}.get(kind, 0)
   tiles = rng.integers(2, 38) if kind == "image" else 0
-  return example(mark, int(clips), int(tiles), int(rng.integers(40, 600)), STAGE3.clip_tokens)
+  return example(mark, int(clips), int(tiles), int(rng.integers(40, 600)), STAGE3["clip_tokens"])
 
 
-@pytest.fixture(scope="module")
-def packed():
+@pytest.fixture(scope="module", params=[4, 8])
+def packed(request):
   """Rows packed from 800 examples, and what is left in the packer."""
-  rng, packer, rows = np.random.default_rng(0), RowPacker(STAGE3), []
+  layout = RowLayout(num_shards=request.param, **STAGE3)
+  rng, packer, rows = np.random.default_rng(0), RowPacker(layout), []
   for number in range(800):
     row = packer.add(Packed(number, number, draw(rng, number % 20)))
+    assert sum(bin.num_tokens for bin in packer._bins) <= NUM_HELD * layout.tokens
     if row:
       rows.append(row)
   return rows, [[number for number, _ in row] for row in packer.unfinished]
@@ -53,24 +60,24 @@ def test_no_example_is_lost_or_doubled(packed):
   assert sorted(number for row in numbers for number in row) == list(range(800))
 
 
-def test_rows_are_filled_to_99_percent(packed):
+def test_rows_of_stage_3_are_filled_to_98_percent(packed):
   rows, _ = packed
   filled = [sum(len(item.example.token_ids) for item in row) for row in rows]
-  assert max(filled) <= STAGE3.tokens
-  assert np.mean(filled) > 0.99 * STAGE3.tokens
+  assert max(filled) <= STAGE3["tokens"]
+  assert np.mean(filled) > 0.98 * STAGE3["tokens"]
 
 
 def test_no_example_waits_for_long(packed):
   rows, _ = packed
   for number, row in enumerate(rows):
     newest = max(item.number for row in rows[: number + 1] for item in row)
-    assert newest - min(item.number for item in row) < 200
+    assert newest - min(item.number for item in row) < 400
 
 
 def test_rows_begun_again_are_packed_as_before():
   rng = np.random.default_rng(1)
   items = [Packed(number, 2 * number, draw(rng, 1)) for number in range(120)]
-  one, other = RowPacker(STAGE3), RowPacker(STAGE3)
+  one, other = (RowPacker(RowLayout(num_shards=4, **STAGE3)) for _ in range(2))
   for item in items[:60]:
     one.add(item)
   for row in one.unfinished:
@@ -88,7 +95,7 @@ def test_examples_that_do_not_fit_together_any_more_are_refused():
 
 
 def test_clips_and_tiles_of_every_shard_fit_and_each_place_sees_its_own_picture():
-  rng, packer, num_rows, fullest = np.random.default_rng(2), RowPacker(SMALL, num_bins=3), 0, 0
+  rng, packer, num_rows, fullest = np.random.default_rng(2), RowPacker(SMALL, num_held=2), 0, 0
   for number in range(400):
     sizes = rng.integers(0, 6), rng.integers(0, 4), rng.integers(1, 14)
     made = example(number % 20, *map(int, sizes), SMALL.clip_tokens)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests.data.annotation_rows import open_all, row, write_jsonl
-from tests.data.mutations import write_mutated_mixture
-from videochat_flash_jax.data.annotations import estimated_length
+from tests.data.mutations import turns, write_mutated_mixture
+from videochat_flash_jax.data import rows as rows_module
+from videochat_flash_jax.data.annotations import length_in_words, media_length
 from videochat_flash_jax.data.broken import REASONS, BrokenRow, because
 from videochat_flash_jax.errors import InputError
 
@@ -57,7 +58,9 @@ def test_lengths_are_the_estimated_ones(tmp_path):
   ]
   rows = open_all(write_mixture(tmp_path, files), max_frames=10)
   assert rows.lengths.dtype == np.int32
-  assert rows.lengths.tolist() == [estimated_length(rows[i], 10) for i in range(5)]
+  assert rows.lengths.tolist() == [
+    length_in_words(rows[i]) + media_length(rows.kind(i), 10) for i in range(5)
+  ]
 
 
 def test_mixed_files_have_rows_of_each_kind(tmp_path):
@@ -67,19 +70,31 @@ def test_mixed_files_have_rows_of_each_kind(tmp_path):
   assert rows[2]["video"] == str(tmp_path / "3.x")
 
 
-def test_the_next_of_a_kind_is_in_the_same_source_or_after_it(tmp_path):
+def test_rows_of_a_kind_are_drawn_from_all_sources(tmp_path):
   kinds = "video", "image", "text", "video"
   files = [
     ("a.jsonl", [row(i, kind) for i, kind in enumerate(kinds)], {"media_type": "mix"}),
     ("b.jsonl", [row(i, "image") for i in range(2)], {}),
   ]
   rows = open_all(write_mixture(tmp_path, files))
-  assert [rows.next_of_kind(i) for i in range(6)] == [3, 4, 2, 0, 5, 1]
+
+  def drawn(kind, most, seed=0):
+    return rows.draw_of_kind(kind, most, np.random.default_rng(seed))
+
+  assert {kind: sorted(drawn(kind, 9)) for kind in kinds} == {
+    "video": [0, 3],
+    "image": [1, 4, 5],
+    "text": [2],
+  }
+  assert drawn("image", 2) == drawn("image", 2) and len(drawn("image", 2)) == 2
+  assert {tuple(drawn("image", 2, seed)) for seed in range(99)} == {
+    (1, 4), (4, 1), (1, 5), (5, 1), (4, 5), (5, 4),
+  }  # fmt: skip
 
 
 def test_every_broken_row_says_why_and_every_healthy_one_is_read(tmp_path):
   mixture = write_mutated_mixture(tmp_path, 66, 8, 40, seed=3)
-  told_with_the_medium = {"unreadable video", "missing file"}
+  told_with_the_medium = {"unreadable video", "no frames", "missing file"}
   rows, found, read = open_all(mixture.path), {}, []
   for index in range(len(rows)):
     try:
@@ -111,6 +126,7 @@ def test_every_broken_row_says_why_and_every_healthy_one_is_read(tmp_path):
     ({"start": 3, "end": float("nan")}, "bad times"),
     ({"start": int("9" * 400), "end": 5}, "bad times"),
     ({"conversations": [{"from": "gpt", "value": "<image>"}]}, "bad conversations"),
+    ({"conversations": turns("<image>?", " \n", "Well?", "")}, "bad conversations"),
   ],
 )
 def test_a_row_is_checked_when_it_is_read(tmp_path, fields, reason):
@@ -176,6 +192,15 @@ def test_the_fingerprint_is_that_of_the_rows_and_settings_not_of_the_place(tmp_p
   assert len({first, *others}) == 3
   path = tmp_path / "one" / "mixture.yaml"
   assert len({open_all(path, max_frames=frames).fingerprint for frames in (64, 512, 512)}) == 2
+
+
+def test_the_fingerprint_tells_which_rows_a_random_choice_keeps(tmp_path, monkeypatch):
+  files = [("a.jsonl", [row(i) for i in range(50)], {"sampling_strategy": "random:5"})]
+  path = write_mixture(tmp_path, files)
+  before = open_all(path).fingerprint
+  kept = rows_module.kept_rows
+  monkeypatch.setattr(rows_module, "kept_rows", lambda *args: (kept(*args) + 1) % 50)
+  assert open_all(path).fingerprint != before
 
 
 def test_a_broken_row_crosses_processes():

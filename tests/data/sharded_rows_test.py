@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from videochat_flash_jax.data.sharded_rows import spread_rows
+from tests.data.spread_batch import spread_rows
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.zigzag import unzigzag_order
 

@@ -75,6 +75,12 @@ def test_unusable_annotations_are_named(tmp_path, text, said):
     read_rows(file)
 
 
+def test_rows_may_stand_one_on_each_line(tmp_path):
+  file = tmp_path / "rows.jsonl"
+  file.write_text(f"{json.dumps(row())}\n\n{json.dumps(row(kind='attribute'))}\n")
+  assert read_rows(file) == [row(), row(kind="attribute")]
+
+
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(InputError, match=r"nothing\.json: cannot be read"):
     read_rows(tmp_path / "nothing.json")

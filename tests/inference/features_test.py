@@ -1,16 +1,24 @@
 """Watching with a feature store: the encoder runs once, and answers stay the same."""
 
+import collections
 import json
 import shutil
+import threading
 
+import av
 import ml_dtypes
 import numpy as np
 import pytest
 
 from tests.data.mutations import turns
 from tests.data.small_mixture import read_rows, write_mixture
+from tests.data.video_files import pictures, write_video
 from videochat_flash_jax.cli.main import main
+from videochat_flash_jax.data.broken import BrokenRow
 from videochat_flash_jax.data.data_config import ExampleConfig
+from videochat_flash_jax.data.feature_key import frames_entry
+from videochat_flash_jax.data.frame_sampling import inference_indices
+from videochat_flash_jax.data.row_media import read_row_video
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference import feature_encoding
 from videochat_flash_jax.inference.chat import VideoChat
@@ -19,6 +27,7 @@ from videochat_flash_jax.inference.feature_encoding import encode_mixture, open_
 from videochat_flash_jax.testing.dummy import write_dummy_checkpoint, write_dummy_video
 
 QUESTION = "What colour is the star?"
+CONFIG = ExampleConfig(32, (4, 32))
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +137,64 @@ def test_a_mixture_is_encoded_once_and_a_second_run_goes_on(chat, tmp_path, no_e
   rows, config = read_rows(mixture), ExampleConfig(32, (4, 32))
   store = open_features(tmp_path / "features", chat.engine)
   report = encode_mixture(rows, config, chat.engine, store)
-  assert (report.rows, len(report.broken)) == (len(rows), 1)
-  assert "1.mp4" in report.broken[0] and "unreadable video" in report.broken[0]
+  assert (report.rows, report.broken) == (len(rows), 1)
+  ((message,),) = report.sources[0].offenders.values()
+  assert report.sources[0].broken == {"unreadable video": 1} and message.count("1.mp4") == 1
   assert report.clips > 0
   (tmp_path / "1.mp4").write_bytes((tmp_path / "0.mp4").read_bytes())
   no_encoder()
   again = encode_mixture(rows, config, chat.engine, store)
-  assert (again.clips, again.broken) == (0, [])
+  assert (again.clips, again.broken) == (0, 0)
+
+
+def test_what_many_rows_show_is_decoded_once(chat, tmp_path, monkeypatch):
+  for number in range(3):
+    write_dummy_video(tmp_path / f"{number}.mp4", num_frames=16 + number, fps=2, seed=number)
+  (tmp_path / "3.mp4").write_bytes((tmp_path / "0.mp4").read_bytes())  # the same film again
+  rows = [
+    {"video": f"{number // 30}.mp4", "id": number, "conversations": turns("<image>?", "!")}
+    for number in range(120)
+  ]
+  (tmp_path / "rows.json").write_text(json.dumps(rows))
+  reads, whole, lock = collections.Counter(), feature_encoding.read_clips, threading.Lock()
+
+  def spy(video, *arguments):
+    with lock:
+      reads[video.path.name] += 1
+      first = reads.total() == 1
+    if first and video.path.name == "0.mp4":
+      raise BrokenRow("unreadable video", "at first")  # then the others must not trust in it
+    return whole(video, *arguments)
+
+  monkeypatch.setattr(feature_encoding, "read_clips", spy)
+  monkeypatch.setattr(feature_encoding.os, "cpu_count", lambda: 8)
+  store = open_features(tmp_path / "features", chat.engine)
+  report = encode_mixture(read_rows(tmp_path / "rows.json"), CONFIG, chat.engine, store)
+  assert reads == {"0.mp4": 2, "1.mp4": 1, "2.mp4": 1}
+  assert (report.rows, report.broken, len(store)) == (120, 1, 3)
+
+
+def test_a_damaged_video_is_told_by_the_report_and_wherever_its_features_are_used(chat, tmp_path):
+  for name in ("a.mp4", "b.mp4"):
+    write_video(tmp_path / name, pictures(40, 32, 32), codec="mpeg4", options={"g": "12"})
+  with av.open(str(tmp_path / "b.mp4")) as container:
+    places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+  data = bytearray((tmp_path / "b.mp4").read_bytes())
+  for position, size in places[5:-1]:
+    data[position + size // 2 : position + size] = bytes(size - size // 2)
+  (tmp_path / "b.mp4").write_bytes(data)
+  rows = [{"video": name, "conversations": turns("<image>?", "!")} for name in ("a.mp4", "b.mp4")]
+  (tmp_path / "rows.json").write_text(json.dumps(rows))
+  rows = read_rows(tmp_path / "rows.json")
+  store = open_features(tmp_path / "features", chat.engine)
+  report = encode_mixture(rows, CONFIG, chat.engine, store)
+  assert (report.damaged, report.broken, len(store)) == (1, 0, 2)
+  again = open_features(tmp_path / "features", chat.engine)
+  read = [read_row_video(rows[number], CONFIG, again) for number in range(2)]
+  assert [video.is_damaged for video in read] == [False, True]
+  chat.watch(tmp_path / "b.mp4")
+  indices = inference_indices(40, 10.0, chat.config.sampling)
+  assert chat.features.is_damaged(frames_entry(tmp_path / "b.mp4", indices))
 
 
 def test_the_command_encodes_and_chats_from_what_it_kept(checkpoint, tmp_path, capsys):
@@ -145,10 +205,12 @@ def test_the_command_encodes_and_chats_from_what_it_kept(checkpoint, tmp_path, c
   encode = ["data", "encode", str(tmp_path / "rows.json"), "--model", str(checkpoint)]
   encode += ["--out", store, "--frames", "4", "8"]
   for new in (2, 0):
-    assert main(encode) == 0
+    assert main(encode) == 1
     out = capsys.readouterr().out
-    assert "passed over" in out and "b.mp4: there is no such file" in out
-    assert f"2 row(s) read, {new} clip(s) and tile(s) new, 1 row(s) broken; 1 entries" in out
+    said = f"1 x missing file in {tmp_path / 'rows.json'}\n  {tmp_path / 'b.mp4'}: there is no"
+    assert said in out
+    assert f"2 row(s) read, {new} clip(s) and tile(s) new, 0 damaged" in out
+    assert "1 row(s) passed over; 1 entries" in out
   chat = ["chat", "--model", str(checkpoint), "--video", str(tmp_path / "a.mp4")]
   chat += ["--question", QUESTION, "--max-new-tokens", "4", "--features", store]
   answers = []

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from tests.conftest import assert_close
+from tests.data.spread_batch import spread_rows
 from tests.models.small_models import fill_randomly
 from tests.multidevice.train_step_test import MESHES, on_mesh, packed_batch, small_config
-from videochat_flash_jax.data.sharded_rows import spread_rows
 from videochat_flash_jax.models.config import LoraConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout

@@ -5,15 +5,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from tests.data.spread_batch import spread_rows
 from videochat_flash_jax.benchmarks.hlo_costs import program_costs
 from videochat_flash_jax.cli.config_file import read_config
+from videochat_flash_jax.data.conversation import IGNORE_LABEL
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train.program import train_program
 from videochat_flash_jax.train.settings import train_settings
 
 STAGE_3 = Path(__file__).parents[2] / "configs" / "stage3_long.py"
+STAGE_1 = STAGE_3.with_name("stage1_align.py")
 
 
 def program_of(*overrides):
@@ -78,3 +82,66 @@ def test_the_step_of_a_config_trains(rows, accumulate):
     state, metrics = compiled(state, batch)
     losses.append(float(metrics["loss"]))
   assert losses[-1] < 0.5 * losses[0], losses
+
+
+def test_a_production_step_on_a_mesh_is_that_on_one_device():
+  """bfloat16, frozen parts and shardings as a run has them; float32 is in train_step_test.py."""
+  sizes = ["model=tiny", "image_size=32", "rows=2", "tokens_per_row=96", "clips_per_shard=2"]
+  sizes += ["tiles_per_shard=0", "sequence_parallel=ring"]
+  alone = stepped(sizes, 1)
+  together = stepped([*sizes, "mesh.sequence=4"], 8)
+  (loss, gradients, frozen), (their_loss, their_gradients, their_frozen) = together, alone
+  assert their_loss > 1 and loss == pytest.approx(their_loss, rel=2e-3)
+  for ours, theirs in zip(gradients, their_gradients, strict=True):
+    assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
+  assert {leaf.dtype for leaf in frozen} == {jnp.dtype("bfloat16")}
+  for ours, theirs in zip(frozen, their_frozen, strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def stepped(overrides, num_devices):
+  """Loss, first moments of the connector, and what is frozen, after one step of stage 1."""
+  settings = train_settings(read_config(STAGE_1, [f"--config.{o}" for o in overrides]))
+  program = train_program(settings, jax.devices()[:num_devices])
+  rng = np.random.default_rng(0)
+
+  def drawn(path, shape):
+    noise = rng.standard_normal(shape.shape)
+    name = jax.tree_util.keystr(path)
+    scale = shape.shape[-2] ** -0.5 if "kernel" in name or "embedding" in name else 0.2
+    return put(scale * noise + ("scale" in name), shape)
+
+  def put(array, shape):
+    return jax.device_put(np.asarray(array).astype(shape.dtype), shape.sharding)
+
+  trained, frozen = (jax.tree_util.tree_map_with_path(drawn, part) for part in program.state[:2])
+  optimizer = jax.tree.map(lambda shape: put(np.zeros(shape.shape), shape), program.state.optimizer)
+  state = program.state._replace(trained=trained, frozen=frozen, optimizer=optimizer)
+  batch = spread_rows(
+    row_of_two_clips(rng),
+    num_shards=settings.mesh.sequence,
+    zigzag=settings.mesh.sequence > 1,
+    clip_tokens=settings.model.connector.clip_tokens,
+    clips_per_shard=settings.clips_per_shard,
+  )
+  batch = {name: put(batch[name], shape) for name, shape in program.batch.items()}
+  state, metrics = program.step(state, batch)
+  moments = jax.tree.leaves(optax.tree.get(state.optimizer, "mu"))
+  frozen = jax.tree.leaves(state.frozen)
+  return float(metrics["loss"]), list(map(np.asarray, moments)), list(map(np.asarray, frozen))
+
+
+def row_of_two_clips(rng):
+  """Two rows of a few words, two clips, a question and its answer."""
+  token_ids = rng.integers(5, 700, (2, 96)).astype(np.int32)
+  visual_index = np.full((2, 96), -1, np.int32)
+  visual_index[:, 4:52] = np.arange(48)
+  labels = np.where(np.arange(96) >= 60, token_ids, IGNORE_LABEL).astype(np.int32)
+  return {
+    "frames": rng.integers(0, 256, (2, 2, 4, 32, 32, 3)).astype(np.uint8),
+    "token_ids": token_ids,
+    "labels": labels,
+    "visual_index": visual_index,
+    "positions": np.broadcast_to(np.arange(96, dtype=np.int32), (2, 96)),
+    "segment_ids": np.ones((2, 96), np.int32),
+  }

@@ -10,11 +10,12 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from tests.conftest import assert_close
+from tests.data.spread_batch import spread_rows
 from tests.models.small_models import CONFIG, fill_randomly
 from videochat_flash_jax.data.conversation import IGNORE_LABEL
-from videochat_flash_jax.data.sharded_rows import spread_rows
 from videochat_flash_jax.models.config import DropoutConfig
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
@@ -27,6 +28,7 @@ from videochat_flash_jax.train.settings_types import OptimizerSettings
 from videochat_flash_jax.train.step import make_step, split_state
 
 MESHES = {
+  "one of the devices": {"fsdp": 1},
   "data 8": {"data": 8, "fsdp": 1},
   "fsdp 8": {},
   "sequence 8": {"sequence": 8},
@@ -114,6 +116,9 @@ def one_step(layout, batch):
     whole = NamedSharding(layout.mesh, PartitionSpec())
     batch = on_mesh(batch, jax.tree.map(lambda _: whole, batch))
   step = make_step(graph, functools.partial(answer_loss, layout=layout), optimizer)
+  step = step.lower(state, batch).compile()
+  # CPUs wait half a minute for each other when they meet; compiling may take them longer.
+  get_barrier_sync_fn()(key="compiled", timeout_ms=300_000)
   state, metrics = step(state, batch)
   stepped = Stepped(metrics["loss"], state.trained, optax.tree.get(state.optimizer, "mu"))
   if layout.mesh is not None:  # whole on every device, so that any process can read it
@@ -139,11 +144,12 @@ def expected(dropout):
   return one_step(ONE_DEVICE, batch)
 
 
-def step_on_mesh(name, dropout):
+def step_on_mesh(name, dropout, sequence_parallel="ring"):
   """The same step, with rows laid out for a mesh."""
-  mesh = make_mesh(MeshConfig(**MESHES[name]))
+  devices = jax.devices()[:1] if name == "one of the devices" else jax.devices()
+  mesh = make_mesh(MeshConfig(**MESHES[name]), devices)
   shards = mesh.shape["sequence"]
-  layout = Layout(mesh, zigzag=shards > 1)
+  layout = Layout(mesh, sequence_parallel, zigzag=shards > 1)
   batch = packed_batch(small_config())
   plan = with_dropout(batch, lambda length: -(-length // (2 * shards)) * 2 * shards)
   batch = spread_rows(
@@ -182,3 +188,8 @@ def cases():
 @pytest.mark.parametrize("name, dropout", list(cases()))
 def test_a_step_on_a_mesh_is_a_step_on_one_device(name, dropout):
   assert_same(step_on_mesh(name, dropout), expected(dropout))
+
+
+def test_a_step_that_gathers_keys_and_values_is_that_of_one_device():
+  name = "tensor 2 x sequence 4"
+  assert_same(step_on_mesh(name, False, sequence_parallel="all_gather"), expected(False))

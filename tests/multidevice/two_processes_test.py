@@ -45,19 +45,19 @@ def test_two_processes_take_the_step_of_one(tmp_path, name, dropout):
     "PYTHONPATH": str(ROOT),
   }
   paths = [tmp_path / f"{number}.npz" for number in range(2)]
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", PROCESS, address, str(number), name, str(dropout), str(path)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for number, path in enumerate(paths)
-  ]
-  outputs = [process.communicate(timeout=500) for process in processes]
-  for process, (_, errors) in zip(processes, outputs, strict=True):
-    assert process.returncode == 0, errors[-3000:]
+  logs = [path.with_suffix(".log") for path in paths]  # no pipes: a full one would stop a process
+  command = [sys.executable, "-c", PROCESS, address]
+  processes = []
+  for number, (path, log) in enumerate(zip(paths, logs, strict=True)):
+    with log.open("w") as errors:
+      told = [str(number), name, str(dropout), str(path)]
+      processes.append(subprocess.Popen([*command, *told], env=environment, stderr=errors))
+  try:
+    codes = [process.wait(timeout=500) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()  # one that waits for another that failed; nothing, if it has ended
+  assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
   of_one = expected(dropout)
   for path in paths:
     with np.load(path) as saved:

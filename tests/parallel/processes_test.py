@@ -117,9 +117,10 @@ def test_all_are_told_how_long_to_wait_for_one_that_says_nothing(monkeypatch):
   assert waits == {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 7}
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, ConnectionError])
 @pytest.mark.usefixtures("joined")
-def test_a_process_that_cannot_join_names_the_coordinator(monkeypatch):
-  fail_with(monkeypatch, RuntimeError("Failed to start RPC server\nand more"))
+def test_a_process_that_cannot_join_names_the_coordinator(monkeypatch, kind):
+  fail_with(monkeypatch, kind("Failed to start RPC server\nand more"))
   with pytest.raises(
     InputError, match=r"process 0 of 2 .* at host-0:1 \(Failed .* server\); start"
   ):
@@ -131,6 +132,7 @@ def test_a_process_that_cannot_join_names_the_coordinator(monkeypatch):
   [
     (("localhost:1", 2, None), "together, or none"),
     (("localhost", 2, 0), "coordinator is 'localhost': give host:port"),
+    ((":1234", 2, 0), "coordinator is ':1234': give host:port"),
     (("localhost:1", 2, 2), "process_id is 2 of 2 processes"),
     (("localhost:1", 2, -1), "process_id is -1 of 2 processes"),
   ],

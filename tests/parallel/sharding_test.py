@@ -83,3 +83,14 @@ def test_a_split_that_cannot_be_is_refused_with_path_and_axis():
     InputError, match=r"decoder\.\S+ \(.*\): axis \d of \d+ cannot .* \(mesh\.tensor\)"
   ):
     weight_shardings(mesh(tensor=5), weights_of("qwen2_7b_res224"))
+
+
+@pytest.mark.parametrize("name, most", [("qwen2_7b_res224", 512), ("qwen2_5_2b_res448", 256)])
+def test_so_many_chips_along_fsdp_and_sequence_share_weights_and_more_are_told_what_to_do(
+  name, most
+):
+  weights = weights_of(name)
+  weight_shardings(mesh(fsdp=most // 4, sequence=4), weights)
+  said = r"mesh\.fsdp x mesh\.sequence\); make their product .* and give mesh\.data the rest"
+  with pytest.raises(InputError, match=said):
+    weight_shardings(mesh(fsdp=most // 2, sequence=4), weights)

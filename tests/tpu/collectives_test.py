@@ -82,4 +82,5 @@ def test_only_gradients_cross_from_slice_to_slice_and_each_once():
   parts = (leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state.trained))
   gradients = 2 * sum(map(math.prod, parts))  # in bfloat16
   assert sent_between_slices(text) == pytest.approx(gradients, rel=0.01)
+  assert program_costs(text).sizes["between slices"] == sent_between_slices(text)
   assert "xla_megascale" in text, "which is what carries them"

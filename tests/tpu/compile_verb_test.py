@@ -27,7 +27,7 @@ def compile_verb(topology, *options):
 def test_compile_prints_one_json_object(capsys, in_haste):
   assert compile_verb("v5e:2x2", *TINY, "--config.rows=2", "--config.tokens_per_row=2048") == 0
   report = json.loads(capsys.readouterr().out)
-  assert report["topology"] == "v5e:2x2" and report["chips"] == 4
+  assert report["topology"] == "v5e:2x2" and report["chips"] == 4 and report["num_slices"] == 1
   parts = ("argument_bytes", "temporary_bytes", "peak_bytes", "flops", "bytes_accessed")
   assert all(report[part] > 0 for part in parts)
   whole = report["argument_bytes"] + report["temporary_bytes"]
@@ -37,14 +37,17 @@ def test_compile_prints_one_json_object(capsys, in_haste):
 
 
 @pytest.mark.parametrize(
-  "program, rows, what_helps",
-  [("train", 1024, "mesh.sequence"), ("prefill", 16384, "mesh.tensor")],
+  "program, sizes, what_helps",
+  [
+    ("train", [*TINY, "--config.rows=1024"], "mesh.sequence"),
+    ("decode", ["--config.rows=4"], "mesh.tensor"),  # of the 7B: its weights fill the chip
+  ],
 )
 def test_too_little_memory_is_told_with_what_is_wanted_and_what_helps(
-  program, rows, what_helps, capsys
+  program, sizes, what_helps, capsys
 ):
-  sizes = ["--config.mesh.sequence=1", f"--config.rows={rows}"]
-  assert compile_verb("v5e:1x1", *TINY, *sizes, "--program", program) == 2
+  options = ["--config.mesh.sequence=1", *sizes, "--program", program]
+  assert compile_verb("v5e:1x1", *options) == 2
   captured = capsys.readouterr()
   report = json.loads(captured.out)
   assert report["wanted_bytes"] > report["available_bytes"] > 15 * 2**30
@@ -54,7 +57,7 @@ def test_too_little_memory_is_told_with_what_is_wanted_and_what_helps(
 def test_mistakes_found_after_the_compiler_is_loaded_are_one_line():
   """In a process of its own, for the compiler speaks once, and to the process's own stderr."""
   mistakes = {
-    "mesh.sequence": ["--topology", "v5e:2x2", "--config.mesh.sequence=3"],
+    "sequence 3": ["--topology", "v5e:2x2", "--config.mesh.sequence=3"],
     "no such slice": ["--topology", "v5e:3x5"],
     "clips_per_shard": [
       *("--topology", "v5e:1x1", "--program", "prefill", "--config.mesh.sequence=1"),

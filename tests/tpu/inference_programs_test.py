@@ -111,3 +111,8 @@ def test_rows_that_do_not_fill_the_mesh_are_refused():
 def test_more_to_see_than_to_read_is_refused():
   with pytest.raises(InputError, match="2,048 tokens has no room for 4,096 visual ones"):
     prefill_program(config_of("off"), mesh(), **prompts(ROWS, LENGTH) | {"num_visual": 4096})
+
+
+def test_more_than_a_chip_reads_at_once_is_refused_with_what_helps_at_inference():
+  with pytest.raises(InputError, match="at most 524,288 in one reading; use fewer frames"):
+    prefill_program(config_of("off"), mesh(), **prompts(ROWS, 1 << 20))

@@ -79,12 +79,12 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
   reason = f"kinds are {', '.join(CHIPS)}"
   is_shape = kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape)
   if is_shape and not CHIPS[kind].has_slice(map(int, shape.split("x"))):
-    reason = f"the largest is {kind}:{'x'.join(map(str, CHIPS[kind].largest_slice))}"
+    reason = f"slices of {kind} are {CHIPS[kind].slices()}"
   elif is_shape:
     from jax.experimental import topologies
 
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
-    if re.fullmatch(r"1(x1)+", shape):
+    if shape == "1x1":
       options["chips_per_host_bounds"] = (1, 1, 1)
     if num_slices > 1:
       options["num_slices"] = num_slices
@@ -112,7 +112,9 @@ def report(
   Raises:
     OutOfMemory: it does not fit.
   """
-  head = {"topology": topology, "chips": _num_chips(arguments)}
+  chips = _chips(arguments)
+  num_slices = len({getattr(chip, "slice_index", 0) for chip in chips})
+  head = {"topology": topology, "num_slices": num_slices, "chips": len(chips)}
   start = time.perf_counter()
   lowered = program.lower(*arguments)
   try:
@@ -138,9 +140,9 @@ def report(
   }
 
 
-def _num_chips(arguments):
+def _chips(arguments):
   shapes = (x for x in jax.tree.leaves(arguments) if isinstance(x, jax.ShapeDtypeStruct))
-  return len(next(shapes).sharding.device_set)
+  return next(shapes).sharding.device_set
 
 
 def memory_wanted(message: str) -> tuple[int, int] | None:
@@ -176,21 +178,25 @@ def table_row(name: str, result: dict[str, Any]) -> str:
   """A report as a row of the tables in docs/memory.md.
 
   | run | slice | peak GiB | arguments | temporary | Tflop | GB moved | collectives, GB (count) |
-  least ms of compute / memory / links |
+  least ms of compute / memory / links, and with several slices / the data-centre network |
   """
+  num_slices = result["num_slices"]
+  head = f"| {name} | {f'{num_slices} x ' if num_slices > 1 else ''}{result['topology']} |"
   if "error" in result:
-    return f"| {name} | {result['topology']} | {result['error']} |"
+    wanted, there = (result[f"{part}_bytes"] / _GIB for part in ("wanted", "available"))
+    return f"{head} does not fit: {wanted:.2f} of {there:.2f} GiB |" + 6 * " |"
   collectives = ", ".join(
     f"{kind} {_short(entry['bytes'] / 1e9)} ({entry['count']:,})"
     for kind, entry in result["collectives"].items()
   )
   gib = [result[f"{part}_bytes"] / _GIB for part in ("peak", "argument", "temporary")]
-  bound = result["roofline"]
-  least = (1e3 * bound[f"{part}_seconds"] for part in ("compute", "memory", "link"))
+  parts = ("compute", "memory", "link", "data_centre")[: 3 + (num_slices > 1)]
+  least = (result["roofline"][f"{part}_seconds"] for part in parts)
+  least = ("?" if seconds is None else _short(1e3 * seconds) for seconds in least)
   return (
-    f"| {name} | {result['topology']} | {gib[0]:.2f} | {gib[1]:.2f} | {gib[2]:.2f} | "
+    f"{head} {gib[0]:.2f} | {gib[1]:.2f} | {gib[2]:.2f} | "
     f"{_short(result['flops'] / 1e12)} | {_short(result['bytes_accessed'] / 1e9)} | "
-    f"{collectives or '-'} | {' / '.join(map(_short, least))} |"
+    f"{collectives or '-'} | {' / '.join(least)} |"
   )
 
 

@@ -5,7 +5,8 @@ walked: a loop's body counts as often as it runs, of a condition's branches the 
 - flops: of matrix products, convolutions and attention kernels; nothing else comes near them.
 - bytes: that instructions read from and write to the chip's main memory. What stays in its fast
   memory (S(1) in the text), or inside of a fusion, is not moved.
-- collectives: bytes of the largest array that each one takes or gives.
+- collectives: bytes that each one takes or gives, whichever are more: of one array, or of all that
+  the compiler joined into one. What is sent to other slices is a kind of its own.
 """
 
 import math
@@ -17,6 +18,7 @@ from videochat_flash_jax.benchmarks.hlo_flops import instruction_flops
 from videochat_flash_jax.benchmarks.hlo_text import Computation, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"  # over the data-centre network; written as `send` and `recv`
 
 _MOVES_NOTHING = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
@@ -99,6 +101,8 @@ class _Walk:
       total.num_bytes += _moved_bytes(instruction, computation)
       if kind in COLLECTIVES and _begins(instruction, computation):
         _add_collective(total, kind, instruction, computation)
+      elif opcode == "send" and "xla_megascale" in instruction.attributes:
+        _add_sent(total, BETWEEN_SLICES, instruction.arrays[0].num_bytes)
 
   def _fusion_bytes(self, instruction, computation, name):
     """Of a fused operand that is only cut, the pieces count; so does a piece written into one."""
@@ -225,6 +229,10 @@ def _given(instruction):
   opcode, arrays, num_operands = instruction.opcode, instruction.arrays, len(instruction.operands)
   if opcode == "copy-start":
     return arrays[:1]  # before its operand
+  if opcode == "send":
+    return ()  # its operand, which is only read
+  if opcode == "recv":
+    return arrays[:1]  # before its flags
   if opcode.endswith("-start") and opcode != "all-reduce-start":
     return arrays[num_operands : 2 * num_operands]  # behind its operands, before its semaphores
   return arrays
@@ -237,6 +245,10 @@ def _add_collective(total, kind, instruction, computation):
   share = {"all-reduce": 2.0, "collective-permute": 1.0}.get(kind, 1.0)
   if kind != "collective-permute":
     share *= 1 - 1 / members
+  _add_sent(total, kind, size, share)
+
+
+def _add_sent(total, kind, size, share=1.0):
   total.counts[kind] += 1
   total.sizes[kind] += size
   total.sent[kind] += size * share

@@ -10,8 +10,8 @@ TAKES_OVERRIDES = True
 
 # What to try if a program does not fit.
 _TRAINING = (
-  "more chips along mesh.sequence or mesh.fsdp, fewer rows or tokens_per_row, fewer trained parts, "
-  "or a larger slice"
+  "more chips along mesh.sequence or mesh.fsdp, fewer rows, tokens_per_row, clips_per_shard or "
+  "tiles_per_shard, fewer trained parts, or a larger slice"
 )
 _ANSWERING = (
   "more chips along mesh.tensor, fewer rows, tokens_per_row or clips_per_shard, or a larger slice"
@@ -21,7 +21,11 @@ _ANSWERING = (
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the verb's options to its parser."""
   add_config_argument(parser)
-  parser.add_argument("--topology", required=True, help="a slice of TPUs, such as v5e:4x4")
+  parser.add_argument(
+    "--topology",
+    required=True,
+    help="a slice of TPUs, such as v5e:4x4; with mesh.num_slices each of them",
+  )
   parser.add_argument(
     "--program",
     choices=("train", "prefill", "decode"),
@@ -34,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
   """Compiles and prints what it takes; 2 if it does not fit."""
-  config = read_config(args.config, args.overrides)
+  config = read_config(args.config, args.overrides, example="configs/stage3_long.py")
 
   from videochat_flash_jax.benchmarks import ahead_of_time  # imports JAX: not for a typing error
   from videochat_flash_jax.train.settings import train_settings

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from videochat_flash_jax.errors import InputError
 
+_TINY = "configs/tiny.py"
+
 
 def add_config_argument(parser: argparse.ArgumentParser):
   """Adds `--config` to a verb that has TAKES_OVERRIDES."""
@@ -23,29 +25,34 @@ def add_config_argument(parser: argparse.ArgumentParser):
   )
 
 
-def read_config(path: Path, overrides: Sequence[str]) -> ConfigDict:
+def read_config(path: Path, overrides: Sequence[str], example: str = _TINY) -> ConfigDict:
   """Returns what a config file gives, with fields changed.
+
+  Args:
+    path: of the file.
+    overrides: as of `apply_override`.
+    example: a config that the verb takes, to recommend.
 
   Raises:
     InputError: see `load_config` and `apply_override`.
   """
-  config = load_config(path)
+  config = load_config(path, example)
   for override in overrides:
     apply_override(config, override)
   return config
 
 
-def load_config(path: Path) -> ConfigDict:
-  """Returns what `get_config()` of a config file gives.
+def load_config(path: Path, example: str = _TINY) -> ConfigDict:
+  """Returns what `get_config()` of a config file gives; `example` as of `read_config`.
 
   Raises:
     InputError: there is no such file, it fails, or it gives no ConfigDict.
   """
   if not path.is_file():
-    raise InputError(f"--config {path}: no such file; give one such as configs/tiny.py")
+    raise InputError(f"--config {path}: no such file; give one such as {example}")
   spec = importlib.util.spec_from_file_location("config", path)
   if spec is None:
-    raise InputError(f"--config {path}: no Python file; give one such as configs/tiny.py")
+    raise InputError(f"--config {path}: no Python file; give one such as {example}")
   module = importlib.util.module_from_spec(spec)
   modules = set(sys.modules)
   sys.path.insert(0, str(path.parent.resolve()))  # as of a script: files beside it are found
@@ -62,7 +69,7 @@ def load_config(path: Path) -> ConfigDict:
         del sys.modules[name]
   if not isinstance(config, ConfigDict):
     raise InputError(
-      f"--config {path}: no get_config() that returns a ConfigDict; see configs/tiny.py for one"
+      f"--config {path}: no get_config() that returns a ConfigDict; see {example} for one"
     )
   return config
 

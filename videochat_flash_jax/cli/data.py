@@ -52,17 +52,15 @@ def run(args: argparse.Namespace) -> int | None:
 
 
 def _check(args) -> int:
-  from videochat_flash_jax.data.check_report import as_json, as_table
-  from videochat_flash_jax.data.media_check import check_mixture
+  from videochat_flash_jax.data.check_report import as_json, as_table, is_broken
+  from videochat_flash_jax.data.media_check import check_sources
   from videochat_flash_jax.data.mixture import read_mixture
-  from videochat_flash_jax.data.rows import open_rows
 
   if args.sample < 0:
     raise InputError(f"--sample is {args.sample}; give 0 or more")
-  rows = open_rows(read_mixture(args.mixture))
-  reports = check_mixture(rows, None if args.all else args.sample)
+  reports = check_sources(read_mixture(args.mixture), None if args.all else args.sample)
   print(json.dumps(as_json(reports)) if args.json else as_table(reports))
-  return int(any(report.broken for report in reports))
+  return int(any(map(is_broken, reports)))
 
 
 def _convert(args) -> None:
@@ -71,34 +69,48 @@ def _convert(args) -> None:
   print(f"{args.out}: {convert_rows(args.rows, args.out):,} row(s) written")
 
 
-def _index(args) -> None:
+def _index(args) -> int:
   from videochat_flash_jax.data.mixture import read_mixture
-  from videochat_flash_jax.data.rows import open_rows
+  from videochat_flash_jax.data.row_index import remove_leftovers
+  from videochat_flash_jax.data.rows import open_usable_rows, rows_cache
 
-  start = time.perf_counter()
-  rows = open_rows(read_mixture(args.mixture))
-  print(
-    f"{args.mixture}: {len(rows):,} row(s) of {len(rows.sources)} file(s) ready in "
-    f"{time.perf_counter() - start:.1f} s; the indices take {rows.index_bytes() / 1e6:,.1f} MB"
-  )
+  start, mixture = time.perf_counter(), read_mixture(args.mixture)
+  remove_leftovers(rows_cache())
+  rows, problems = open_usable_rows(mixture)
+  if problems and len(mixture.sources) == 1:
+    raise InputError(problems[mixture.sources[0]])
+  for problem in problems.values():
+    print(f"passed over: {problem}")
+  if rows:
+    print(
+      f"{args.mixture}: {len(rows):,} row(s) of {len(rows.sources)} file(s) ready in "
+      f"{time.perf_counter() - start:.1f} s; the indices take {rows.index_bytes() / 1e6:,.1f} MB"
+    )
+  return int(bool(problems))
 
 
-def _encode(args) -> None:
+def _encode(args) -> int:
+  from videochat_flash_jax.data.check_report import broken_lines
   from videochat_flash_jax.data.data_config import ExampleConfig
+  from videochat_flash_jax.data.media_check import check_roots
   from videochat_flash_jax.data.mixture import read_mixture
   from videochat_flash_jax.data.rows import open_rows
   from videochat_flash_jax.inference.chat import VideoChat
   from videochat_flash_jax.inference.feature_encoding import encode_mixture
 
   rows = open_rows(read_mixture(args.mixture))
+  check_roots(rows)
   ExampleConfig(1, tuple(args.frames), args.sampling)  # refused before many gigabytes are read
   chat = VideoChat.from_pretrained(args.model, features=args.out)
   size, tiling = chat.config.vision.image_size, chat.config.tiling
   config = ExampleConfig(size, tuple(args.frames), args.sampling, tiling=tiling)
   report = encode_mixture(rows, config, chat.engine, chat.features)
-  for message in report.broken:
-    print(f"passed over: {message}")
+  for source in report.sources:
+    for line in broken_lines(source):
+      print(line)
   print(
     f"{args.out}: {report.rows:,} row(s) read, {report.clips:,} clip(s) and tile(s) new, "
-    f"{len(report.broken):,} row(s) broken; {len(chat.features):,} entries there"
+    f"{report.damaged:,} damaged video(s) among them, {report.broken:,} row(s) passed over; "
+    f"{len(chat.features):,} entries there"
   )
+  return int(report.broken > 0)

@@ -31,7 +31,6 @@ _BLOCKS = {"first": 0, "first2": 1, "first3": 2, "first4": 3}
 _STRATEGIES = ("all", *_BLOCKS, "end", "random")
 _NUMBER = re.compile(r"\s*([+-]?\d+)\s*(%?)\s*")
 _FEWEST_FRAMES = 8
-NUM_PROBED = 3
 
 
 def kept_rows(num_rows: int, strategy: str = "all", seed: int = 0) -> range | np.ndarray:
@@ -117,6 +116,8 @@ def with_whole_paths(
   if media_type in ("text", "mix"):
     return dict(row)
   if row.get(media_type) is None:
+    for field in difflib.get_close_matches(media_type, row.keys() - {media_type}, n=1):
+      raise BrokenRow("bad media field", f"field {field!r}: did you mean {media_type!r}?")
     raise BrokenRow(
       "bad media field",
       f"no field '{media_type}', but its file is of that kind; move it to another file, or give "
@@ -161,14 +162,14 @@ def _normal(path):
 
 
 def check_media(rows: Sequence[Mapping]) -> None:
-  """Looks whether any of the first three rows' files exists: a wrong `data_root` shows at once.
+  """Looks whether any of some rows' files exists: a wrong `data_root` shows at once.
 
   Raises:
     InputError: none does.
   """
-  paths = [media_paths(row, kind_of(row))[0] for row in rows[:NUM_PROBED] if kind_of(row) != "text"]
+  paths = [media_paths(row, kind_of(row))[0] for row in rows if kind_of(row) != "text"]
   if paths and not any(exists(path) for path in paths):
-    raise InputError(f"{paths[0]}: no such file, nor those of the next rows; mend data_root")
+    raise InputError(f"{paths[0]}: no such file, nor those of other rows; mend data_root")
 
 
 def annotated_clip(row: Mapping) -> tuple[float, float] | None:
@@ -190,6 +191,11 @@ def annotated_clip(row: Mapping) -> tuple[float, float] | None:
   return start, end
 
 
+def has_half_clip(row: Mapping) -> bool:
+  """Whether a row has only one of `start` and `end`, which means nothing."""
+  return (row.get("start") is None) != (row.get("end") is None)
+
+
 def num_clip_frames(
   seconds: float, sample: str, *, min_frames: int, max_frames: int, local_frames: int
 ) -> int:
@@ -203,19 +209,6 @@ def num_clip_frames(
   return int(dynamic_num_frames(seconds, 1.0, **bounds))
 
 
-def window_indices(
-  sample: str, num_frames: int, fps: float, start: float, end: float, **bounds
-) -> np.ndarray:
-  """Picks frames between two times as `training_indices` does from a whole video.
-
-  The last tenth of a second is left out, where decoders fail. This is the rule at evaluation; in
-  training clips are read by `frame_sampling.clip_indices`.
-  """
-  start, end = max(start, 0.0), min(end, num_frames / fps - 0.1)
-  num_inside = _frames_inside(num_frames, fps, start, end)
-  return int(start * fps) + training_indices(sample, num_inside, fps, **bounds)
-
-
 def picture_indices(
   sample: str, num_pictures: int, fps: float, start: float, end: float, **bounds
 ) -> np.ndarray:
@@ -224,30 +217,18 @@ def picture_indices(
   10 pictures at 1 fps, 2 s to 9 s, 4 picks: 2 4 7 9.
   """
   end = min(end, num_pictures / fps)
-  num_inside = _frames_inside(num_pictures, fps, start, end)
+  num_inside = int((end - start) * fps)
+  if num_inside < 1:
+    found = f"clip from {start:g} s to {end:g} s holds no frame of a video"
+    raise InputError(f"{found} of {num_pictures / fps:.2f} s: mend its start and end")
   num_picks = len(training_indices(sample, num_inside, fps, **bounds))
   first, last = max(0, round(start * fps)), min(round(end * fps), num_pictures - 1)
   return np.around(np.linspace(first, last, num_picks)).astype(np.int64)
 
 
-def _frames_inside(num_frames, fps, start, end):
-  num_inside = int((end - start) * fps)
-  if num_inside < 1:
-    raise InputError(
-      f"clip from {start:g} s to {end:g} s holds no frame of a video of {num_frames / fps:.2f} s: "
-      "mend its start and end"
-    )
-  return num_inside
-
-
 def length_in_words(row: Mapping) -> int:
   """Words of all turns; a placeholder counts as one where blanks surround it."""
   return sum(len(turn["value"].split()) for turn in row["conversations"])
-
-
-def estimated_length(row: Mapping, max_frames: int) -> int:
-  """A row's length for grouping: its words, and those that its media count for."""
-  return length_in_words(row) + media_length(kind_of(row), max_frames)
 
 
 def media_length(kind: str, max_frames: int) -> int:

@@ -6,7 +6,7 @@ The checker's table, the counts of a training run and its log all speak of the s
 import contextlib
 from collections.abc import Iterator
 
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 REASONS = (
   "bad json",  # the line is no JSON object
@@ -37,7 +37,7 @@ class BrokenRow(InputError):
       raise ValueError(f"reason {reason!r} is none of {REASONS}")
     super().__init__(f"{reason}: {detail}")
     self.reason = reason
-    self.detail = detail
+    self.detail = one_line(detail)
 
   def __reduce__(self):
     return BrokenRow, (self.reason, self.detail)  # it crosses processes

@@ -41,15 +41,30 @@ def as_table(reports: Sequence[SourceReport]) -> str:
   for report in reports:
     if report.damaged:
       text += ["", f"{report.damaged:,} damaged videos in {report.source}; a run uses them"]
-    for reason in REASONS:
-      if count := report.broken[reason]:
-        named = report.offenders[reason]
-        text += ["", f"{count:,} x {reason} in {report.source}"]
-        text += [f"  {message}" for message in named]
-        text += [f"  and {count - len(named):,} more"] if count > len(named) else []
-  if not any(report.broken for report in reports):
+    if report.half_clips:
+      found = f"{report.half_clips:,} rows with only one of start and end in {report.source}"
+      text += ["", f"{found}; a run takes the whole video"]
+    text += broken_lines(report)
+  if not any(map(is_broken, reports)):
     text += ["", "nothing is broken"]
   return "\n".join(text)
+
+
+def is_broken(report: SourceReport) -> bool:
+  """Whether a source, or any of its rows, cannot be used."""
+  return bool(report.problem or report.broken)
+
+
+def broken_lines(report: SourceReport) -> list[str]:
+  """What is broken in a source, by reason, with a few names; a blank line before each."""
+  text = ["", f"nothing of {report.source}", f"  {report.problem}"] if report.problem else []
+  for reason in REASONS:
+    if count := report.broken[reason]:
+      named = report.offenders[reason]
+      text += ["", f"{count:,} x {reason} in {report.source}"]
+      text += [f"  {message}" for message in named]
+      text += [f"  and {count - len(named):,} more"] if count > len(named) else []
+  return text
 
 
 def _cells(report, name):
@@ -61,6 +76,6 @@ def _cells(report, name):
     f"{sum(report.opened.values()):,}",
     f"{report.frames:,}",
     f"{report.seconds:,.0f}",
-    f"{sum(report.broken.values()):,}",
+    "all" if report.problem else f"{report.broken.total():,}",
     name,
   )

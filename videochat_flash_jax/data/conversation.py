@@ -1,4 +1,4 @@
-r"""Conversations to token ids and labels: templates, the time message, label rules, batches.
+r"""Conversations to token ids and labels: templates, the time message, label rules.
 
 A visual item is written `<image>` in a text, whatever its kind, and stands as `VISUAL_SLOT` among
 the ids; its tokens are put there later. One training row, template `qwen_2`:
@@ -28,6 +28,7 @@ from videochat_flash_jax.errors import InputError
 VISUAL_SLOT = -200
 IGNORE_LABEL = -100
 PLACEHOLDER = "<image>"
+ANSWER_HEADER = f"{IM_START}assistant\n"
 
 # qwen_1_5 and qwen_2 are two published names of one template (ChatML); plain is for stage 1.
 TEMPLATES = ("qwen_2", "qwen_1_5", "plain")
@@ -154,7 +155,7 @@ def encode_dialog(
     raise InputError(f"label style {label_style!r} is unknown; use 'qwen' or 'clean'")
   ids = tokenizer.encode(_SYSTEM)
   learnt = [False] * len(ids)
-  header_length = len(tokenizer.encode(_chatml_turn("gpt", None)))
+  header_length = len(tokenizer.encode(ANSWER_HEADER))
   for turn in _without_opening_answer(turns):
     text = _chatml_turn(turn.role, turn.text)
     turn_ids = tokenize_prompt(text, tokenizer) if has_media else tokenizer.encode(text)
@@ -201,6 +202,11 @@ def turns_of_row(row: Mapping) -> list[Turn]:
   return turns
 
 
+def has_answer(turns: Iterable[Turn]) -> bool:
+  """Whether there is an answer, and not only blanks in its place."""
+  return any(turn.role == "gpt" and turn.text.strip() for turn in turns)
+
+
 def encode_row(
   row: Mapping,
   tokenizer: Tokenizer,
@@ -224,7 +230,7 @@ def encode_row(
   if num_media:
     turns = place_media(turns, message)
   kept = _without_opening_answer(turns)
-  if all(turn.role == "human" for turn in kept):
+  if not has_answer(kept):
     raise _row_error(row, "field 'conversations' has no answered question; add both")
   num_placeholders = sum(turn.text.count(PLACEHOLDER) for turn in kept)
   if num_placeholders != num_media:
@@ -235,22 +241,6 @@ def encode_row(
   if num_media != 1 or len(turns) != 2 or len(kept) != 2 or PLACEHOLDER in turns[1].text:
     raise _row_error(row, "template 'plain' needs one <image>, then one answer; or use 'qwen_2'")
   return encode_caption(turns, tokenizer)
-
-
-def collate(rows: Sequence[TokenizedText], pad_id: int, max_length: int) -> dict[str, np.ndarray]:
-  """Cuts rows at `max_length` and pads them on the right: [7 8 9], [7] -> [[7 8 9], [7 p p]].
-
-  Returns:
-    `ids` and `labels` int32 `[rows, length]`; `attention_mask` bool, true where an id is not
-    `pad_id`, so that a pad token written in a text is masked too, as in the official code.
-  """
-  rows = [TokenizedText(row.ids[:max_length], row.labels[:max_length]) for row in rows]
-  shape = len(rows), max(len(row.ids) for row in rows)
-  ids, labels = np.full(shape, pad_id, np.int32), np.full(shape, IGNORE_LABEL, np.int32)
-  for index, row in enumerate(rows):
-    ids[index, : len(row.ids)] = row.ids
-    labels[index, : len(row.labels)] = row.labels
-  return {"ids": ids, "labels": labels, "attention_mask": ids != pad_id}
 
 
 def _check_template(template: str):

@@ -17,6 +17,7 @@ import numpy as np
 from videochat_flash_jax.data.annotations import media_paths
 from videochat_flash_jax.data.broken import BrokenRow, because
 from videochat_flash_jax.data.conversation import (
+  ANSWER_HEADER,
   IGNORE_LABEL,
   TokenizedText,
   encode_row,
@@ -174,14 +175,21 @@ class ExampleReader:
       except (TypeError, UnicodeError) as error:  # JSON may hold half of a surrogate pair
         raise BrokenRow("bad conversations", "a text is not valid UTF-8; mend it") from error
 
+  def _has_answer(self, example) -> bool:
+    """Whether any token of an answer is learnt: neither a mark nor the header of its turn."""
+    tokenizer = self.tokenizer
+    marks = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id
+    is_answer = (example.labels != IGNORE_LABEL) & ~np.isin(example.labels, marks)
+    header_length = len(tokenizer.encode(ANSWER_HEADER))
+    for start in np.flatnonzero(example.token_ids == tokenizer.im_start_id):
+      is_answer[start : start + header_length] = False
+    return bool(is_answer.any())
+
   def _check_fits(self, example, num_tokens):
     """Refuses an example that would lose a part of what is seen, or all answers."""
     num_clips, room = len(example.frames), self._layout.room
     num_visual = (num_clips + len(example.tiles)) * self._layout.clip_tokens
-    tokenizer = self.tokenizer
-    marks = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id
-    is_answer = (example.labels != IGNORE_LABEL) & ~np.isin(example.labels, marks)
-    if (example.visual_index >= 0).sum() < num_visual or not is_answer.any():
+    if (example.visual_index >= 0).sum() < num_visual or not self._has_answer(example):
       raise BrokenRow(
         "too long",
         f"{num_tokens} tokens, {num_visual} of them visual, but a row has {self._layout.tokens}; "

@@ -9,7 +9,7 @@ A folder holds
 
   key.json   what made the features; another encoder is refused
   clips      one array [clips, V, E] for TensorStore or zarr: Zarr 3, 64 clips a file
-  entries    for each entry its first clip and how many there are
+  entries    for each entry its first clip, how many there are, and whether its video is damaged
   videos     length and rate of each video, so that its frames are chosen without opening it
 
 Features are those after merging and before the connector's MLP, which has yet to be trained when
@@ -37,10 +37,10 @@ from videochat_flash_jax.data.record_file import RecordFile
 from videochat_flash_jax.data.video_reader import VideoInfo
 from videochat_flash_jax.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 CLIPS_PER_FILE = 64
 _MOST_CLIPS = 1 << 40  # the shape of the array, so that it need not change as clips are added
-_ENTRY_FIELDS = ("first", "<i8"), ("clips", "<i8")
+_ENTRY_FIELDS = ("first", "<i8"), ("clips", "<i8"), ("is_damaged", "u1")
 _VIDEO_FIELDS = (
   ("num_frames", "<i8"), ("fps", "<f8"), ("seconds", "<f8"), ("height", "<i4"), ("width", "<i4")
 )  # fmt: skip
@@ -97,9 +97,14 @@ class FeatureStore:
     found = self._entries.find(entry)
     if found is None:
       return None
-    first, clips = found
+    first, clips, _ = found
     with _named_errors(self.path):
       return self._clips[first : first + clips].read().result()
+
+  def is_damaged(self, entry: bytes) -> bool:
+    """Whether other frames stood in for some of an entry's, which could not be read."""
+    found = self._entries.find(entry)
+    return found is not None and bool(found[2])
 
   def video_info(self, path: str | os.PathLike) -> VideoInfo | None:
     """Facts of a video file of which there are features, without opening it as a video."""
@@ -109,7 +114,7 @@ class FeatureStore:
       found = self._videos.find(file_digest(path))
     except (OSError, TypeError, ValueError):  # whoever opens it says what is wrong
       return None
-    return None if found is None else VideoInfo(*found)
+    return found and VideoInfo(*found)
 
   @contextlib.contextmanager
   def writing(self) -> Iterator["FeatureWriter"]:
@@ -148,18 +153,16 @@ class FeatureStore:
   def _open_clips(self, create):
     import tensorstore  # slow to import, and not always needed
 
-    clip = self.clip_shape
+    clip, files = self.clip_shape, [CLIPS_PER_FILE, *self.clip_shape]
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     sharding = {"chunk_shape": [1, *clip], "codecs": codecs, "index_codecs": codecs}
     metadata = {
       "shape": [_MOST_CLIPS, *clip],
       "data_type": "bfloat16",
       "dimension_names": ["clip", "token", "channel"],
-      "chunk_grid": {
-        "name": "regular", "configuration": {"chunk_shape": [CLIPS_PER_FILE, *clip]},
-      },
+      "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": files}},
       "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }  # fmt: skip
+    }
     spec = {
       "driver": "zarr3",
       "kvstore": {"driver": "file", "path": f"{self.path / 'clips'}{os.sep}"},
@@ -182,9 +185,8 @@ class FeatureStore:
   def _check_key(self):
     """Refuses features of another encoder, and names the first thing that differs."""
     if not self._key_file.exists():
-      raise InputError(
-        f"{self.path}: there are no features; vcflash data encode makes them, or check the path"
-      )
+      remedy = "vcflash data encode makes them, or check the path"
+      raise InputError(f"{self.path}: there are no features; {remedy}")
     try:
       saved = json.loads(self._key_file.read_text())
       saved.keys()
@@ -208,10 +210,8 @@ class FeatureStore:
         try:
           fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-          raise InputError(
-            f"{self.path}: another process writes features there; wait for it, or give another "
-            "folder"
-          ) from error
+          remedy = "wait for it, or give another folder"
+          raise InputError(f"{self.path}: another process writes there; {remedy}") from error
       yield
 
 
@@ -225,7 +225,7 @@ class FeatureWriter:
     old = entries.records
     self._start = self._end = int((old["first"] + old["clips"]).max(initial=0))
     self._file = np.empty((CLIPS_PER_FILE, *clips.shape[1:]), ml_dtypes.bfloat16)
-    self._waiting: dict[bytes, tuple[int, int]] = {}
+    self._waiting: dict[bytes, tuple[int, int, bool]] = {}
 
   def __contains__(self, entry: bytes) -> bool:
     return entry in self._waiting or self._entries.find(entry) is not None
@@ -233,9 +233,7 @@ class FeatureWriter:
   def put(self, entry: bytes, clips: Iterable[np.ndarray]) -> None:
     """Adds an entry, clip by clip as they come; if that fails, nothing of it.
 
-    Args:
-      entry: of `feature_key`; not here yet.
-      clips: bfloat16 `[V, E]` each.
+    `entry` is of `feature_key` and not here yet; `clips` are bfloat16 `[V, E]` each.
 
     Raises:
       InputError: the disk is full, say.
@@ -249,7 +247,11 @@ class FeatureWriter:
     except BaseException:
       self._start, self._end = min(self._start, first), first
       raise
-    self._waiting[entry] = first, self._end - first
+    self._waiting[entry] = first, self._end - first, False
+
+  def mark_damaged(self, entry: bytes) -> None:
+    """Notes of the entry put last that frames of its video could not be read."""
+    self._waiting[entry] = *self._waiting[entry][:2], True
 
   def put_video(self, path: str | os.PathLike, info: VideoInfo) -> None:
     """Notes the facts of a video file for `FeatureStore.video_info`."""
@@ -266,7 +268,7 @@ class FeatureWriter:
         file = start // CLIPS_PER_FILE * CLIPS_PER_FILE
         self._clips[start:end].write(self._file[start - file : end - file]).result()
         self._start = end
-      whole = {e: place for e, place in self._waiting.items() if sum(place) <= self._start}
+      whole = {e: place for e, place in self._waiting.items() if sum(place[:2]) <= self._start}
       self._entries.append(whole)
     for entry in whole:
       del self._waiting[entry]
@@ -288,9 +290,8 @@ def _named_errors(path: Path) -> Iterator[None]:
     raise
   except OSError as error:
     reason = error.strerror or error
-    raise InputError(
-      f"{path}: cannot be used ({reason}); give another folder, or mend it"
-    ) from error
+    remedy = "give another folder, or mend it"
+    raise InputError(f"{path}: cannot be used ({reason}); {remedy}") from error
   except ValueError as error:  # TensorStore's
     reason = " ".join(str(error).split())[:200]
     raise InputError(

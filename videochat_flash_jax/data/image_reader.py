@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from videochat_flash_jax.data.media_files import is_address, open_media
+from videochat_flash_jax.data.media_files import check_regular, is_address, open_media
 from videochat_flash_jax.errors import InputError
 
 ImageSource = str | Path | Image.Image | np.ndarray
@@ -42,6 +42,7 @@ def read_image(source: ImageSource) -> np.ndarray:
     raise InputError(f"{source}: a folder, not an image; name its images one by one")
   if not is_address(source) and not os.path.exists(source):
     raise InputError(f"{source}: there is no such image file; check the path")
+  check_regular(source)
   file = open_media(source)
   with _named_errors(source), Image.open(file) as picture:
     if getattr(picture, "is_animated", False):

@@ -1,8 +1,9 @@
 """Files by path or by address: `gs://`, `s3://`, `http://` and whatever else fsspec knows.
 
-An address is read where it is, by parts, of which a few are held: nothing is copied to the disk.
-Yet to open a video there fetches all of it once: when its frames are shown is told by walking over
-all packets, see video_timeline.py. Paths of the local disk are left to those who read them.
+An address is read where it is, by parts, of which 32 MB are held: nothing is copied to the disk.
+Yet to open a video there fetches all of it: when its frames are shown is told by walking over all
+packets, see video_timeline.py. The parts that its frames are in are fetched once more, if they are
+not held any longer. Paths of the local disk are left to those who read them.
 """
 
 import contextlib
@@ -32,6 +33,19 @@ _PACKAGES = {
   "az": "adlfs",
   "abfs": "adlfs",
 }
+
+
+def check_regular(path: str | os.PathLike) -> None:
+  """Refuses what would be waited for, or read without end: a pipe, a socket, a device.
+
+  What is missing passes, and so do folders and addresses.
+
+  Raises:
+    InputError: the path is of such a thing.
+  """
+  is_here = not is_address(path) and os.path.exists(path)
+  if is_here and not (os.path.isfile(path) or os.path.isdir(path)):
+    raise InputError(f"{path}: a pipe or a device, no file; copy what it gives into a file")
 
 
 def is_address(path: str | os.PathLike) -> bool:
@@ -95,8 +109,9 @@ def file_stamp(path: str | os.PathLike) -> tuple[int, int | str]:
 
   Raises:
     OSError: of a local file.
-    InputError: of an address, as `open_media`.
+    InputError: as `check_regular`; of an address, as `open_media`.
   """
+  check_regular(path)
   if not is_address(path):
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns

@@ -102,8 +102,9 @@ class PackedStream:
       if "terminated unexpectedly" not in str(error):  # Grain's words
         raise
       raise InputError(
-        "a process that reads training data was killed, mostly for want of memory; give fewer "
-        "workers or more memory, in a container also more shared memory (docker run --shm-size)"
+        "a process that reads training data has died, mostly for want of memory: give fewer "
+        "workers or more memory, in a container also more shared memory (docker run --shm-size); "
+        'or of a script without `if __name__ == "__main__":`, which each of them runs again'
       ) from error
 
 

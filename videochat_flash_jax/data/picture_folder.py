@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from videochat_flash_jax.data.media_files import check_regular
 from videochat_flash_jax.errors import InputError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -36,8 +37,9 @@ def read_picture(file: Path) -> np.ndarray:
   """Reads a picture as uint8 `[H, W, 3]`.
 
   Raises:
-    InputError: the file is no readable picture.
+    InputError: the file is no readable picture, or no file.
   """
+  check_regular(file)
   try:
     with Image.open(file) as picture:
       return np.asarray(picture.convert("RGB"))

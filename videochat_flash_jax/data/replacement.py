@@ -1,13 +1,16 @@
-"""Rows that cannot be read do not stop a run: the next one of the same kind stands in.
+"""Rows that cannot be read do not stop a run: another one of the same kind stands in.
 
-  example 17 is row 204, a video:   204 unreadable video, 205 missing file, 206 is read
+  example 17 is row 204, a video:   204 unreadable video, 5310 missing file, 87 is read
 
-What was passed over travels with the example, to be counted and logged where the run is. A run that
-goes on reads the same row again, here 206, even if 204 is mended by then.
+Rows about one video often stand next to each other, so what stands in comes from anywhere: rows are
+tried in an order that depends on seed, stream and number alone. What was passed over travels with
+the example, to be counted and logged where the run is. A run that goes on reads the same row again,
+here 87, even if 204 is mended by then.
 """
 
 import errno
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +18,11 @@ import numpy as np
 from videochat_flash_jax.data.broken import BrokenRow
 from videochat_flash_jax.data.example_order import ExampleOrder
 from videochat_flash_jax.data.examples import Example, ExampleReader
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 _MOST_REPLACEMENTS = 100
+_OF_MEDIA = {"missing file", "unreadable video", "unreadable image", "no frames"}
+_REPLACING = 1  # tells these draws from those for the example itself
 _RETRY_SECONDS = 0.2, 1.0
 _REASONS = {"video": "unreadable video", "image": "unreadable image", "text": "bad conversations"}
 _PASSING = {  # what a network or a busy machine may get over
@@ -73,22 +78,32 @@ class ReplacingReader:
     """Reads example `number` of a stream, or what stands in for it.
 
     Raises:
-      InputError: neither the row nor any of the next hundred of its kind can be read.
+      InputError: neither the row nor any of a hundred of its kind can be read.
     """
-    row, passed_over = self._order.row(stream, number), []
-    for _ in range(1 + _MOST_REPLACEMENTS):
+    passed_over, broken_media = [], set()
+    for row in self._candidates(stream, number):
+      if not broken_media.isdisjoint(self._rows.media(row) if broken_media else ()):
+        continue
       try:
         return self._drawn(stream, number, row, tuple(passed_over))
       except BrokenRow as error:
-        names = self._rows.source(row), self._rows.label(row)
+        names = one_line(self._rows.source(row)), self._rows.label(row)
         passed_over.append(PassedOver(row, *names, error.reason, str(error)))
-      row = self._rows.next_of_kind(row)
-      if row == passed_over[0].row:
-        break
+        if error.reason in _OF_MEDIA:
+          broken_media.update(self._rows.media(row))
     raise InputError(
-      f"{len(passed_over)} rows in turn cannot be read, the first one because of "
-      f"{passed_over[0].message}; mend them: vcflash data check names all"
+      f"neither a row nor any of those drawn in its place can be read, {len(passed_over)} were "
+      f"tried, the first one failed because of {passed_over[0].message}; mend them: vcflash data "
+      "check names all"
     )
+
+  def _candidates(self, stream, number) -> Iterator[int]:
+    """The row itself, then others of its kind in the order in which they are tried."""
+    row = self._order.row(stream, number)
+    yield row
+    rng = np.random.default_rng([self._seed, stream, number, _REPLACING])
+    others = self._rows.draw_of_kind(self._rows.kind(row), 1 + _MOST_REPLACEMENTS, rng)
+    yield from (other for other in others if other != row)
 
   def read_again(self, stream: int, number: int, row: int) -> Drawn:
     """Reads example `number` of a stream from the row that was read for it before.
@@ -107,7 +122,9 @@ class ReplacingReader:
   def _drawn(self, stream, number, row, passed_over=()) -> Drawn:
     rng = np.random.default_rng([self._seed, stream, number])
     example = self._read_patiently(row, rng)
-    name = f"{self._rows.source(row)}, {self._rows.label(row)}" if example.is_damaged else None
+    name = (
+      f"{one_line(self._rows.source(row))}, {self._rows.label(row)}" if example.is_damaged else None
+    )
     return Drawn(example, row, passed_over, name)
 
   def _read_patiently(self, row, rng) -> Example:

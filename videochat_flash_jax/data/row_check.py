@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from videochat_flash_jax.data.annotations import annotated_clip, kind_of, media_paths, nearest
 from videochat_flash_jax.data.broken import BrokenRow, because
-from videochat_flash_jax.data.conversation import PLACEHOLDER, turns_of_row
+from videochat_flash_jax.data.conversation import PLACEHOLDER, has_answer, turns_of_row
 from videochat_flash_jax.data.mixture import VIDEO_READ_TYPES
 
 
@@ -26,7 +26,7 @@ def check_row(row: object) -> None:
   with because("bad conversations"):
     turns = turns_of_row(row)
   kept = turns[turns[0].role == "gpt" :]
-  if all(turn.role == "human" for turn in kept):
+  if not has_answer(kept):
     raise BrokenRow("bad conversations", "no answered question; add both")
   num_placeholders = sum(turn.text.count(PLACEHOLDER) for turn in kept)
   if num_placeholders != num_media:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from videochat_flash_jax.data.annotations import nearest
+from videochat_flash_jax.data.annotations import has_half_clip, nearest
 from videochat_flash_jax.data.broken import BrokenRow
 from videochat_flash_jax.data.conversation import PLACEHOLDER
 from videochat_flash_jax.data.row_check import check_row
@@ -57,6 +57,8 @@ def _write_rows(rows, source, file) -> int:
     num_rows += 1
     try:
       check_row(row)
+      if has_half_clip(row):
+        raise BrokenRow("bad times", "only one of fields 'start' and 'end'; give both, or none")
     except BrokenRow as error:
       broken.append((line, error))
       continue

@@ -9,12 +9,14 @@ nothing is parsed. The rows' text stays in the file (of an address a copy is kep
                 text        copy of a file that is not on this machine
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import struct
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from videochat_flash_jax.errors import InputError
 
 KINDS = ("text", "image", "video")
 _VERSION = 1
+_SCRATCH = "building-"
+_DAY_SECONDS = 24 * 3600
 _RECORD = np.dtype([("start", "<i8"), ("length", "<i4"), ("words", "<i4"), ("kind", "i1")])
 _pack_record = struct.Struct("<qiib").pack  # the same, and quicker for a single one
 
@@ -110,7 +114,7 @@ def row_index(json_path: str, cache_dir: Path) -> RowIndex:
     if is_known and (index := _kept(directory, json_path, state)):
       return index
     os.makedirs(cache_dir, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir, prefix="building-") as scratch:
+    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=_SCRATCH) as scratch:
       made = Path(scratch, "index")
       made.mkdir()
       digest = _make(json_path, made)["digest"]
@@ -128,6 +132,14 @@ def row_index(json_path: str, cache_dir: Path) -> RowIndex:
   if index is None:
     raise InputError(f"{directory}: a damaged index, which comes back; check the disk")
   return index
+
+
+def remove_leftovers(cache_dir: Path) -> None:
+  """Removes what processes that were killed while they made an index have left, a day ago."""
+  for folder in cache_dir.glob(f"{_SCRATCH}*"):
+    with contextlib.suppress(OSError):  # another process may be quicker
+      if time.time() - folder.stat().st_mtime > _DAY_SECONDS:
+        shutil.rmtree(folder)
 
 
 def _state(json_path):

@@ -83,7 +83,7 @@ def read_row_video(
   clips = features.get(entry)
   if clips is None:
     raise BrokenRow("no features", f"{path}: not in {features.path}; {ENCODE_AGAIN}")
-  return RowVideo(clips, *choice[1:])
+  return RowVideo(clips, *choice[1:], features.is_damaged(entry))
 
 
 def row_video_path(row: Mapping[str, Any]) -> str:
@@ -108,7 +108,8 @@ def open_row_video(row: Mapping[str, Any]) -> Iterator[VideoReader]:
     found = f"{path}: folders of pictures are read from this machine only"
     raise BrokenRow("unreadable video", f"{found}; copy it here, or make it a video")
   picture_fps = _TVQA_FPS if "tvqa" in path.lower() else 1.0
-  with _reading("unreadable video", path), open_video(path, picture_fps, num_threads=1) as video:
+  options = {"num_threads": 1, "logs_damage": False}  # whoever counts damaged videos logs them
+  with _reading("unreadable video", path), open_video(path, picture_fps, **options) as video:
     yield video
 
 

@@ -1,13 +1,15 @@
 """Packs examples into rows, first-fit, over three budgets: tokens, clips and image tiles.
 
 Several rows are filled side by side. An example goes into the first one that has room for it; if
-none has, the fullest one leaves to make room.
+none has, it begins a new one. If more tokens are held than a few full rows have, the fullest row
+leaves.
 
-  two rows of 10 tokens side by side, examples of 6, 7, 3:   [6 3] [7]
-  then one of 5:                                             [7] [5], and [6 3] leaves
+  rows of 10 tokens, two rows' worth is held, examples of 6, 7, 3:   [6 3] [7]
+  then one of 5:                                                     [7] [5], and [6 3] leaves
 
-Clips and tiles are counted for each shard of the row (see `sharded_rows`), since that is where
-there is room for so many.
+The number of rows is not bounded: some may be next to empty, and yet without room for one more
+image in the shard where it would stand. Clips and tiles are counted for each shard of the row (see
+`sharded_rows`), since that is where there is room for so many.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from videochat_flash_jax.data.examples import Example
 from videochat_flash_jax.data.sharded_rows import RowLayout, spread_row
 from videochat_flash_jax.errors import InputError
 
-NUM_BINS = 6  # more waste less room, and hold more frames in memory
+NUM_HELD = 4  # rows' worth of tokens; more waste less room, and hold more frames in memory
 
 
 class Packed(NamedTuple):
@@ -57,14 +59,14 @@ class _Bin:
 class RowPacker:
   """Takes examples, and gives rows."""
 
-  def __init__(self, layout: RowLayout, num_bins: int = NUM_BINS):
-    """Begins with empty rows.
+  def __init__(self, layout: RowLayout, num_held: int = NUM_HELD):
+    """Begins without any row.
 
     Args:
       layout: of a row.
-      num_bins: rows that are filled side by side.
+      num_held: how many full rows there are tokens of in those that are being filled, at most.
     """
-    self._layout, self._num_bins = layout, num_bins
+    self._layout, self._most_tokens = layout, num_held * layout.tokens
     self._bins: list[_Bin] = []
 
   @property
@@ -74,15 +76,13 @@ class RowPacker:
 
   def add(self, item: Packed) -> list[Packed] | None:
     """Takes an example, which fits a row by itself; gives a row if one had to leave."""
-    if any(bin.add(item) for bin in self._bins):
+    if not any(bin.add(item) for bin in self._bins):
+      self.put_together([item])
+    if sum(bin.num_tokens for bin in self._bins) <= self._most_tokens:
       return None
-    full = None
-    if len(self._bins) == self._num_bins:
-      fullest = max(self._bins, key=lambda bin: bin.num_tokens)
-      self._bins.remove(fullest)
-      full = fullest.packed
-    self.put_together([item])
-    return full
+    fullest = max(self._bins, key=lambda bin: bin.num_tokens)
+    self._bins.remove(fullest)
+    return fullest.packed
 
   def put_together(self, items: Sequence[Packed]):
     """Begins a row with examples that were together in one before.

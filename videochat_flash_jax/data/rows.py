@@ -24,6 +24,7 @@ from videochat_flash_jax.data.annotations import (
   kept_rows,
   kind_of,
   media_length,
+  media_paths,
   with_whole_paths,
 )
 from videochat_flash_jax.data.broken import BrokenRow
@@ -31,7 +32,14 @@ from videochat_flash_jax.data.mixture import Mixture, Source
 from videochat_flash_jax.data.row_check import check_object, check_row
 from videochat_flash_jax.data.row_index import KINDS, RowIndex, TextFile, row_index
 from videochat_flash_jax.data.row_text import parse_row
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
+
+_NUM_TOLD = 100  # rows of a source that its fingerprint names
+
+
+def rows_cache() -> Path:
+  """Where indices are kept: `VCF_CACHE_DIR`, or ~/.cache/vcflash, and there `rows`."""
+  return Path(os.environ.get("VCF_CACHE_DIR", Path.home() / ".cache" / "vcflash")) / "rows"
 
 
 def open_rows(
@@ -41,24 +49,43 @@ def open_rows(
 
   Args:
     mixture: of `read_mixture`.
-    cache_dir: of the indices; by default `VCF_CACHE_DIR`, or ~/.cache/vcflash, and there `rows`.
+    cache_dir: of the indices; by default `rows_cache`.
     max_frames: the most frames of a video, for `Rows.lengths`.
 
   Raises:
     InputError: an annotation file cannot be read, or none of its rows is kept.
   """
-  if cache_dir is None:
-    cache_dir = Path(os.environ.get("VCF_CACHE_DIR", Path.home() / ".cache" / "vcflash")) / "rows"
-  parts, start = [], 0
+  parts = []
   for source in mixture.sources:
-    index = row_index(source.json_path, Path(cache_dir))
-    try:
-      num_kept = len(kept_rows(index.num_rows, source.sampling_strategy, source.seed))
-    except InputError as error:
-      raise InputError(f"{source.json_path}: {error}") from error
-    parts.append(_Part(source, index, range(start, start + num_kept)))
-    start += num_kept
+    parts.append(_open_part(source, cache_dir, parts))
   return Rows(mixture.path, tuple(parts), max_frames)
+
+
+def open_usable_rows(
+  mixture: Mixture, cache_dir: str | os.PathLike | None = None
+) -> tuple["Rows | None", dict[Source, str]]:
+  """As `open_rows`, but for the sources of which no row can be read.
+
+  Returns:
+    The rows of all others, None if there are none; and of each of those, why.
+  """
+  parts, problems = [], {}
+  for source in mixture.sources:
+    try:
+      parts.append(_open_part(source, cache_dir, parts))
+    except InputError as error:
+      problems[source] = str(error)
+  return Rows(mixture.path, tuple(parts), max_frames=512) if parts else None, problems
+
+
+def _open_part(source, cache_dir, parts_before) -> "_Part":
+  index = row_index(source.json_path, Path(cache_dir or rows_cache()))
+  try:
+    num_kept = len(kept_rows(index.num_rows, source.sampling_strategy, source.seed))
+  except InputError as error:
+    raise InputError(f"{source.json_path}: {error}") from error
+  start = parts_before[-1].rows.stop if parts_before else 0
+  return _Part(source, index, range(start, start + num_kept))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,18 +188,21 @@ class Rows:
     """Whether any row is of this kind."""
     return any((part.kinds() == KINDS.index(kind)).any() for part in self._parts)
 
-  def next_of_kind(self, index: int) -> int:
-    """The next row of the same kind, after the last row the first one; itself if there is none."""
-    kind = KINDS.index(self.kind(index))
-    first = self._part_number(index)
-    # All parts, and the first one again, for what lies before the row.
-    for part in (*self._parts[first:], *self._parts[: first + 1]):
-      same = np.flatnonzero(part.kinds() == kind) + part.rows.start
-      if part is self._parts[first] and (later := same[same > index]).size:
-        return int(later[0])
-      if part is not self._parts[first] and same.size:
-        return int(same[0])
-    return int(same[0])
+  def draw_of_kind(self, kind: str, most: int, rng: np.random.Generator) -> list[int]:
+    """Different rows of a kind from anywhere in the mixture, all of them if there are no more."""
+    same = [
+      np.flatnonzero(part.kinds() == KINDS.index(kind)) + part.rows.start for part in self._parts
+    ]
+    same = np.concatenate(same)
+    return rng.choice(same, min(most, len(same)), replace=False).tolist()
+
+  def media(self, index: int) -> list[str]:
+    """Whole paths of a row's media; none of a row that cannot be used."""
+    with contextlib.suppress(BrokenRow):
+      row = self[index]
+      kind = kind_of(row)
+      return media_paths(row, kind) if kind != "text" else []
+    return []
 
   def source(self, index: int) -> str:
     """Path of the annotation file that a row is from."""
@@ -191,7 +221,7 @@ class Rows:
       if isinstance(name, list) and name:
         name = name[0]
       if isinstance(name, str | int) and name != "":
-        return str(name)
+        return one_line(name)
     return f"row {part.number(index) + 1}"
 
   @functools.cached_property
@@ -233,7 +263,8 @@ class Rows:
       settings = dataclasses.asdict(part.source)
       for place in ("json_path", "data_root", "folder"):
         del settings[place]
-      facts.append([part.index.digest, settings])
+      # Which rows `random` keeps is NumPy's to say, and may change with it.
+      facts.append([part.index.digest, settings, [int(n) for n in part.numbers[:_NUM_TOLD]]])
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
   def _part_number(self, index):

@@ -158,31 +158,6 @@ def spread_row(
       into["tiles"][number, shard * layout.tiles_per_shard + place] = tiles[item - len(clips)]
 
 
-def spread_rows(batch: Mapping[str, np.ndarray], **layout) -> dict[str, np.ndarray]:
-  """Lays out a batch for `parallel.layout.Layout`.
-
-  Args:
-    batch: `frames [B, C, F, S, S, 3]`, perhaps `tiles [B, I, 1, S, S, 3]`, and, `[B, T]`, the
-      fields of `PER_TOKEN`.
-    **layout: fields of `RowLayout` other than `tokens`.
-
-  Returns:
-    The same fields, with the clips and tiles of all shards.
-
-  Raises:
-    InputError: the rows have no such parts, or a shard has more clips than there is room for.
-  """
-  num_rows, length = batch["token_ids"].shape
-  layout = RowLayout(length, **layout)
-  clip_shape = batch["frames"].shape[2:]
-  spread = empty_rows(layout, num_rows, clip_shape, (1, *clip_shape[1:]))
-  tiles = batch.get("tiles", np.empty((num_rows, 0)))
-  for number in range(num_rows):
-    row = {name: batch[name][number] for name in PER_TOKEN}
-    spread_row(row, batch["frames"][number], tiles[number], layout, spread, number)
-  return spread
-
-
 def _check_room(needed, layout, name, shard):
   for kind, count, room in zip(("clips", "tiles"), needed, layout.room[:, 0], strict=True):
     if count > room:

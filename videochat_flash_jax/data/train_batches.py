@@ -34,6 +34,7 @@ from videochat_flash_jax.errors import InputError
 _VERSION = 3
 _REMEDIES = {  # for facts that say nothing to a reader
   "mixture": "give the one it was saved with, and the same max_frames to open_rows",
+  "order": "go on with the versions of grain and numpy it was saved with",
   "tokenizer": "give the one it was saved with",
 }
 _PACKED = ("tokens", "visual_tokens", "places")  # counted in each stream, over all of its rows
@@ -63,12 +64,13 @@ def mixture_batches(
   if not config.layout.tiles_per_shard and rows.has("image"):
     raise InputError("the mixture holds images, but tiles_per_shard is 0; give room for some")
   reader = ExampleReader(config.example, config.layout, make_tokenizer, features)
+  order = ExampleOrder(rows, config.seed, config.streams)
   facts = {
     "mixture": rows.fingerprint,
+    "order": order.digest(),
     "features": None if features is None else features.key.digest,
     "tokenizer": vocabulary_digest(reader.tokenizer),
   }
-  order = ExampleOrder(rows, config.seed, config.streams)
   reader = ReplacingReader(rows, reader, order, config.seed)
   return TrainBatches(config, reader, facts, streams, features)
 
@@ -125,8 +127,7 @@ class TrainBatchesIterator(grain.DatasetIterator):
     super().__init__()
     self._config, self._facts, self._features = config, facts, features
     self._streams = {stream: PackedStream(reader, stream, config) for stream in streams}
-    # Before the interpreter takes Grain's modules apart, which its own clean-up needs.
-    weakref.finalize(self, stop_all, list(self._streams.values()))
+    weakref.finalize(self, _close_at_exit, weakref.ref(self), list(self._streams.values()))
     self._share = BrokenShare(config.max_broken_share)
     self._packed = {stream: {"last": []} | dict.fromkeys(_PACKED, 0) for stream in streams}
 
@@ -217,6 +218,14 @@ class TrainBatchesIterator(grain.DatasetIterator):
     """Ends the workers."""
     super().close()
     stop_all(self._streams.values())
+
+
+def _close_at_exit(reference: weakref.ref, streams: Sequence[PackedStream]):
+  """Ends the workers before the interpreter takes Grain's modules apart, which that needs."""
+  stop_all(streams)
+  iterator = reference()
+  if iterator is not None:
+    iterator.close = lambda: None  # Grain calls it once more, after our modules are gone
 
 
 def batch_metrics(state: dict[str, Any]) -> dict[str, float]:

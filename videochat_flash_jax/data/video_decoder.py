@@ -13,11 +13,26 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from videochat_flash_jax.data.media_files import is_address, open_media
-from videochat_flash_jax.data.video_timeline import Timeline, read_timeline, truncated
+from videochat_flash_jax.data.video_timeline import (
+  Timeline,
+  read_timeline,
+  truncated,
+  without_frames,
+)
 from videochat_flash_jax.errors import InputError
 
 # A title that is not UTF-8 must not stop us; from PyAV 19 on it never does.
 _LENIENT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+# What names other files, or senders, is no video: a playlist may lead anywhere, and never end.
+_REFUSED_FORMATS = {
+  "concat", "dash", "ffmetadata", "hls", "image2", "image2pipe", "imf", "lavfi", "rtp", "rtsp",
+  "sap", "sdp", "tty", "vobsub", "webm_dash_manifest",
+}  # fmt: skip
+_OPTIONS = {
+  "format_whitelist": ",".join(sorted(av.formats_available - _REFUSED_FORMATS)),
+  "protocol_whitelist": "file",
+}
 
 # Codecs of which FFmpeg can leave out frames that no frame at all is predicted from. H.264 says so
 # in every frame (nal_ref_idc). HEVC does so for the frames of one temporal layer only.
@@ -95,9 +110,17 @@ class VideoDecoder:
   def _open(self) -> None:
     # "file:" keeps a colon in a name from being read as a protocol.
     source = open_media(self._path) if is_address(self._path) else f"file:{self._path}"
-    self._container = av.open(source, **_LENIENT)
-    if self._container.format.name == "tty":  # FFmpeg would film the text
-      raise InputError(f"{self._path}: a text file, not a video; give a video")
+    try:
+      self._container = av.open(source, options=_OPTIONS, **_LENIENT)
+    except av.error.ArgumentError as error:  # FFmpeg's word for a format that is not in the list
+      raise InputError(
+        f"{self._path}: a playlist or a text, or of another format that is not read; give a video, "
+        "e.g. as H.264 mp4"
+      ) from error
+    except av.error.EOFError as error:
+      raise without_frames(self._path) from error
+    if not self._container.streams:
+      raise without_frames(self._path)
     # An audio file's cover picture is a video stream, too.
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in self._container.streams.video if not s.disposition & cover]

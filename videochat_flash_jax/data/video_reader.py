@@ -16,6 +16,7 @@ import functools
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,12 +25,12 @@ from typing import TypeVar
 import av
 import numpy as np
 
-from videochat_flash_jax.data.media_files import file_stamp, is_address
+from videochat_flash_jax.data.media_files import check_regular, file_stamp, is_address
 from videochat_flash_jax.data.picture_folder import list_pictures, read_picture
 from videochat_flash_jax.data.preprocessing import resize
 from videochat_flash_jax.data.video_decoder import VideoDecoder
 from videochat_flash_jax.data.video_timeline import Timeline
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 _logger = logging.getLogger("videochat_flash_jax")
 _MAX_THREADS = 4  # each holds frames of its own
@@ -37,6 +38,7 @@ _NUM_KNOWN = 4  # some megabytes each, of an hour of video
 # Timelines and (height, width) of the files opened last, for several questions about one film;
 # size and time of a file tell it from one that was there before.
 known_files: dict[tuple[Path, int, int], tuple[Timeline, tuple[int, int]]] = {}
+_known_files_lock = threading.Lock()
 _Result = TypeVar("_Result")
 _ImageSize = int | tuple[int, int] | None
 
@@ -53,7 +55,10 @@ class VideoInfo:
 
 
 def open_video(
-  path: str | Path, picture_fps: float = 1.0, num_threads: int | None = None
+  path: str | Path,
+  picture_fps: float = 1.0,
+  num_threads: int | None = None,
+  logs_damage: bool = True,
 ) -> "VideoReader":
   """Opens a video file, or a folder of numbered pictures.
 
@@ -62,22 +67,24 @@ def open_video(
     picture_fps: pictures shown a second, of a folder.
     num_threads: threads that decode; by default up to four, one a core. Give 1 where several
       processes read at once.
+    logs_damage: says once when frames turn out to be damaged, in the log.
 
   Raises:
-    InputError: there is no such file, or no frame can be read from it.
+    InputError: there is no such file, it is a pipe or a playlist, or no frame can be read from it.
   """
   if not isinstance(path, str | os.PathLike) or not str(path):
     raise InputError(f"{path!r} is no path of a video; give a video file or a folder of pictures")
   if is_address(path):
-    return _VideoFile(str(path), num_threads or min(_MAX_THREADS, os.cpu_count() or 1))
+    return _VideoFile(str(path), num_threads, logs_damage)
   path = Path(path)
   if os.path.isdir(path):  # unlike Path's own, it takes a path that is too long, too
     return _PictureFolder(path, picture_fps)
   if not os.path.exists(path):
     raise InputError(f"{path}: there is no such video file or folder; check the path")
+  check_regular(path)
   if path.stat().st_size == 0:
     raise InputError(f"{path}: the file is empty; copy or download it again")
-  return _VideoFile(path, num_threads or min(_MAX_THREADS, os.cpu_count() or 1))
+  return _VideoFile(path, num_threads, logs_damage)
 
 
 class VideoReader:
@@ -164,14 +171,19 @@ class _PictureFolder(VideoReader):
 class _VideoFile(VideoReader):
   """A file that FFmpeg can decode."""
 
-  def __init__(self, path: Path, num_threads: int):
-    self.path, self._num_threads = path, num_threads
+  def __init__(self, path: str | Path, num_threads: int | None, logs_damage: bool):
+    self.path, self._logs_damage = path, logs_damage
+    self._num_threads = num_threads or min(_MAX_THREADS, os.cpu_count() or 1)
     self._idle: dict[int, list[VideoDecoder]] = collections.defaultdict(list)  # by their threads
     state = (path, *file_stamp(path))
-    known = known_files.get(state) or self._describe()
-    known_files[state] = known
-    if len(known_files) > _NUM_KNOWN:
-      known_files.pop(next(iter(known_files)), None)
+    with _known_files_lock:
+      known = known_files.get(state)
+    if known is None:
+      known = self._describe()
+      with _known_files_lock:
+        known_files[state] = known
+        if len(known_files) > _NUM_KNOWN:
+          del known_files[next(iter(known_files))]
     self._timeline, (height, width) = known
     num_frames, seconds = self._timeline.num_frames, self._timeline.seconds
     self.info = VideoInfo(num_frames, float(num_frames / seconds), float(seconds), height, width)
@@ -236,9 +248,11 @@ class _VideoFile(VideoReader):
       idle.append(decoder)
       if decoder.damaged and not self.damaged:
         self.damaged = True
-        _logger.warning(
-          "%s is damaged: some frames are patched up, or later ones stand in for them", self.path
-        )
+        if self._logs_damage:
+          _logger.warning(
+            "%s is damaged: some frames are patched up, or later ones stand in for them",
+            one_line(self.path),
+          )
 
 
 def _in_order(tasks: Iterable[Callable[[], _Result]], num_threads: int) -> Iterator[_Result]:

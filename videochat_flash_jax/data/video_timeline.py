@@ -68,7 +68,7 @@ def read_timeline(container, stream, path: Path) -> Timeline:
       if first_key is not None and not packet.is_discard:  # an edit list hides some
         packets.append((packet.pts, packet.is_keyframe, packet.duration or 0))
   if not packets:
-    raise BrokenRow("no frames", f"{path}: it has no video frames; copy it again or re-encode it")
+    raise without_frames(path)
 
   rate = stream.average_rate or Fraction(1)
   stamps = {stamp for stamp, _, _ in packets}
@@ -87,6 +87,11 @@ def read_timeline(container, stream, path: Path) -> Timeline:
   if num_readable < num_promised:
     raise truncated(path, num_readable, num_promised)
   return timeline
+
+
+def without_frames(path: Path) -> BrokenRow:
+  """The error of a file that ends behind its header."""
+  return BrokenRow("no frames", f"{path}: it has no video frames; copy it again or re-encode it")
 
 
 def truncated(path: Path, num_read: int, num_frames: int) -> InputError:

@@ -71,15 +71,19 @@ def read_rows(annotations: Path) -> list[dict]:
   """Reads and checks an annotation file.
 
   Args:
-    annotations: a JSON list of LLaVA rows with one question and one answer each; `video` is
-      relative to the file.
+    annotations: LLaVA rows with one question and one answer each, a list (.json) or one on each
+      line (.jsonl); `video` is relative to the file.
 
   Raises:
-    InputError: it is missing, is no JSON list, is empty, or a row has no video, a `kind` that is
+    InputError: it is missing, is no JSON, is empty, or a row has no video, a `kind` that is
       no text, or not exactly one question with its answer.
   """
   try:
-    rows = json.loads(annotations.read_text("utf-8"))
+    text = annotations.read_text("utf-8")
+    if annotations.suffix == ".jsonl":
+      rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    else:
+      rows = json.loads(text)
   except OSError as error:
     raise InputError(f"{annotations}: cannot be read ({error.strerror}); check the path") from error
   except (ValueError, RecursionError) as error:

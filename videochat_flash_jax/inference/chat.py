@@ -34,7 +34,7 @@ from videochat_flash_jax.inference.feature_encoding import (
   open_features,
   video_features,
 )
-from videochat_flash_jax.inference.programs import check_mesh
+from videochat_flash_jax.inference.limits import check_mesh
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig, YarnConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout

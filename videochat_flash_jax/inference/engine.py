@@ -17,7 +17,8 @@ from flax import nnx
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference import programs
-from videochat_flash_jax.inference.programs import DECODE_STEPS, NO_TOKEN, bucket, check_mesh
+from videochat_flash_jax.inference.limits import check_length, check_mesh
+from videochat_flash_jax.inference.programs import DECODE_STEPS, NO_TOKEN, bucket
 from videochat_flash_jax.inference.sampler import Sampling
 from videochat_flash_jax.models.qwen2 import Caches
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
@@ -133,7 +134,8 @@ class Engine:
         which looks at all visual tokens of a row together, only by text.
 
     Raises:
-      InputError: prompt and answer do not fit into the model's context.
+      InputError: prompt and answer do not fit into the model's context, or the prompt into what a
+        TPU reads at once.
     """
     num_rows = len(prompts)
     prompts = [*prompts, *prompts[-1:] * (-num_rows % self._layout.row_shards)]
@@ -148,6 +150,7 @@ class Engine:
     shape = (len(prompts), num_tokens, num_visual)
     arguments = (token_ids, visual_tokens, visual_index, length.astype(np.int32))
     if after is None:
+      check_length(self._layout, num_tokens, num_tokens)
       plan = programs.plan_prompts(self.config, visual_index >= 0, length)
       widths = [] if plan is None else [drop.slots.shape[1] for drop in plan.drops.values()]
       self._announce("prefill", *shape, num_slots, *widths)
@@ -156,6 +159,7 @@ class Engine:
     if self.config.dropout is not None and (visual_index >= 0).any():
       raise ValueError("with dropout, all visual tokens of a row are read at once")
     caches = tuple(_with_room(cache, num_tokens + max_new_tokens) for cache in after.caches)
+    check_length(self._layout, num_tokens, caches[0].num_slots)
     self._announce("extend", *shape, *(cache.num_slots for cache in caches))
     arguments = self._layout.put(arguments, "batch")
     return Reading(*programs.extend(*self._model, caches, *arguments), num_rows)

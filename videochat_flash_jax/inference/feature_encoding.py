@@ -1,10 +1,13 @@
 """Runs the encoder for a feature store: of a video to talk about, and of a mixture to train on."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -19,6 +22,7 @@ from videochat_flash_jax.data.feature_key import (
   weights_digest,
 )
 from videochat_flash_jax.data.feature_store import CLIPS_PER_FILE, FeatureStore, FeatureWriter
+from videochat_flash_jax.data.media_check import SourceReport
 from videochat_flash_jax.data.row_media import (
   choose_frames,
   choose_grids,
@@ -33,6 +37,7 @@ from videochat_flash_jax.data.video_reader import VideoInfo, open_video
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.engine import Engine
 
+_NUM_LOCKS = 64
 _MOST_THREADS = 8  # each holds a row, of which a long video takes hundreds of megabytes
 
 
@@ -89,6 +94,8 @@ def video_features(
           frames = shown(video.frames(indices, vision.image_size), len(indices))
           clips = group_clips(frames, vision.clip_frames)
           writer.put(entry, engine.encode_features(clips))
+          if video.damaged:
+            writer.mark_damaged(entry)
         if not os.path.isdir(path):
           writer.put_video(path, video.info)
     return video.info, indices, store.get(entry)
@@ -96,11 +103,24 @@ def video_features(
 
 @dataclasses.dataclass
 class EncodingReport:
-  """What became of a mixture: rows there were, clips encoded, and what is wrong with which row."""
+  """What became of a mixture.
+
+  Attributes:
+    rows: how many there are.
+    clips: clips and tiles encoded.
+    damaged: videos among them of which other frames stood in for some that cannot be read.
+    sources: what is wrong with which row of which source.
+  """
 
   rows: int = 0
   clips: int = 0
-  broken: list[str] = dataclasses.field(default_factory=list)
+  damaged: int = 0
+  sources: list[SourceReport] = dataclasses.field(default_factory=list)
+
+  @property
+  def broken(self) -> int:
+    """Rows that were passed over."""
+    return sum(source.broken.total() for source in self.sources)
 
 
 def encode_mixture(
@@ -124,19 +144,23 @@ def encode_mixture(
       f"{engine.config.name} makes {patches} tokens of an image and {tokens} of a clip, "
       "so a store cannot hold both; take the images out of the mixture"
     )
-  report = EncodingReport()
+  reports = {source.json_path: SourceReport(source.json_path) for source in rows.sources}
+  report = EncodingReport(sources=list(reports.values()))
   with store.writing() as writer:
     media = _RowMedia(rows, config, store)
     num_threads = min(_MOST_THREADS, os.cpu_count() or 1)
     options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
     read = grain.MapDataset.range(len(rows)).map(media.read).to_iter_dataset(options)
     waiting = {"video": _Waiting(engine, writer), "image": _Waiting(engine, writer)}
-    for row in tqdm(read, "encoding", len(rows), unit="row", leave=False, disable=None):
+    bar = tqdm(read, "encoding", len(rows), unit="row", leave=False, disable=None)
+    for number, row in enumerate(bar):
       report.rows += 1
       if row.broken:
-        report.broken.append(row.broken)
-      for entry, clips in row.entries:
-        report.clips += waiting[row.kind].add(entry, clips)
+        reports[rows.source(number)].add_broken(rows.label(number), row.broken)
+      for entry in row.entries:
+        waiting[row.kind].add(entry)
+        report.clips += len(entry.clips)
+        report.damaged += entry.is_damaged
       if row.video:
         writer.put_video(*row.video)
     for kind in waiting.values():
@@ -144,29 +168,48 @@ def encode_mixture(
   return report
 
 
-@dataclasses.dataclass
-class _ReadRow:
-  """What a row shows that is not in the store: entries with their clips or tiles."""
+class _Entry(NamedTuple):
+  """What is to be encoded: `clips` uint8 `[C, F, S, S, 3]`, or the tiles of an image."""
+
+  name: bytes
+  clips: np.ndarray
+  is_damaged: bool = False
+
+
+class _ReadRow(NamedTuple):
+  """What a row shows that is not in the store, and was not read for another row before."""
 
   kind: str = "video"
-  entries: list[tuple[bytes, np.ndarray]] = dataclasses.field(default_factory=list)
+  entries: Sequence[_Entry] = ()
   video: tuple[str, VideoInfo] | None = None
-  broken: str = ""
+  broken: BrokenRow | None = None
 
 
 class _RowMedia:
-  """Reads the media of rows, in threads."""
+  """Reads the media of rows, in threads; what several rows show is read once."""
 
   def __init__(self, rows: Rows, config: ExampleConfig, store: FeatureStore):
     self._rows, self._config, self._store = rows, config, store
+    self._read: set[bytes] = set()  # entries on their way to the store
+    self._locks = [threading.Lock() for _ in range(_NUM_LOCKS)]
 
   def read(self, number: int) -> _ReadRow:
     try:
       row = self._rows[number]
       return self._read_images(row) if row.get("video") is None else self._read_video(row)
-    except (BrokenRow, OSError) as error:
-      name = f"{self._rows.source(number)} {self._rows.label(number)}"
-      return _ReadRow(broken=f"{name}: {' '.join(str(error).split())}")
+    except BrokenRow as error:
+      broken = BrokenRow(error.reason, error.detail)  # that one's traceback keeps the file open
+    except OSError as error:
+      broken = BrokenRow(f"unreadable {self._rows.kind(number)}", str(error))
+    return _ReadRow(broken=broken)
+
+  @contextlib.contextmanager
+  def _once(self, entry: bytes) -> Iterator[bool]:
+    """Whether an entry is to be read inside; who asks meanwhile waits, in case that fails."""
+    with self._locks[entry[0] % _NUM_LOCKS]:
+      is_new = entry not in self._read and entry not in self._store
+      yield is_new
+      self._read.add(entry)
 
   def _read_video(self, row) -> _ReadRow:
     path = row_video_path(row)
@@ -177,8 +220,11 @@ class _RowMedia:
         return _ReadRow()
     with open_row_video(row) as video:
       choice = choose_frames(row, video.info, self._config)
-      entry = frames_entry(path, choice.indices)
-      entries = [] if entry in self._store else [(entry, read_clips(video, choice, self._config))]
+      entry, entries = frames_entry(path, choice.indices), []
+      with self._once(entry) as is_new:
+        if is_new:
+          clips = read_clips(video, choice, self._config)
+          entries.append(_Entry(entry, clips, video.damaged))
       facts = None if os.path.isdir(path) else (path, video.info)
       return _ReadRow(entries=entries, video=facts)
 
@@ -186,8 +232,9 @@ class _RowMedia:
     images, entries = read_row_images(row), []
     for image, grid in zip(images, choose_grids(images, self._config), strict=True):
       entry = image_entry(image, grid)
-      if entry not in self._store:
-        entries.append((entry, read_tiles(image, grid, self._config.image_size)))
+      with self._once(entry) as is_new:
+        if is_new:
+          entries.append(_Entry(entry, read_tiles(image, grid, self._config.image_size)))
     return _ReadRow("image", entries)
 
 
@@ -196,22 +243,20 @@ class _Waiting:
 
   def __init__(self, engine: Engine, writer: FeatureWriter):
     self._engine, self._writer = engine, writer
-    self._entries: dict[bytes, np.ndarray] = {}
+    self._entries: list[_Entry] = []
 
-  def add(self, entry: bytes, clips: np.ndarray) -> int:
-    """Gives the number of clips that are new."""
-    if entry in self._entries or entry in self._writer:
-      return 0
-    self._entries[entry] = clips
-    if sum(map(len, self._entries.values())) >= CLIPS_PER_FILE:
+  def add(self, entry: _Entry):
+    self._entries.append(entry)
+    if sum(len(entry.clips) for entry in self._entries) >= CLIPS_PER_FILE:
       self.encode()
-    return len(clips)
 
   def encode(self):
     if not self._entries:
       return
-    clips = itertools.chain.from_iterable(self._entries.values())
+    clips = itertools.chain.from_iterable(entry.clips for entry in self._entries)
     features = self._engine.encode_features(clips)
-    for entry, clips in self._entries.items():
-      self._writer.put(entry, itertools.islice(features, len(clips)))
-    self._entries = {}
+    for entry in self._entries:
+      self._writer.put(entry.name, itertools.islice(features, len(entry.clips)))
+      if entry.is_damaged:
+        self._writer.mark_damaged(entry.name)
+    self._entries = []

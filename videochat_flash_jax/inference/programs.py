@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.inference.limits import check_length, check_mesh
 from videochat_flash_jax.inference.sampler import sample
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.models.kv_cache import KVCache
@@ -169,29 +170,6 @@ def plan_prompts(
   return plan_dropout(config.dropout, is_visual, segment_ids, round_length=bucket)
 
 
-def check_mesh(config: VideoChatFlashConfig, layout: Layout) -> None:
-  """Refuses a mesh over which a model cannot be split for inference, before anything is compiled.
-
-  Raises:
-    InputError: names the axis of the mesh, and what it must divide.
-  """
-  if layout.mesh is None:
-    return
-  if layout.sequence_shards > 1:
-    raise InputError(
-      f"mesh.sequence is {layout.sequence_shards}, but only training splits the tokens of a row; "
-      "give mesh.sequence=1: in inference mesh.tensor shares out the cache of a long video"
-    )
-  decoder, parts = config.decoder, layout.mesh.shape["tensor"]
-  for of_what in ("num_kv_heads", "num_heads", "mlp_width", "vocab_size"):
-    size = getattr(decoder, of_what)
-    if size % parts:
-      raise InputError(
-        f"mesh.tensor is {parts}, but {config.name} has {of_what} {size}, which cannot be shared "
-        f"out evenly; give mesh.tensor a divisor of {size}"
-      )
-
-
 def prefill_program(
   model_config: VideoChatFlashConfig,
   mesh: Mesh,
@@ -215,7 +193,8 @@ def prefill_program(
     The jitted program, and its arguments: shapes with shardings, and what is static.
 
   Raises:
-    InputError: rows or model cannot be split over the mesh; or there is more to see than to read.
+    InputError: rows or model cannot be split over the mesh; there is more to see than to read; or
+      there is too much to read at once.
   """
   layout = _layout(model_config, mesh, rows)
   if num_visual > num_tokens:
@@ -224,6 +203,7 @@ def prefill_program(
       "tokens_per_row or fewer clips_per_shard"
     )
   width, visual_width, num_slots = padded_sizes(num_tokens, num_visual, max_new_tokens)
+  check_length(layout, width, width)
   is_visual = np.broadcast_to(np.arange(width) < num_visual, (rows, width))
   shapes = (
     jax.ShapeDtypeStruct((rows, width), jnp.int32),

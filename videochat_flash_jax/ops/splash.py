@@ -16,6 +16,8 @@ also gives the gradients of a part of the keys (see `ops/partial_attention.py`).
 function of jax, and this is the only module that knows it; jax 0.10.2 to 0.12.0 have it alike.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
@@ -34,6 +36,7 @@ from videochat_flash_jax.shapes import Array, Float, Int
 _BLOCK = 1024  # queries, and keys, of a block at most; fits every chip, speed is not measured
 _LANES = 128  # a block is a multiple of it
 _TABLE_ENTRIES = 1 << 18  # three bytes each; a TPU core has 1 MiB of memory for them
+MOST_TOKENS = math.isqrt(_TABLE_ENTRIES) * _BLOCK  # that attend to each other in order
 _PADDED_QUERY, _PADDED_KEY = -(1 << 31), -(1 << 31) + 1  # segments that nobody else has
 _INTERPRET = False  # tests run the kernel on the CPU
 
@@ -194,12 +197,16 @@ def _block(length):
   return -(-length // (_num_blocks(length) * _LANES)) * _LANES
 
 
+def fits(num_queries: int, num_keys: int) -> bool:
+  """Whether a TPU core has room for the tables of so many queries that see keys in order."""
+  return _num_blocks(num_queries) * _num_blocks(num_keys) <= _TABLE_ENTRIES
+
+
 def _kernel(q, k, order):
   """The kernel for queries [N, T, H] and keys [K, S, H] of one row, padded to whole blocks."""
   length, num_keys = q.shape[1], k.shape[1]
   block, block_keys = _block(length), _block(num_keys)
-  entries = (length // block) * (num_keys // block_keys)
-  if order is not None and entries > _TABLE_ENTRIES:
+  if order is not None and not fits(length, num_keys):
     raise InputError(
       f"{length} tokens that attend to {num_keys} are too many for one TPU core; "
       "spread them over more devices with mesh.sequence"

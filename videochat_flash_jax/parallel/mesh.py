@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel.chip_order import chip_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,26 +68,29 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Arranges devices (all of them by default) so that neighbours on an axis are linked.
+  """Arranges devices (all of them by default); on TPUs as they are linked, see `chip_order`.
 
   Raises:
-    InputError: see `mesh_shape`; or there are not as many slices as the config says.
+    InputError: see `mesh_shape`; there are not as many slices as the config says; or its axes do
+      not fit the links.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(config, len(devices))
-  on_tpu = devices[0].platform == "tpu"
-  if on_tpu or config.num_slices > 1:
-    _check_slices(config, devices)
-  if config.num_slices > 1:
-    inside = (shape[0] // config.num_slices, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(
-      inside, (config.num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
-    )
-  elif on_tpu:
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if devices[0].platform == "tpu" or config.num_slices > 1:
+    grid = _grid_of_slices(config, shape, devices)
   else:
     grid = np.array(devices).reshape(shape)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid_of_slices(config, shape, devices):
+  """One slice after another along `data`, each arranged alike."""
+  _check_slices(config, devices)
+  slices: dict[int, list] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+  inside = (shape[0] // config.num_slices, *shape[1:])
+  return np.concatenate([chip_grid(inside, slices[index]) for index in sorted(slices)])
 
 
 def _check_slices(config, devices):

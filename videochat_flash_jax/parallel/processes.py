@@ -55,7 +55,8 @@ def join_processes(
     return
   if any(value is None for value in told):
     raise InputError("give coordinator, num_processes and process_id together, or none of them")
-  if not coordinator.rpartition(":")[2].isdigit():
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdigit():
     raise InputError(f"coordinator is {coordinator!r}: give host:port of the first process")
   if not 0 <= process_id < num_processes:
     raise InputError(f"process_id is {process_id} of {num_processes} processes: count from 0")
@@ -63,7 +64,7 @@ def join_processes(
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, **waits)
-  except RuntimeError as error:
+  except (RuntimeError, ValueError, OSError) as error:
     raise InputError(
       f"process {process_id} of {num_processes} could not join at {coordinator} "
       f"({_first_line(error)}); start all of them with the same coordinator, and join first of all"

@@ -105,7 +105,10 @@ def check_divides(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], what:
     names = (split,) if isinstance(split, str) else split or ()
     parts = math.prod(mesh.shape[name] for name in names)
     if size % parts:
+      remedy = "change the mesh"
+      if "fsdp" in names:
+        remedy = "make their product a divisor of it, and give mesh.data the rest"
       raise InputError(
         f"{what} {shape}: axis {axis} of {size} cannot be split into {parts} equal parts "
-        f"(mesh.{' x mesh.'.join(names)}); change the mesh"
+        f"(mesh.{' x mesh.'.join(names)}); {remedy}"
       )

@@ -18,6 +18,7 @@ import numpy as np
 
 from videochat_flash_jax.data.feature_key import FeatureKey, weights_digest
 from videochat_flash_jax.data.feature_store import FeatureStore
+from videochat_flash_jax.data.media_check import check_roots
 from videochat_flash_jax.data.mixture import read_mixture
 from videochat_flash_jax.data.rows import Rows, open_rows
 from videochat_flash_jax.data.synthetic_examples import patch_batches, synthetic_batches
@@ -106,6 +107,7 @@ def run_batches(
   else:
     mixture = read_mixture(settings.data.mixture)
     rows = open_rows(mixture, max_frames=settings.data.frames[1])
+    check_roots(rows)
     store = _open_features(settings, vision) if settings.data.features else None
     dataset = mixture_batches(config, rows, make_tokenizer, own, store)
     if store is not None:
