@@ -58,7 +58,7 @@ def test_sizes_that_cannot_be_split_are_refused_in_one_line(overrides, complaint
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("rows, accumulate", [(2, 1), (4, 2)])
+@pytest.mark.parametrize("rows, accumulate", [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_the_step_of_a_config_trains(rows, accumulate):
   tiny = ["model=tiny", "image_size=32", "tokens_per_row=64", "clips_per_shard=1"]
   tiny += [f"rows={rows}", f"accumulate={accumulate}"]

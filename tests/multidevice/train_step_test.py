@@ -180,7 +180,8 @@ def assert_same(actual, expected):
 def cases():
   """Every mesh without dropout and with it; those that tell little more are slow."""
   for name in MESHES:
-    yield pytest.param(name, False, id=f"{name}, dropout off")
+    slow = pytest.mark.slow if name in ("one of the devices", "data 8") else ()
+    yield pytest.param(name, False, id=f"{name}, dropout off", marks=slow)
     slow = () if name in ("sequence 8", "fsdp 2 x sequence 2 x tensor 2") else pytest.mark.slow
     yield pytest.param(name, True, id=f"{name}, dropout on", marks=slow)
 
@@ -190,6 +191,7 @@ def test_a_step_on_a_mesh_is_a_step_on_one_device(name, dropout):
   assert_same(step_on_mesh(name, dropout), expected(dropout))
 
 
+@pytest.mark.slow
 def test_a_step_that_gathers_keys_and_values_is_that_of_one_device():
   name = "tensor 2 x sequence 4"
   assert_same(step_on_mesh(name, False, sequence_parallel="all_gather"), expected(False))

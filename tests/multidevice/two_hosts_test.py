@@ -66,7 +66,8 @@ def test_two_processes_train_as_one_and_each_reads_its_stream(alone, tmp_path, s
   assert set(data_of(tmp_path)["streams"]) == {"0", "1"}
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_is_killed_the_other_says_so_and_the_same_command_goes_on(
   alone, tmp_path, stack, victim
 ):
