@@ -160,10 +160,12 @@ class RunCheckpoints:
       arrays = self._manager.restore(step, args=items(state=ocp.args.StandardRestore(wanted)))[
         "state"
       ]
+    except InputError:
+      raise  # of another config, but whole
     except (OSError, ValueError, KeyError) as error:
       raise InputError(
-        f"{where}: a damaged checkpoint ({_reason(error)}); remove this directory to go on "
-        "from the one before"
+        f"{where}: the checkpoint cannot be read ({_reason(error)}); if it is damaged, move this "
+        "directory away to go on from the one before"
       ) from error
     state = jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in wanted])
     return Restored(step, state, saved["data"], saved["run"])

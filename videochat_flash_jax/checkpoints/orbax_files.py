@@ -53,15 +53,14 @@ def _weights(step: Path) -> dict[str, Any]:
   """The weights of the model by their paths, adapters merged."""
   try:
     run = ocp.JsonCheckpointHandler().restore(step / "run")
-    saved = ocp.StandardCheckpointHandler().metadata(step / "state")
+    arrays = {
+      name.removeprefix(part): _SavedArray.open(step, name)
+      for name in _names(step)
+      for part in _WEIGHTS
+      if name.startswith(part)
+    }
   except (OSError, ValueError, KeyError) as error:
     raise _damaged(step, error) from error
-  arrays = {
-    name.removeprefix(part): _SavedArray(step, name, tuple(found.shape), np.dtype(found.dtype))
-    for name, found in dict(saved).items()
-    for part in _WEIGHTS
-    if name.startswith(part)
-  }
   weights: dict[str, Any] = {}
   for _, path, _ in RULES:
     layer = path.removesuffix(".kernel")
@@ -75,6 +74,18 @@ def _weights(step: Path) -> dict[str, Any]:
   return weights
 
 
+def _names(step) -> list[str]:
+  """Names of all arrays of a saved state."""
+  # Not through Orbax: where a file is missing, it leaves tensorstore to complain when all is over.
+  keys = tensorstore.KvStore.open(_place(step)).result().list().result()
+  names = (key.decode().rpartition("/") for key in keys)
+  return [name for name, _, file in names if file == ".zarray"]
+
+
+def _place(step, **inside):
+  return {"driver": "ocdbt", "base": f"file://{step}/state/", **inside}
+
+
 @dataclasses.dataclass(frozen=True)
 class _SavedArray:
   """An array of a saved state; `array[2]` reads the third of a stack, `np.asarray` all of it."""
@@ -83,6 +94,11 @@ class _SavedArray:
   name: str
   shape: tuple[int, ...]
   dtype: np.dtype
+
+  @classmethod
+  def open(cls, step: Path, name: str) -> "_SavedArray":
+    stored = _stored(step, name)
+    return cls(step, name, tuple(stored.shape), stored.dtype.numpy_dtype)
 
   def __getitem__(self, layer: int) -> np.ndarray:
     return self._read(layer)
@@ -99,7 +115,7 @@ class _SavedArray:
 
 @functools.lru_cache(maxsize=256)
 def _stored(step, name):
-  place = {"driver": "ocdbt", "base": f"file://{step}/state/", "path": f"{name}/"}
+  place = _place(step, path=f"{name}/")
   return tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
 
 

@@ -37,31 +37,40 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
-  """Compiles and prints what it takes; 2 if it does not fit."""
+  """Compiles and prints what it takes, for each stage if there are any; 2 if one does not fit."""
   config = read_config(args.config, args.overrides, example="configs/stage3_long.py")
 
   from videochat_flash_jax.benchmarks import ahead_of_time  # imports JAX: not for a typing error
-  from videochat_flash_jax.train.settings import train_settings
+  from videochat_flash_jax.train.settings import run_configs, train_settings
 
-  settings = train_settings(config)
+  runs = {stage: train_settings(run) for stage, run in run_configs(config).items()}
   ahead_of_time.prepare()
-  devices = ahead_of_time.topology_devices(args.topology, settings.mesh.num_slices)
-  program, arguments = _program(args.program, settings, devices)
-  fits = True
-  try:
-    remedy = _TRAINING if args.program == "train" else _ANSWERING
-    result = ahead_of_time.report(args.topology, program, arguments, remedy)
-  except ahead_of_time.OutOfMemory as error:
-    result, fits = error.report, False
   name = " ".join([args.config.name, *args.overrides])
   if args.program != "train":
     name += f" --program {args.program}"
+  reports = {stage: _report(args, settings) for stage, settings in runs.items()}
   if args.table:
-    print(ahead_of_time.table_row(name, result))
+    for stage, report in reports.items():
+      print(ahead_of_time.table_row(f"{name} {stage}".rstrip(), report))
   else:
-    model = {"model": settings.model.name, "image_size": settings.model.vision.image_size}
-    print(json.dumps({"config": name, **model, **result}, indent=2))
-  return 0 if fits else 2
+    told = reports.get("", {"stages": reports})
+    print(json.dumps({"config": name, **told}, indent=2))
+  return 2 if any("error" in report for report in reports.values()) else 0
+
+
+def _report(args, settings):
+  """What one program takes, or that it does not fit."""
+  from videochat_flash_jax.benchmarks import ahead_of_time
+
+  devices = ahead_of_time.topology_devices(args.topology, settings.mesh.num_slices)
+  program, arguments = _program(args.program, settings, devices)
+  remedy = _TRAINING if args.program == "train" else _ANSWERING
+  try:
+    report = ahead_of_time.report(args.topology, program, arguments, remedy)
+  except ahead_of_time.OutOfMemory as error:
+    report = error.report
+  model = settings.model
+  return {"model": model.name, "image_size": model.vision.image_size, **report}
 
 
 def _program(name, settings, devices):

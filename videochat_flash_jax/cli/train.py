@@ -43,4 +43,4 @@ def run(args: argparse.Namespace):
     workdir = train(config, args.workdir)
   if is_first and workdir is not None:
     print(f"the checkpoint is in {workdir / 'checkpoints'}; to write it as models on the hub are:")
-    print(f"vcflash convert --model {workdir} --out DIR")
+    print(f"vcflash convert --model {workdir} --out DIR --dtype bfloat16")

@@ -14,7 +14,7 @@ from videochat_flash_jax.data.mixture import read_mixture
 from videochat_flash_jax.train.config_checks import require
 from videochat_flash_jax.train.preemption import Preemption
 from videochat_flash_jax.train.run import train_run
-from videochat_flash_jax.train.settings import TrainSettings, train_settings
+from videochat_flash_jax.train.settings import TrainSettings, run_configs, train_settings
 from videochat_flash_jax.train.workdir import check_config, check_writable, prepare
 
 _log = logging.getLogger("videochat_flash_jax")
@@ -72,13 +72,8 @@ def heartbeat_seconds(config: ConfigDict) -> int:
 
 def _runs(config, workdir) -> Iterator[tuple[ConfigDict, Path]]:
   """The config of each run, and its directory."""
-  if "stages" not in config:
-    yield config, workdir
-    return
-  require(bool(config.stages), "stages", config.stages, "a ConfigDict of configs of runs")
   previous = None
-  for name, stage in config.stages.items():
-    stage = stage.copy_and_resolve_references()
+  for name, stage in run_configs(config).items():
     if stage.get("init_from") is None and previous is not None:
       stage.init_from = str(previous)
     previous = workdir / name

@@ -124,14 +124,14 @@ class _Steps:
         self._look_at_running()
         self._running = _Done(step, metrics, self._iterator.get_state())
         is_last, is_due = step == settings.num_steps, preemption.is_due()
-        if self._measured and (step % settings.eval.every == 0 or is_last):
-          self._look_at_running()
-          with self._meter.paused():
-            self._measure(step, state)
         if is_due or is_last or step % every == 0:
           self._save(step, state, config)
         if is_due and not is_last:
           return False
+        if self._measured and (step % settings.eval.every == 0 or is_last):
+          self._look_at_running()
+          with self._meter.paused():
+            self._measure(step, state)
     return True
 
   def _save(self, step, state, config):

@@ -36,6 +36,18 @@ OBJECTIVES = ("answers", "patches")
 OPTIMIZERS = ("adamw", "muon")
 
 
+def run_configs(config: ConfigDict) -> dict[str, ConfigDict]:
+  """The config of each stage by its name; of a config without `stages` itself, by "".
+
+  Raises:
+    InputError: there are no stages in `stages`.
+  """
+  if "stages" not in config:
+    return {"": config}
+  require(bool(config.stages), "stages", config.stages, "a ConfigDict of configs of runs")
+  return {name: stage.copy_and_resolve_references() for name, stage in config.stages.items()}
+
+
 def train_settings(config: ConfigDict) -> TrainSettings:
   """Checks a config such as configs/stage3_long.py, field by field.
 

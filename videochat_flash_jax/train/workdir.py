@@ -26,7 +26,8 @@ from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train.initial_weights import RANDOM, copy_hub_files
 from videochat_flash_jax.train.settings import TrainSettings
 
-# Fields that may be others when a run goes on, since its numbers do not depend on them.
+# Fields that may be others when a run goes on, since its numbers do not depend on them; but for
+# `mesh.sequence`, by which rows are packed: the state of the batches refuses another one.
 _FREE = (
   "checkpoint", "data.max_broken_share", "data.workers", "eval", "heartbeat_seconds", "log_every",
   "mesh", "profile", "remat", "sequence_parallel",
