@@ -9,7 +9,13 @@ SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] 
 # Numbers are compared in float32 on the CPU; compiled programs are kept for the next run.
 PYTEST := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 $(BIN)/python -m pytest --quiet
-EIGHT_DEVICES := XLA_FLAGS=--xla_force_host_platform_device_count=8
+# Most take longer to compile than to run: the compiler is told not to try hard.
+QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+ONE_DEVICE := XLA_FLAGS="$(QUICK)"
+# Collectives keep their order with these flags, and without a cache: see parallel/mesh.py.
+EIGHT_DEVICES := JAX_ENABLE_COMPILATION_CACHE=false XLA_FLAGS="$(QUICK) \
+  --xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false \
+  --xla_cpu_multi_thread_eigen=false --xla_cpu_experimental_ynn_fusion_type="
 
 .PHONY: help venv demo test test-slow test-convert test-torch test-tpu test-libtpu lint
 help:  ## show this list
@@ -21,9 +27,10 @@ demo: $(INSTALLED)  ## watch a video with the embedded model and ask three quest
 	@$(BIN)/vcflash demo
 
 # Two at a time, since compiling keeps one core busy; the tests of a file share what they compile.
-TWO := --numprocesses 2 --dist loadfile
+# Started again after a crash, the tests would wait for each other for ever.
+TWO := --numprocesses 2 --dist loadfile --max-worker-restart 0
 test: $(INSTALLED)  ## the tests that take minutes in all
-	@$(PYTEST) $(TWO)
+	@$(ONE_DEVICE) $(PYTEST) $(TWO)
 	@$(EIGHT_DEVICES) $(PYTEST) $(TWO) tests/multidevice
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each

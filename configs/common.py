@@ -4,7 +4,7 @@ A step computes `rows` rows of `tokens_per_row` tokens, into which examples are 
 another. The published batches count examples: 512 a step in stage 1, 256 later. `rows` was chosen
 to hold about as many, by these estimates of an example's tokens, nothing that was measured:
 
-  stage 1   220 tokens   16 rows of  8,192 hold 600   (4 frames are 64 tokens; images have tiles)
+  stage 1   240 tokens   16 rows of  8,192 hold 540   (4 frames are 64 tokens; images have tiles)
   stage 2   450 tokens    4 rows of 32,768 hold 290
   stage 3 2,100 tokens   16 rows of 32,768 hold 250   (64 to 512 frames are 1,024 to 8,192 tokens)
   stage 4 2,100 tokens   16 rows of 32,768 hold 250

@@ -4,9 +4,9 @@ vcflash train --config configs/stage4_highres.py --workdir DIR
   --config.init_from=WORKDIR_OF_STAGE_3 --config.data.mixture=MIXTURE
 vcflash compile --config configs/stage4_highres.py --topology v5e:2x2 --config.rows=1
 
-Mesh and slice: each row over 4 chips; one on v5e:2x2, the smallest slice (docs/memory.md), while
-the 16 rows of this config are for v5e:8x8. The 2B fits v5e:1x1 with --config.rows=1
---config.mesh.sequence=1 --config.clips_per_shard=512 --config.tiles_per_shard=160.
+Mesh and slice: each row over 4 chips, 16 of them on v5e:8x8; one on v5e:2x2, the smallest slice,
+with --config.rows=1. Expected there, by the TPU's compiler: 11.5 of 15.75 GiB a chip, and at least
+14.3 s a step at the chip's published peak, an estimate (docs/memory.md).
 """
 
 import common

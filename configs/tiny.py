@@ -2,9 +2,13 @@
 
 vcflash train --config configs/tiny.py --workdir DIR
 
-On 2 CPU cores. A stage 0 comes before them: it trains the ViT, and stands in for the published
-encoder. Each stage is trained in DIR/NAME and begins from the one before; given again, the command
-goes on where it was stopped.
+A stage 0 comes before them: it trains the ViT, and stands in for the published encoder. Stages 2
+and 3 leave that as it is, unlike the published ones: here tuning it gained nothing and took half as
+long again. Each stage is trained in DIR/NAME and begins from the one before; given again, the
+command goes on where it was stopped.
+
+Expected: 34 minutes on 2 CPU cores; 99 % right answers about videos of 64 frames after stage 3,
+which is what ships, and 98 % after stage 4 (README.md has the table).
 """
 
 import common
@@ -82,10 +86,11 @@ def _stage1_align() -> ConfigDict:
 
 
 def _stage2_pretrain() -> ConfigDict:
-  """All parts learn, from conversations about short videos."""
+  """Connector and decoder learn, from conversations about short videos."""
   config = _tiny()
   config.num_steps = 900
   config.optimizer.learning_rate = 0.005
+  config.optimizer.scales = (("vision", 0.0), ("", 1.0))
   config.data.frames = (4, 16)
   config.rows = 8
   config.tokens_per_row = 256
@@ -94,10 +99,11 @@ def _stage2_pretrain() -> ConfigDict:
 
 
 def _stage3_long() -> ConfigDict:
-  """All parts learn, from videos of up to 128 frames."""
+  """Connector and decoder learn, from videos of up to 128 frames."""
   config = _tiny()
-  config.num_steps = 500
+  config.num_steps = 1200
   config.optimizer.learning_rate = 0.003
+  config.optimizer.scales = (("vision", 0.0), ("", 1.0))
   config.data.frames = (8, 128)
   config.rows = 2
   config.tokens_per_row = 1024
@@ -106,14 +112,14 @@ def _stage3_long() -> ConfigDict:
 
 
 def _stage4_highres() -> ConfigDict:
-  """Encoder and connector adapt to twice the resolution, the decoder is frozen."""
+  """Encoder and connector adapt to 48 pixels, the decoder is frozen."""
   config = _tiny()
-  config.image_size = 64
-  config.num_steps = 100
-  config.optimizer.learning_rate = 0.001
-  config.optimizer.scales = (("vision", 0.2), ("connector", 1.0), ("", 0.0))
-  config.data.frames = (8, 32)
+  config.image_size = 48
+  config.num_steps = 700
+  config.optimizer.learning_rate = 0.0015
+  config.optimizer.scales = (("decoder", 0.0), ("", 1.0))
+  config.data.frames = (8, 64)
   config.rows = 2
-  config.tokens_per_row = 512
-  config.clips_per_shard = 8
+  config.tokens_per_row = 1024
+  config.clips_per_shard = 16
   return config

@@ -1,5 +1,6 @@
 """Every command and every line of Python in the README runs, in its order."""
 
+import json
 import os
 import re
 import shlex
@@ -86,6 +87,9 @@ def test_long_commands_run(folder):
   for command in commands(slow=True):
     output = vcflash([*command, *SHORTENED.get(command[0], [])], folder)
     print(f"{' '.join(command)}\n{output}")
+    if command[0] == "evaluate":  # of the model that ships, about videos that training did not see
+      score = json.loads(output)
+      assert score["rows"] == 202 and score["right"] >= 0.99 * score["rows"]
 
 
 def test_the_python_runs(folder):

@@ -1,41 +1,27 @@
 """Checkpoints of a run: whole or not at all, on any mesh, and what goes wrong is one line."""
 
-import os
 import resource
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.checkpoints.saved_states import (
+  BALLAST,
+  CONFIG,
+  DATA,
+  RUN,
+  State,
+  assert_one_line,
+  killed,
+  shapes_of,
+  state,
+  steps,
+)
 from videochat_flash_jax.checkpoints.manager import RunCheckpoints
 from videochat_flash_jax.errors import InputError
-
-ROOT = Path(__file__).parents[2]
-CONFIG = {"model": "tiny", "lora": {"rank": 0, "alpha": 16.0}, "optimizer": {"name": "adamw"}}
-RUN = {"config": CONFIG}
-DATA = {"streams": {"0": {"drawn": 7}}, "version": 3}
-
-
-class State(NamedTuple):
-  trained: dict
-  optimizer: tuple
-
-
-def state(value=0.0, size=4):
-  weights = {"decoder": {"norm": {"scale": jnp.arange(float(size)) + value}}}
-  moments = {"decoder": {"norm": {"scale": jnp.full(size, value, jnp.bfloat16)}}}
-  return State(weights, ({}, moments, jnp.int32(value)))
-
-
-def shapes_of(tree):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def assert_restores(directory, step, value):
@@ -47,17 +33,6 @@ def assert_restores(directory, step, value):
   for ours, saved in zip(jax.tree.leaves(restored.state), jax.tree.leaves(expected), strict=True):
     assert ours.dtype == saved.dtype
     np.testing.assert_array_equal(ours, saved)
-
-
-def steps(directory):
-  return sorted(int(path.name) for path in directory.iterdir())
-
-
-def assert_one_line(caught, *words):
-  message = str(caught.value)
-  assert "\n" not in message
-  for word in words:
-    assert word in message, message
 
 
 def test_a_checkpoint_reads_back_as_it_was_with_who_wrote_it(tmp_path):
@@ -101,32 +76,14 @@ def test_steps_that_consume_the_state_do_not_change_what_is_being_saved(tmp_path
   np.testing.assert_array_equal(restored.state["w"], np.arange(500_000.0))
 
 
-SAVE_FOR_EVER = """
-import sys
-from pathlib import Path
-import jax.numpy as jnp
-from tests.checkpoints.manager_test import DATA, RUN, state
-from videochat_flash_jax.checkpoints.manager import RunCheckpoints
-checkpoints = RunCheckpoints(Path(sys.argv[1]), keep=2)
-for step in range(1, 10_000):
-  checkpoints.save(step, {"state": state(step), "ballast": jnp.zeros(3_000_000)}, DATA, RUN)
-"""
-
-
 def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_in_nobody_s_way(tmp_path):
-  shapes = shapes_of({"state": state(), "ballast": jnp.zeros(3_000_000)})
-  process = subprocess.Popen(
-    [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)],
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
-  )
-  try:
-    deadline = time.monotonic() + 60
-    while not (any(tmp_path.glob("3")) and any(tmp_path.glob("*.orbax-checkpoint-tmp"))):
-      assert process.poll() is None and time.monotonic() < deadline
-  finally:
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-  assert any(tmp_path.glob("*.orbax-checkpoint-tmp"))
+  shapes = shapes_of({"state": state(), "ballast": {"w": jnp.zeros(BALLAST)}})
+
+  def unfinished():
+    return any(tmp_path.glob("*.orbax-checkpoint-tmp"))
+
+  killed(tmp_path, lambda: (tmp_path / "3").is_dir() and unfinished())
+  assert unfinished()
   with RunCheckpoints(tmp_path, keep=2) as checkpoints:
     restored = checkpoints.restore(shapes, RUN)
     step = restored.step
@@ -160,6 +117,12 @@ def short_files():
   resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def go_on_training(checkpoints):
+  for _ in range(6000):
+    checkpoints.check()
+    time.sleep(0.01)
+
+
 def test_a_full_disk_is_one_line_and_what_was_whole_stays(tmp_path, short_files, capfd):
   noise = {"w": jax.random.normal(jax.random.key(0), (200, 1000))}
   checkpoints = RunCheckpoints(tmp_path)
@@ -168,7 +131,7 @@ def test_a_full_disk_is_one_line_and_what_was_whole_stays(tmp_path, short_files,
   short_files()
   checkpoints.save(6, noise, DATA, RUN)
   with pytest.raises(InputError) as caught:
-    checkpoints.wait()
+    go_on_training(checkpoints)
   assert_one_line(caught, "step 6", "File too large", "newest whole one is 5", "make room")
   assert steps(tmp_path) == [5]
   checkpoints.save(7, noise, DATA, RUN)
@@ -241,3 +204,13 @@ def test_damaged_files_are_told_with_what_to_do(tmp_path):
     with pytest.raises(InputError) as caught:
       checkpoints.restore(shapes_of(weights))
     assert_one_line(caught, str(tmp_path / "5"), "damaged", "the one before")
+
+
+def test_orbax_does_not_ask_jax_for_signals_of_which_others_count_the_steps(tmp_path, monkeypatch):
+  def asked(step):
+    raise AssertionError(f"asked at step {step}")
+
+  monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", asked)
+  with RunCheckpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state(), DATA, RUN)
+  assert (tmp_path / "1").is_dir()

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from tests.checkpoints.small_checkpoints import make_model
+from tests.fake_devices import fake_devices
 from tests.models.small_models import CONFIG
 from videochat_flash_jax.checkpoints.convert import flat_weights
 from videochat_flash_jax.checkpoints.hf_config import write_config
@@ -52,7 +53,7 @@ def write(directory, decoder):
 def load(directory, num_devices=1):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+    **fake_devices(num_devices),
   }
   command = [sys.executable, "-m", "tests.checkpoints.loading_process", str(directory)]
   output = subprocess.run(
@@ -62,6 +63,7 @@ def load(directory, num_devices=1):
   return json.loads(output.stdout)
 
 
+@pytest.mark.slow
 def test_layers_go_to_their_stacks_and_shards_one_by_one(tmp_path):
   # Stacks of up to 160 MB, of which groups of 64 MiB are on the host at once.
   decoder = dataclasses.replace(DECODER, width=1024, mlp_width=4096, depth=20)

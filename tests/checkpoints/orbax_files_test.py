@@ -14,6 +14,7 @@ from flax import nnx
 
 from tests.checkpoints.small_checkpoints import assert_refused, make_model, stored_bytes
 from tests.conftest import assert_close
+from videochat_flash_jax.checkpoints.adapters import merge_adapters
 from videochat_flash_jax.checkpoints.checkpoint import Checkpoint
 from videochat_flash_jax.checkpoints.convert import (
   flat_weights,
@@ -25,8 +26,9 @@ from videochat_flash_jax.checkpoints.manager import RunCheckpoints
 from videochat_flash_jax.cli.main import main
 from videochat_flash_jax.inference.chat import VideoChat
 from videochat_flash_jax.models.config import LoraConfig
+from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.testing.dummy import dummy_config, dummy_model, write_dummy_checkpoint
-from videochat_flash_jax.train.lora import add_adapters, merge_adapters
+from videochat_flash_jax.train.lora import add_adapters
 from videochat_flash_jax.train.step import split_state
 
 LORA = LoraConfig(rank=2, alpha=5.0)
@@ -40,9 +42,13 @@ def hub(tmp_path_factory):
 
 
 def train_nothing(hub, workdir, lora=None, seeds=(0,)):
-  """A run whose checkpoint of step s + 1 holds weights of seed s; gives the last weights."""
+  """A run whose checkpoint of step s + 1 has a decoder of seed s, all else of the first of them.
+
+  Gives the last weights.
+  """
   shutil.copytree(hub, workdir / "hub", ignore=lambda *_: ["model.safetensors"])
   config = {"config": {"lora": dataclasses.asdict(lora or LoraConfig(rank=0))}}
+  frozen = None
   with RunCheckpoints(workdir / "checkpoints") as checkpoints:
     for seed in seeds:
       model = dummy_model(seed=seed)
@@ -53,9 +59,10 @@ def train_nothing(hub, workdir, lora=None, seeds=(0,)):
             leaf.set_value(jax.random.normal(jax.random.key(2), leaf.shape))
         nnx.update(model, nnx.state(model))
       _, state = split_state(model, lambda path: "decoder" in path, optax.adamw(1e-3))
-      weights = {path: np.asarray(w) for path, w in flat_weights(nnx.state(model, nnx.Param))}
-      checkpoints.save(seed + 1, state, {"streams": {}}, config)
-  return weights
+      frozen = frozen or state.frozen
+      checkpoints.save(seed + 1, state._replace(frozen=frozen), {"streams": {}}, config)
+  leaves = jax.tree.leaves_with_path(state.trained | frozen)
+  return {dotted_path(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def weights_of(model):
@@ -108,7 +115,7 @@ def test_adapters_are_merged_on_the_way_out(hub, tmp_path):
   add_adapters(adapted, LORA, nnx.Rngs(1))
   graph, state = nnx.split(adapted, nnx.Param)
   filled = [
-    (path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))])))
+    (path, leaf.replace(jnp.asarray(weights[dotted_path(path)])))
     for path, leaf in nnx.to_flat_state(state)
   ]
   adapted = nnx.merge(graph, nnx.from_flat_state(filled))
@@ -132,6 +139,23 @@ def test_heads_and_moments_of_the_optimizer_are_left_where_they_are(hub, tmp_pat
   checkpoint = open_checkpoint(tmp_path / "run")
   assert isinstance(checkpoint, Checkpoint)
   assert checkpoint.tensors.keys() == open_checkpoint(hub).tensors.keys()
+
+
+def test_a_checkpoint_is_not_read_without_the_frozen_weights_of_its_run(hub, tmp_path):
+  for name in ("run", "other"):
+    train_nothing(hub, tmp_path / name)
+  step, frozen = (tmp_path / "run" / "checkpoints" / name for name in ("1", "frozen"))
+  shutil.copytree(step, tmp_path / "copy")
+  assert_refused(tmp_path / "copy", f"{tmp_path}/copy", str(tmp_path / "frozen"), "missing", "copy")
+  frozen.rename(tmp_path / "frozen")
+  assert_refused(tmp_path / "run", str(frozen), "missing", "copy that directory")
+  shutil.copytree(tmp_path / "other" / "checkpoints" / "frozen", frozen)
+  assert_refused(step, str(frozen), "of another run")
+  shutil.rmtree(frozen)
+  (tmp_path / "frozen").rename(frozen)
+  for path in (frozen / "state").rglob("d/*"):
+    path.unlink()
+  assert_refused(tmp_path / "run", str(frozen), "damaged", "a copy of them")
 
 
 def test_a_run_without_a_whole_checkpoint_is_told_from_one_that_is_damaged(hub, tmp_path):

@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from tests.data.saved_batches import digest
-from tests.data.small_mixture import config, make_tokenizer, read_rows, write_mixture
+from tests.data.small_mixture import (
+  assert_tells_its_own_error_alone,
+  config,
+  make_tokenizer,
+  read_rows,
+  write_mixture,
+)
 from videochat_flash_jax.data import train_batches
 from videochat_flash_jax.data.row_packer import RowPacker
 from videochat_flash_jax.data.train_batches import mixture_batches
@@ -140,12 +146,7 @@ raise ValueError("of its own")
 
 
 def test_a_program_that_fails_with_workers_tells_its_own_error_alone(mixture):
-  process = subprocess.run(
-    [sys.executable, "-c", FAILING, str(mixture)],
-    env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
-  )  # fmt: skip
-  assert process.stderr.endswith("ValueError: of its own\n") and process.returncode == 1
-  assert process.stderr.count("Traceback") == 1
+  assert_tells_its_own_error_alone(FAILING, mixture)
 
 
 KILLED = """

@@ -1,12 +1,20 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from videochat_flash_jax.cli.config_file import load_config
 from videochat_flash_jax.data.conversation import IGNORE_LABEL
 from videochat_flash_jax.data.examples import Example
+from videochat_flash_jax.data.image_tiling import choose_grid
 from videochat_flash_jax.data.row_packer import NUM_HELD, Packed, RowPacker, write_row
 from videochat_flash_jax.data.sharded_rows import RowLayout, empty_rows
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.models.config import TilingConfig
 from videochat_flash_jax.parallel.zigzag import unzigzag_order
+from videochat_flash_jax.train.settings import data_config, train_settings
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 # As configs/stage3_long.py has it, and with the paper's shares of images, short and long videos.
 STAGE3 = {
@@ -67,6 +75,26 @@ def test_rows_of_stage_3_are_filled_to_98_percent(packed):
   assert np.mean(filled) > 0.98 * STAGE3["tokens"]
 
 
+def draw_of_stage_1(rng):
+  """Of 558,000 images, 336 pixels along the shorter side, and 481,000 clips, all with captions."""
+  if rng.random() < 481 / (481 + 558):
+    return example(1, 1, 0, int(rng.integers(10, 40)), 64)
+  long = int(336 * rng.choice([1, 1.1, 1.33, 1.5, 1.78], p=[0.35, 0.1, 0.3, 0.2, 0.05]))
+  columns, rows = choose_grid(*rng.permutation([336, long]), TilingConfig(), tile_size=224)
+  return example(1, 0, 1 + int(columns * rows), int(rng.integers(8, 40)), 64)
+
+
+def test_rows_of_stage_1_are_filled_to_99_percent_with_as_many_examples_as_the_config_says():
+  settings = train_settings(load_config(CONFIGS / "stage1_align.py"))
+  layout = data_config(settings, num_shards=1, streams=1).layout
+  rng, packer = np.random.default_rng(0), RowPacker(layout)
+  packed = (packer.add(Packed(number, number, draw_of_stage_1(rng))) for number in range(1500))
+  rows = [row for row in packed if row]
+  filled = [sum(len(item.example.token_ids) for item in row) for row in rows]
+  assert np.mean(filled) > 0.99 * layout.tokens
+  assert settings.rows * np.mean([len(row) for row in rows]) == pytest.approx(540, rel=0.03)
+
+
 def test_no_example_waits_for_long(packed):
   rows, _ = packed
   for number, row in enumerate(rows):
@@ -92,6 +120,15 @@ def test_examples_that_do_not_fit_together_any_more_are_refused():
   whole = Packed(0, 31, example(1, 8, 0, 60, SMALL.clip_tokens))
   with pytest.raises(InputError, match=r"^rows 31, 31 of the mixture .* have changed"):
     RowPacker(SMALL).put_together([whole, whole])
+
+
+def test_examples_put_anywhere_wait_until_others_are_added():
+  items = [Packed(number, number, example(1, 1, 0, 80, SMALL.clip_tokens)) for number in range(9)]
+  packer = RowPacker(SMALL, num_held=2)
+  for item in items:
+    packer.put(item)
+  assert packer.unfinished == [[[number, number]] for number in range(9)]
+  assert [item.number for item in packer.add(items[0])] == [0]
 
 
 def test_clips_and_tiles_of_every_shard_fit_and_each_place_sees_its_own_picture():

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from videochat_flash_jax.data.rows import open_rows
 from videochat_flash_jax.data.sharded_rows import RowLayout
 from videochat_flash_jax.data.tokenizer import BPETokenizer
 
+ROOT = Path(__file__).parents[2]
 VOCABULARY = Path(__file__).parents[1] / "golden" / "08_text"
 make_tokenizer = functools.partial(BPETokenizer, VOCABULARY)
 SIZE, CLIP_TOKENS = 32, 4
@@ -73,3 +77,13 @@ def write_mixture(folder: Path, num_videos: int = 12, num_images: int = 8, num_t
 def read_rows(mixture: Path):
   """The rows of a mixture, indexed beside it."""
   return open_rows(read_mixture(mixture), mixture.parent / "cache")
+
+
+def assert_tells_its_own_error_alone(code: str, mixture: Path):
+  """Runs a program that is given the mixture, reads batches, and fails with "of its own"."""
+  process = subprocess.run(
+    [sys.executable, "-c", code, str(mixture)],
+    env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+  )  # fmt: skip
+  assert process.stderr.endswith("ValueError: of its own\n") and process.returncode == 1
+  assert process.stderr.count("Traceback") == 1

@@ -74,6 +74,7 @@ def check_stops(mixture, run, workers):
     assert following == digests[stop : stop + NUM_FOLLOWING], stop
 
 
+@pytest.mark.slow
 def test_a_new_process_goes_on_exactly_from_any_of_20_states(mixture, run):
   check_stops(mixture, run, [0] * NUM_STOPS)
 
@@ -198,6 +199,48 @@ def test_a_state_names_the_rows_of_the_last_batch(rows, monkeypatch):
   for number in range(3):
     next(batches)
     assert batches.get_state()["streams"]["0"]["last"] == read[2 * number :]
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"num_shards": 4},
+    {"num_shards": 1, "zigzag": False, "clips_per_shard": 48, "tiles_per_shard": 40},
+    # Two images that wait in one row have 12 tiles.
+    {"num_shards": 1, "zigzag": False, "clips_per_shard": 8, "tiles_per_shard": 10},
+  ],
+)
+def test_with_another_layout_rows_are_packed_anew_and_no_example_is_lost(
+  rows, monkeypatch, caplog, change
+):
+  given, write_row = [], train_batches.write_row
+
+  def spy(packed, *args):
+    given.extend(item.number for item in packed)
+    write_row(packed, *args)
+
+  monkeypatch.setattr(train_batches, "write_row", spy)
+  batches = iter(mixture_batches(config(rows=1), rows, make_tokenizer))
+  for _ in range(8):
+    next(batches)
+  saved = json.loads(json.dumps(batches.get_state()))
+  other = iter(mixture_batches(config(rows=1, **change), rows, make_tokenizer))
+  with caplog.at_level("INFO", "videochat_flash_jax"):
+    other.set_state(saved)
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert said.startswith("rows are packed anew, no example is lost: ") and ", now " in said
+  assert other.get_state() == saved  # so that nothing changes if the run is stopped at once
+  for _ in range(8):
+    next(other)
+  state = other.get_state()
+  stream = state["streams"]["0"]
+  waiting = [number for row in stream["unfinished"] for number, _ in row]
+  assert sorted(given + waiting) == list(range(stream["next"]))
+  assert stream["examples"] == stream["next"]
+  expected = digest(next(other))
+  again = iter(mixture_batches(config(rows=1, **change), rows, make_tokenizer))
+  again.set_state(json.loads(json.dumps(state)))
+  assert digest(next(again)) == expected
 
 
 def test_batches_have_the_shapes_of_the_config(rows):

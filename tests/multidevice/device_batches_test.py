@@ -14,7 +14,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from tests.data.saved_batches import digest
-from tests.data.small_mixture import config, make_tokenizer, read_rows, write_mixture
+from tests.data.small_mixture import (
+  assert_tells_its_own_error_alone,
+  config,
+  make_tokenizer,
+  read_rows,
+  write_mixture,
+)
+from tests.fake_devices import fake_devices
 from tests.multidevice.two_processes_test import free_port
 from videochat_flash_jax.data.train_batches import mixture_batches
 from videochat_flash_jax.errors import InputError
@@ -111,12 +118,7 @@ raise ValueError("of its own")
 
 
 def test_a_program_that_fails_tells_its_own_error_alone(mixture):
-  process = subprocess.run(
-    [sys.executable, "-c", FAILING, str(mixture)],
-    env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
-  )  # fmt: skip
-  assert process.stderr.endswith("ValueError: of its own\n") and process.returncode == 1
-  assert process.stderr.count("Traceback") == 1
+  assert_tells_its_own_error_alone(FAILING, mixture)
 
 
 def test_two_processes_read_their_rows_and_together_have_the_batches_of_one(mixture):
@@ -126,7 +128,7 @@ def test_two_processes_read_their_rows_and_together_have_the_batches_of_one(mixt
     expected.append([digest(next(host)) for _ in range(3)])
   address, environment = f"localhost:{free_port()}", dict(os.environ)
   environment |= {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    **fake_devices(4, num_processes=2),
     "PYTHONPATH": str(ROOT),
   }
   processes = [

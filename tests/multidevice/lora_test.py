@@ -21,7 +21,7 @@ from videochat_flash_jax.train.lora import add_adapters
 from videochat_flash_jax.train.losses import answer_loss
 from videochat_flash_jax.train.step import make_step, split_state
 
-LORA = LoraConfig(rank=3, targets=r"proj$|fc\d$|qkv$")
+LORA = LoraConfig(rank=3, alpha=3.0, targets=r"proj$|fc\d$|qkv$")  # not larger than kernels
 
 
 def stepped(layout, batch):
@@ -47,6 +47,7 @@ def expected():
 
 
 @pytest.mark.parametrize("name", ["fsdp 2 x sequence 2 x tensor 2"])
+@pytest.mark.slow
 def test_adapters_on_a_mesh_learn_what_they_do_on_one_device(name):
   mesh = make_mesh(MeshConfig(**MESHES[name]))
   shards = mesh.shape["sequence"]
@@ -61,7 +62,7 @@ def test_adapters_on_a_mesh_learn_what_they_do_on_one_device(name):
   loss, adapters = stepped(Layout(mesh, zigzag=shards > 1), batch)
   assert_close(loss, expected()[0], relative=1e-5)
   assert len(jax.tree.leaves(adapters)) == 2 * (7 + 4 + 2)
-  jax.tree.map(functools.partial(assert_close, relative=1e-4), adapters, expected()[1])
+  jax.tree.map(functools.partial(assert_close, relative=1e-5), adapters, expected()[1])
 
 
 def test_adapters_are_split_as_the_kernels_beside_them():

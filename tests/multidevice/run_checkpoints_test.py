@@ -1,6 +1,7 @@
 """A checkpoint is gone on from on another mesh, and by another number of processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.fake_devices import fake_devices
 from tests.multidevice.two_processes_test import free_port
 from videochat_flash_jax.checkpoints.manager import RunCheckpoints
+from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
 from videochat_flash_jax.parallel.sharding import weight_shardings
 
@@ -25,9 +28,12 @@ from pathlib import Path
 from videochat_flash_jax.parallel.processes import join_processes
 address, number, directory = sys.argv[1:]
 join_processes(address, 2, int(number))
-from tests.multidevice.run_checkpoints_test import go_on
-go_on(Path(directory), int(number))
+from tests.multidevice import run_checkpoints_test as test
+test.go_on(Path(directory) / "shared", int(number))
+test.begin(Path(directory) / "begun")
+test.see_different_directories(Path(directory) / f"of_{number}")
 """
+ONE = {"streams": {"0": {"drawn": 1}, "1": {"drawn": 2}}}
 
 
 def shapes(devices):
@@ -55,15 +61,32 @@ def go_on(directory, number):
   wanted = shapes(jax.devices())
   with RunCheckpoints(directory) as checkpoints:
     restored = checkpoints.restore(wanted)
-    assert restored.data["streams"] == {"0": {"drawn": 1}, "1": {"drawn": 2}}
+    assert restored.data == ONE
     own = {"version": 3, "streams": {str(number): {"drawn": 10 * "x" * (number + 1)}}}
-    doubled = jax.jit(lambda state: jax.tree.map(lambda x: 2 * x, state))(restored.state)
-    checkpoints.save(restored.step + 1, doubled, own, {"config": {}})
+    double = jax.jit(lambda weights: jax.tree.map(lambda x: 2 * x, weights))
+    state = restored.state | {"trained": double(restored.state["trained"])}
+    checkpoints.save(restored.step + 1, state, own, {"config": {}})
+
+
+def begin(directory):
+  """One of two processes: begins a run, with weights that never change."""
+  with RunCheckpoints(directory) as checkpoints:
+    assert checkpoints.restore(shapes(jax.devices())) is None
+    for step in (1, 2):
+      checkpoints.save(step, place(VALUES, shapes(jax.devices())), {}, {"config": {}})
+
+
+def see_different_directories(directory):
+  """One of two processes: there is a checkpoint in the directory of the first alone."""
+  with RunCheckpoints(directory) as checkpoints, pytest.raises(InputError) as caught:
+    checkpoints.restore(shapes(jax.devices()))
+  (directory / "said").write_text(str(caught.value))
 
 
 def assert_holds(state, factor):
-  for array, values in zip(jax.tree.leaves(state), jax.tree.leaves(VALUES), strict=True):
-    np.testing.assert_array_equal(array, factor * values)
+  trained, frozen = (jax.tree.leaves(state[part]) for part in ("trained", "frozen"))
+  np.testing.assert_array_equal(trained[0], factor * jax.tree.leaves(VALUES["trained"])[0])
+  np.testing.assert_array_equal(frozen[0], np.arange(5.0))
 
 
 @pytest.mark.parametrize("number", [1, 4, 8])
@@ -77,19 +100,21 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_any_number(tmp_path, numbe
     assert array.sharding == shape.sharding
 
 
-def test_two_processes_go_on_from_one_and_one_from_two(tmp_path):
-  streams = {"streams": {"0": {"drawn": 1}, "1": {"drawn": 2}}}
-  wanted = shapes(jax.devices()[:1])
-  with RunCheckpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, place(VALUES, wanted), streams, {"config": {}})
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+  """Where two processes went on from what one had saved, began, and saw different directories."""
+  directory = tmp_path_factory.mktemp("two_processes")
+  with RunCheckpoints(directory / "shared") as checkpoints:
+    checkpoints.save(1, place(VALUES, shapes(jax.devices()[:1])), ONE, {"config": {}})
+  shutil.copytree(directory / "shared", directory / "of_0")
   address = f"localhost:{free_port()}"
   environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    **fake_devices(4, num_processes=2),
     "PYTHONPATH": str(ROOT),
   }
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", PROCESS, address, str(number), str(tmp_path)],
+      [sys.executable, "-c", PROCESS, address, str(number), str(directory)],
       env=environment,
       stderr=subprocess.PIPE,
       text=True,
@@ -99,9 +124,32 @@ def test_two_processes_go_on_from_one_and_one_from_two(tmp_path):
   outputs = [process.communicate(timeout=200) for process in processes]
   for process, (_, errors) in zip(processes, outputs, strict=True):
     assert process.returncode == 0, errors[-3000:]
-  with RunCheckpoints(tmp_path) as checkpoints:
-    restored = checkpoints.restore(wanted)
+  return directory
+
+
+def restored_by_one(directory):
+  with RunCheckpoints(directory) as checkpoints:
+    return checkpoints.restore(shapes(jax.devices()[:1]))
+
+
+def test_two_processes_go_on_from_one_and_one_from_two(two_processes):
+  restored = restored_by_one(two_processes / "shared")
   assert restored.step == 2
   assert_holds(restored.state, 2)
   read = {"0": {"drawn": "x" * 10}, "1": {"drawn": "x" * 20}}
   assert restored.data == {"version": 3, "streams": read}
+
+
+def test_two_processes_write_what_is_frozen_once(two_processes):
+  restored = restored_by_one(two_processes / "begun")
+  assert restored.step == 2
+  assert_holds(restored.state, 1)
+  names = {path.name for path in (two_processes / "begun").iterdir()}
+  assert names == {"1", "2", "frozen"}
+
+
+def test_a_directory_that_is_not_shared_is_told_to_every_process(two_processes):
+  for number in range(2):
+    said = (two_processes / f"of_{number}" / "said").read_text()
+    assert "process 0 sees checkpoint 1 there, but process 1 does not" in said
+    assert "a --workdir that all hosts share" in said and "\n" not in said

@@ -21,9 +21,10 @@ def pair(workdir, stack):
   coordinator = f"localhost:{free_port()}"
   several = [f"--coordinator={coordinator}", "--num-processes=2", *ROWS]
   several += [f"--config.heartbeat_seconds={HEARTBEAT}"]
-  return [
-    stack.enter_context(started(workdir, *several, f"--process-id={number}")) for number in range(2)
+  processes = [
+    started(workdir, *several, f"--process-id={number}", num_processes=2) for number in range(2)
   ]
+  return [stack.enter_context(process) for process in processes]
 
 
 def end_well(processes):
@@ -57,6 +58,7 @@ def stack():
     yield stack
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_each_reads_its_stream(alone, tmp_path, stack):
   first, second = end_well(pair(tmp_path, stack))
   assert f"step {NUM_STEPS}  " in first and "the checkpoint is in" in first

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.fake_devices import fake_devices
 from tests.multidevice.train_step_test import assert_same, expected
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def free_port():
 def test_two_processes_take_the_step_of_one(tmp_path, name, dropout):
   address = f"localhost:{free_port()}"
   environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    **fake_devices(4, num_processes=2),
     "PYTHONPATH": str(ROOT),
   }
   paths = [tmp_path / f"{number}.npz" for number in range(2)]

@@ -3,8 +3,15 @@ import types
 import jax
 import pytest
 
+from tests.fake_devices import fake_devices
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
+from videochat_flash_jax.parallel.mesh import (
+  AXES,
+  CPU_FLAGS,
+  MeshConfig,
+  make_mesh,
+  mesh_shape,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +72,31 @@ def test_slices_that_are_not_there_are_refused_with_how_many_there_are(sizes, de
 def test_one_device_makes_a_mesh_of_ones():
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   assert dict(mesh.shape) == dict.fromkeys(AXES, 1)
+
+
+@pytest.fixture
+def set_option():
+  before = {}
+
+  def set_to(name, value):
+    before.setdefault(name, getattr(jax.config, name))
+    jax.config.update(name, value)
+
+  yield set_to
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.mark.parametrize("lacking", [None, *CPU_FLAGS])
+@pytest.mark.parametrize("cached", [False, True])
+def test_several_devices_of_a_cpu_without_their_settings_are_warned_of(
+  lacking, cached, set_option, monkeypatch, caplog
+):
+  flags = fake_devices(4)["XLA_FLAGS"].split()
+  monkeypatch.setenv("XLA_FLAGS", " ".join(flag for flag in flags if flag != lacking))
+  set_option("jax_compilation_cache_dir", "cache")
+  set_option("jax_enable_compilation_cache", cached)
+  make_mesh(MeshConfig(), jax.devices("cpu") * 4)
+  assert len(caplog.records) == (cached or lacking is not None)
+  for record in caplog.records:
+    assert " ".join(CPU_FLAGS) in record.getMessage()

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.processes import join_processes
+from videochat_flash_jax.parallel import processes
+from videochat_flash_jax.parallel.processes import ends_with_others, join_processes
 
 TPU_VARIABLES = ("MEGASCALE_COORDINATOR_ADDRESS", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 FOUND_NONE = ValueError("coordinator_address should be defined.")
@@ -141,3 +142,10 @@ def test_what_is_told_wrongly_is_refused(joined, told, said):
   with pytest.raises(InputError, match=said):
     join_processes(*told)
   assert joined == []
+
+
+def test_what_the_user_has_to_mend_is_no_death_of_another_process(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "_leave_word", lambda line: None)
+  with pytest.raises(InputError, match=r"^gloo/run:"), ends_with_others():
+    raise InputError("gloo/run: no such directory")

@@ -49,3 +49,14 @@ def test_work_grows_with_rows_and_clips_and_with_what_learns():
   frozen = step_flops(adapted, 1)
   with_adapters = dataclasses.replace(adapted, lora=dataclasses.replace(adapted.lora, rank=4))
   assert frozen < step_flops(with_adapters, 1) < step_flops(settings, 1)
+
+
+def test_with_stored_features_the_encoder_is_not_counted(monkeypatch):
+  monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
+  ours, counted = [], []
+  for features in ("", "somewhere"):
+    settings = settings_of("stage1_align.py", **{"data.features": features})
+    program = train_program(settings, jax.devices()[:1])
+    ours.append(step_flops(settings, 1))
+    counted.append(program.step.lower(program.state, program.batch).cost_analysis()["flops"])
+  assert ours[0] - ours[1] == pytest.approx(counted[0] - counted[1], rel=0.1)

@@ -100,18 +100,26 @@ def test_random_begins_with_nothing():
   assert initial_weights("random", CONFIG, wanted()) == {}
 
 
-def test_a_run_is_begun_from_where_it_ended(checkpoint, tmp_path):
+def test_a_run_is_begun_from_where_it_ended(checkpoint, tmp_path, caplog):
   hub, workdir = tmp_path / "first" / "hub", tmp_path / "first"
   copy_hub_files(str(checkpoint), CONFIG, hub)
   state = {"trained": nnx.to_pure_dict(nnx.state(random_model())), "frozen": {}}
   with RunCheckpoints(workdir / "checkpoints") as checkpoints:
-    checkpoints.save(3, state, {}, {"config": {}})
+    checkpoints.save(3, state, {}, {"config": {"lora": {"rank": 0}}})
   assert_begins(workdir)
   assert_begins(workdir / "checkpoints" / "3")
   copy_hub_files(str(workdir), CONFIG, tmp_path / "second" / "hub")
   assert (tmp_path / "second" / "hub" / "config.json").read_text() == (
     hub / "config.json"
   ).read_text()
+  assert not caplog.records
+  (workdir / "config.json").write_text('{"config": {"num_steps": 4}}')
+  copy_hub_files(str(workdir), CONFIG, tmp_path / "third" / "hub")
+  assert f"{workdir} has come to step 3 of 4 only" in caplog.text
+  caplog.clear()
+  for whole in (workdir / "checkpoints" / "3", checkpoint):
+    copy_hub_files(str(whole), CONFIG, tmp_path / "fourth" / "hub")
+  assert not caplog.records
 
 
 def test_parts_are_joined(parts):

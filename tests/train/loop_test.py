@@ -1,15 +1,22 @@
 """The loop: what it refuses before anything is computed, and when it stops."""
 
+import errno
 import json
 import logging
 import math
+import shutil
+from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from ml_collections import ConfigDict
 
 from tests.train import small_config
-from tests.train.small_runs import records
+from tests.train.small_runs import losses, records
 from videochat_flash_jax.checkpoints.convert import open_checkpoint
+from videochat_flash_jax.checkpoints.manager import RunCheckpoints
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train import loop
 
@@ -36,6 +43,8 @@ def as_if_begun(workdir, config):
     ({"num_steps": 0}, r"config\.num_steps is 0: give a positive integer"),
     ({"clips_per_shard": 0}, r"config\.clips_per_shard is 0"),
     ({"rows": 1, "accumulate": 2}, r"config\.accumulate is 2"),
+    ({"mesh.sequence": 3}, r"mesh: .* do not make the 1 devices"),
+    ({"data.features": "somewhere"}, r"config\.data\.features is 'somewhere'"),
   ],
 )
 def test_a_config_that_cannot_be_trained_is_refused_in_one_line(tmp_path, changes, said):
@@ -43,6 +52,33 @@ def test_a_config_that_cannot_be_trained_is_refused_in_one_line(tmp_path, change
     loop.train(small(**changes), tmp_path / "run")
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_address_of_a_bucket_is_no_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  said = r"--workdir gs://bucket/run is no directory: .* Filestore, .* Cloud Storage FUSE$"
+  with pytest.raises(InputError, match=said):
+    loop.train(small(), Path("gs://bucket/run"))
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "changes, said",
+  [
+    ({"mesh.data": 2}, r"do not make the 1 devices"),
+    ({"data.mixture": "gone.yaml"}, r"data\.mixture is 'gone.yaml'"),
+    ({"data.mixture": "bare.yaml"}, r"none\.json: cannot be read"),
+  ],
+)
+def test_a_later_stage_is_refused_before_the_first_begins(tmp_path, monkeypatch, changes, said):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "bare.yaml").write_text("datasets: [{json_path: none.json}]")
+  stages = {"first": small(), "second": small(**changes)}
+  if "data.mixture" in changes:
+    stages["second"].data.synthetic = ConfigDict()
+  with pytest.raises(InputError, match=said):
+    loop.train(ConfigDict({"stages": stages}), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("field", ["data.mixture", "eval.mixture"])
@@ -68,7 +104,8 @@ def test_a_run_without_data_is_refused(tmp_path):
   "field, value, said",
   [
     ("seed", 4, "config.seed 0, now it is 4; give 0, or another --workdir"),
-    ("optimizer.learning_rate", 0.5, "config.optimizer.learning_rate 0.001, now it is 0.5"),
+    ("optimizer.warm_up", 0.5, "config.optimizer.warm_up 0.0, now it is 0.5"),
+    ("num_steps", 31, "config.num_steps 30, now it is 31"),
     ("data.frames", (4, 8), r"config.data.frames \[4, 4\], now it is \[4, 8\]"),
   ],
 )
@@ -90,7 +127,64 @@ def test_a_directory_with_a_damaged_config_is_refused(tmp_path):
 def test_what_no_number_depends_on_may_change(tmp_path):
   as_if_begun(tmp_path, small())
   config = small(log_every=7, checkpoint__every=9, data__workers=2, mesh__data=2, remat="full")
+  config.update_from_flattened_dict({"data.mixture": "moved.yaml", "data.features": "elsewhere"})
+  config.update_from_flattened_dict({"mesh.sequence": 2, "zigzag": False, "clips_per_shard": 7})
   loop.check_config(tmp_path, json.loads(config.to_json_best_effort()))
+
+
+def test_clips_of_an_encoder_that_is_trained_alone_are_its_batch_and_may_not_change(tmp_path):
+  as_if_begun(tmp_path, small(objective="patches"))
+  config = small(objective="patches", clips_per_shard=7)
+  with pytest.raises(InputError, match=r"config\.clips_per_shard 1, now it is 7"):
+    loop.check_config(tmp_path, json.loads(config.to_json_best_effort()))
+
+
+THREE_STEPS = {"num_steps": 3, "rows": 2, "checkpoint__every": 1}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  return loop.train(small(**THREE_STEPS), tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_a_run_goes_on_with_another_rate_and_in_parts(undisturbed, tmp_path, caplog):
+  shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / "checkpoints" / "3")
+  config = small(**THREE_STEPS, accumulate=2, init_from="gone", optimizer__clip_norm=0.5)
+  config.optimizer.learning_rate = 5e-4
+  with caplog.at_level(logging.INFO, "videochat_flash_jax"):
+    assert loop.train(config, tmp_path) == tmp_path
+  said = [record.getMessage() for record in caplog.records]
+  assert "config.optimizer.learning_rate was 0.001, now 0.0005" in said
+  assert "config.accumulate was 1, now 2" in said
+  saved = json.loads((tmp_path / "config.json").read_text())["config"]
+  assert saved["optimizer"]["clip_norm"] == 0.5 and saved["init_from"] == "gone"
+  np.testing.assert_allclose(losses(tmp_path), losses(undisturbed), rtol=1e-5)
+  before, after = (
+    [r["learning_rate"] for r in records(run) if "loss" in r] for run in (undisturbed, tmp_path)
+  )
+  assert after == pytest.approx([*before[:2], before[2] / 2])
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_the_same_command_goes_on(
+  undisturbed, tmp_path, monkeypatch
+):
+  save = ocp.CheckpointManager.save
+
+  def fill(self, step, *args, **kwargs):
+    if step == 2:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return save(self, step, *args, **kwargs)
+
+  with monkeypatch.context() as full:
+    full.setattr(ocp.CheckpointManager, "save", fill)
+    with pytest.raises(InputError) as caught:
+      loop.train(small(**THREE_STEPS), tmp_path)
+  said = str(caught.value)
+  assert "the checkpoint of step 2 could not be written (No space left on device)" in said
+  assert "the newest whole one is 1: make room" in said and "\n" not in said
+  assert loop.train(small(**THREE_STEPS), tmp_path) == tmp_path
+  assert losses(tmp_path) == losses(undisturbed)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_names_of_its_batch(tmp_path):
@@ -100,7 +194,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_names_of_its_bat
   (path,) = tmp_path.glob("nan_step_*.json")
   told, step = json.loads(path.read_text()), int(path.stem.removeprefix("nan_step_"))
   assert f"of step {step} is" in str(error.value) and path.name in str(error.value)
-  assert f"checkpoint {step - 1} is good" in str(error.value) and "\n" not in str(error.value)
+  assert f"the newest checkpoint is of step {step - 1}:" in str(error.value)
+  assert "lower config.optimizer.learning_rate" in str(error.value) and "\n" not in str(error.value)
   assert told["step"] == step and not math.isfinite(float(told["metrics"]["loss"]))
   (row,) = told["rows"]
   assert row and all("of the synthetic world" in name for name in row)
@@ -108,10 +203,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_names_of_its_bat
   assert max(record["step"] for record in records(tmp_path)) == step - 1
 
 
-def test_frozen_weights_do_not_change_by_a_bit(tmp_path):
+def test_frozen_weights_do_not_change_by_a_bit(tmp_path, monkeypatch):
+  """Neither on the devices nor on disk, where they are written once."""
+  held, save = [], RunCheckpoints.save
+
+  def keep(self, step, state, *rest):
+    held.append(jax.tree.map(np.array, state))
+    save(self, step, state, *rest)
+
+  monkeypatch.setattr(RunCheckpoints, "save", keep)
   config = small(num_steps=3, checkpoint__every=1)
   config.optimizer.scales = (("connector", 1.0), ("", 0.0))
   loop.train(config, tmp_path)
+  first, *_, last = held
+  assert set(first.frozen) == {"vision", "decoder"} and set(first.trained) == {"connector"}
+  jax.tree.map(np.testing.assert_array_equal, first.frozen, last.frozen)
+  with pytest.raises(AssertionError):
+    jax.tree.map(np.testing.assert_array_equal, first.trained, last.trained)
   first, last = (weights(tmp_path / "checkpoints" / step) for step in ("1", "3"))
   changed = {name for name in first if not np.array_equal(first[name], last[name])}
   assert changed == {name for name in first if "mm_projector" in name}
@@ -122,6 +230,7 @@ def weights(directory):
   return {name: np.concatenate(list(tensor.blocks())) for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 def test_stages_begin_where_the_one_before_ended_and_finished_ones_are_left(tmp_path, caplog):
   stages = {"first": small(num_steps=2), "second": small(num_steps=2)}
   second = stages["second"]

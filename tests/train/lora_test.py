@@ -12,11 +12,13 @@ from flax import nnx
 from tests.conftest import assert_close
 from tests.models.small_models import CONFIG, fill_randomly
 from tests.train.losses_test import answer_batch
+from videochat_flash_jax.checkpoints.adapters import merge_adapters
 from videochat_flash_jax.checkpoints.convert import flat_weights
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import LoraConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
-from videochat_flash_jax.train.lora import add_adapters, merge_adapters
+from videochat_flash_jax.parallel.sharding import dotted_path
+from videochat_flash_jax.train.lora import add_adapters
 from videochat_flash_jax.train.losses import answer_loss
 from videochat_flash_jax.train.step import make_step, split_state
 
@@ -61,7 +63,7 @@ def test_twenty_steps_move_adapters_and_nothing_else():
     losses.append(float(metrics["loss"]))
   assert losses[-1] < 0.5 * losses[0]
   jax.tree.map(np.testing.assert_array_equal, state.frozen, before.frozen)
-  paths = [".".join(k.key for k in path) for path, _ in jax.tree.leaves_with_path(state.trained)]
+  paths = [dotted_path(path) for path, _ in jax.tree.leaves_with_path(state.trained)]
   assert sorted(paths) == sorted(f"{layer}.lora_{ab}" for layer in ATTENTION for ab in "ab")
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.trained, before.trained)
   assert all(jax.tree.leaves(moved))
@@ -96,7 +98,7 @@ def test_merged_weights_give_the_logits_of_adapters():
   plain = fill_randomly(lambda: VideoChatFlash(CONFIG, rngs=nnx.Rngs(0)))
   graph, state = nnx.split(plain)
   filled = [
-    (path, leaf.replace(jnp.asarray(merged.pop(".".join(map(str, path))))))
+    (path, leaf.replace(jnp.asarray(np.asarray(merged.pop(dotted_path(path))))))
     for path, leaf in nnx.to_flat_state(state)
   ]
   assert not merged

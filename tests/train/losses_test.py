@@ -69,7 +69,7 @@ def test_the_answer_loss_does_not_see_answers_before_they_are_given_nor_the_padd
   model = VideoChatFlash(VideoChatFlashConfig.tiny(), rngs=nnx.Rngs(0))
   batch = answer_batch()
   means = losses.answer_loss(model, batch).means()
-  assert np.isfinite(means["loss"]) and 0 <= means["answer_tokens"] <= 1 and means["tokens"] == 2
+  assert np.isfinite(means["loss"]) and 0 <= means["answer_tokens"] <= 1 and means["targets"] == 2
   unseen = jnp.array([19, *range(39, 48)])
   changed = {**batch, "token_ids": batch["token_ids"].at[0, unseen].add(1)}
   unchanged = losses.answer_loss(model, changed).means()["loss"]

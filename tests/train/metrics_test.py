@@ -99,37 +99,41 @@ def test_tensorboard_gets_numbers_and_is_told_where_a_run_goes_on(tmp_path):
 
 def state(tokens, visual_tokens, broken=0):
   counts = {"tokens": tokens, "visual_tokens": visual_tokens, "places": 2 * tokens}
-  reasons = {"a.jsonl": {"missing file": broken}} if broken else {}
-  return {"streams": {"0": {"examples": 10, "damaged": 0, "broken": reasons} | counts}}
+  counts |= {"examples": tokens // 100, "damaged": 0}
+  one = counts | {"broken": {"a.jsonl": {"missing file": broken}} if broken else {}}
+  return {"streams": {"0": one, "1": one}}
 
 
 def test_rates_are_means_over_the_steps_behind_a_line(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-  meter = StepMeter(flops=1e12, peak=4e12, share=0.5, state=state(1000, 100))
+  meter = StepMeter(flops=1e12, peak=4e12, state=state(1000, 100, broken=3))
   for loss in (1.0, 3.0):
     now[0] += 2
     meter.waited(0.5)
     meter.add({"loss": loss})
+  assert meter.num_steps == 2
   with meter.paused():
     now[0] += 50
-  line = meter.line(state(3000, 500, broken=2))
+  line = meter.line(state(3000, 500, broken=5))
   assert line["loss"] == 2.0 and line["seconds_per_step"] == 2.0 and line["data_wait"] == 0.25
-  assert line["tokens_per_second"] == 2000 / 4 / 0.5
-  assert line["visual_tokens_per_second"] == 400 / 4 / 0.5
+  assert line["tokens_per_second"] == 2 * 2000 / 4
+  assert line["visual_tokens_per_second"] == 2 * 400 / 4
   assert line["mfu"] == pytest.approx(2 * 1e12 / 4 / 4e12)
-  assert line["data/broken/missing file"] == 2 and line["data/broken_share"] == 0.2
-  assert line["data/tokens_filled"] == 0.5
+  assert line["examples_per_step"] == 2 * 20 / 2
+  assert line["data/broken/missing file"] == 4 and line["data/broken_share"] == 0.1
+  assert line["data/tokens_filled"] == 0.5 and "data/examples" not in line
   now[0] += 1
   meter.add({"loss": 5.0})
-  again = meter.line(state(3000, 500))
+  again = meter.line(state(3000, 500, broken=5))
   assert again["loss"] == 5.0 and again["tokens_per_second"] == 0
+  assert again["data/broken_share"] == 0 and "data/broken/missing file" not in again
 
 
 def test_where_the_peak_is_unknown_operations_are_told_as_they_are(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-  meter = StepMeter(flops=3e12, peak=None, share=1.0, state={"next": 0})
+  meter = StepMeter(flops=3e12, peak=None, state={"next": 0})
   now[0] += 2
   meter.add({"loss": 1.0})
   line = meter.line({"next": 1})

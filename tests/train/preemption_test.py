@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from videochat_flash_jax.train import preemption as preemption_module
 from videochat_flash_jax.train.preemption import Preemption
 
 
@@ -19,7 +20,33 @@ def test_a_signal_is_noticed_behind_the_step(number):
 
 
 def test_a_second_interrupt_ends_the_program_at_once():
-  with Preemption():
-    os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+  # Programs that a script starts in the background ignore Ctrl-C: not so here.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with Preemption():
       os.kill(os.getpid(), signal.SIGINT)
+      with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def test_once_it_is_due_it_stays_so():
+  with Preemption() as preemption:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert [preemption.is_due() for _ in range(3)] == [True] * 3
+
+
+def test_several_processes_agree_by_a_count_that_goes_on_over_stages(monkeypatch):
+  asked = []
+
+  def reached(count):
+    asked.append(count)
+    return count == 4  # for one call alone
+
+  module = preemption_module
+  monkeypatch.setattr(module.jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(module.multihost_utils, "reached_preemption_sync_point", reached)
+  with Preemption() as preemption:
+    due = [preemption.is_due() for step in (1, 2, 3, 1, 2, 3)]
+  assert due == [False] * 3 + [True] * 3 and asked == [1, 2, 3, 4]

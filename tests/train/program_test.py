@@ -14,7 +14,7 @@ from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import DropoutConfig
 from videochat_flash_jax.train.dropout_plans import with_plan
 from videochat_flash_jax.train.program import train_program
-from videochat_flash_jax.train.settings import train_settings
+from videochat_flash_jax.train.settings import run_configs, train_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(path.name for path in CONFIGS.glob("*.py") if path.stem not in ("common", "tiny"))
@@ -27,6 +27,14 @@ TRAINED = {
   "stage2_pretrain.py": {"vision", "connector", "decoder"},
   "stage3_long.py": {"vision", "connector", "decoder"},
   "stage4_highres.py": {"vision", "connector"},
+}
+ANSWERS = {"answer_tokens"}
+STAGES_OF_TINY = {
+  "stage0_encoder": ({"vision", "heads"}, {"kinds", "colours"}),
+  "stage1_align": ({"connector"}, ANSWERS),
+  "stage2_pretrain": ({"connector", "decoder"}, ANSWERS),
+  "stage3_long": ({"connector", "decoder"}, ANSWERS),
+  "stage4_highres": ({"vision", "connector"}, ANSWERS),
 }
 
 
@@ -44,6 +52,30 @@ def small_program(name, *overrides, **changes):
   return train_program(settings, jax.devices()[:1])
 
 
+def assert_two_steps_have_shapes(program):
+  """A step takes the state that a step gives; returns what the second one tells."""
+
+  def two_steps(state, batch):
+    state, _ = program.step(state, batch)
+    return program.step(state, batch)
+
+  new, metrics = jax.eval_shape(two_steps, program.state, program.batch)
+  assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+  assert metrics.keys() >= {"targets", "grad_norm"}
+  for ours, theirs in zip(jax.tree.leaves(new), jax.tree.leaves(program.state), strict=True):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+  return metrics
+
+
+@pytest.mark.parametrize("stage", STAGES_OF_TINY)
+def test_two_steps_of_each_stage_of_the_tiny_config_have_shapes(stage):
+  config = run_configs(read_config(CONFIGS / "tiny.py", []))[stage]
+  program = train_program(train_settings(config), jax.devices()[:1])
+  trained, metrics = STAGES_OF_TINY[stage]
+  assert set(program.state.trained) == trained
+  assert set(assert_two_steps_have_shapes(program)) == {"loss", "targets", "grad_norm", *metrics}
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_two_steps_of_a_config_have_shapes_and_what_is_frozen_has_no_state(name):
   program = program_of(name, *ONE_DEVICE)
@@ -53,16 +85,8 @@ def test_two_steps_of_a_config_have_shapes_and_what_is_frozen_has_no_state(name)
   assert {x.dtype for x in jax.tree.leaves(state.trained)} == {jnp.dtype(jnp.float32)}
   sizes = [sum(x.size for x in jax.tree.leaves(part)) for part in (state.trained, state.optimizer)]
   assert 0 <= sizes[1] - 2 * sizes[0] < 8  # two moments of each weight, and counters
-
-  def two_steps(state, batch):
-    state, _ = program.step(state, batch)
-    return program.step(state, batch)
-
-  new, metrics = jax.eval_shape(two_steps, state, program.batch)
-  assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
-  assert set(metrics) == {"loss", "answer_tokens", "tokens", "grad_norm"}
-  for ours, theirs in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True):
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+  metrics = assert_two_steps_have_shapes(program)
+  assert set(metrics) == {"loss", "answer_tokens", "targets", "grad_norm"}
 
 
 def test_state_of_the_optimizer_in_stage_1_is_that_of_the_projector():
@@ -128,6 +152,24 @@ def test_steps_with_dropout_learn_and_frozen_weights_do_not_change_by_a_bit():
   jax.tree.map(np.testing.assert_array_equal, state.frozen, frozen)
 
 
+def test_adapters_move_at_the_whole_rate_the_connector_at_a_tenth_and_nothing_else_at_all():
+  program = small_program("finetune.py", "optimizer.warm_up=0.0", "num_steps=20")
+  batch = jax.device_put(filled(program.batch), jax.tree.map(lambda x: x.sharding, program.batch))
+  state = program.begin(None)
+  first, moved = jax.tree.map(np.asarray, state), []
+  for _ in range(20):
+    before, (state, _) = jax.tree.map(np.asarray, state.trained), program.step(state, batch)
+    moved.append(jax.tree.map(lambda new, old: np.abs(new - old).max(), state.trained, before))
+  jax.tree.map(np.testing.assert_array_equal, state.frozen, first.frozen)
+  steps = moved[0]  # AdamW's first are all as long as the rate
+  adapters = [weight["lora_b"] for weight in steps["decoder"]["layers"]["stacked"].values()]
+  np.testing.assert_allclose(adapters, 1e-4, rtol=0.02)
+  np.testing.assert_allclose(jax.tree.leaves(steps["connector"]), 1e-5, rtol=0.02)
+  total = jax.tree.map(lambda new, old: np.abs(new - old).max(), state.trained, first.trained)
+  assert len(adapters) == 4 and all(size > 0 for size in jax.tree.leaves(total))
+
+
+@pytest.mark.slow
 def test_the_encoder_alone_learns_to_name_patches():
   program = small_program(
     "stage3_long.py",

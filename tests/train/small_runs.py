@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.fake_devices import fake_devices
+
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("small_config.py")
 RUN = "import sys; from videochat_flash_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -17,17 +19,17 @@ RUN = "import sys; from videochat_flash_jax.cli.main import main; sys.exit(main(
 
 @contextlib.contextmanager
 def started(
-  workdir: Path, *arguments: str, code: str = RUN, num_devices: int = 1
+  workdir: Path, *arguments: str, code: str = RUN, num_devices: int = 1, num_processes: int = 1
 ) -> Iterator[subprocess.Popen]:
   """A process that trains in `workdir`; it is gone when the block is left."""
   command = [sys.executable, "-c", code, "train", "--config", str(CONFIG), "--workdir", workdir]
-  devices = f"--xla_force_host_platform_device_count={num_devices}"
   process = subprocess.Popen(
     [*map(str, command), *arguments],
-    env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": devices},
+    env=os.environ | {"PYTHONPATH": str(ROOT), **fake_devices(num_devices, num_processes)},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    start_new_session=True,
   )
   try:
     yield process
@@ -52,9 +54,14 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
     time.sleep(0.002)
 
 
-def stop(process: subprocess.Popen, number: signal.Signals) -> tuple[int, str]:
-  """Sends a signal; gives the exit code and what was written to stderr."""
-  process.send_signal(number)
+def stop(
+  process: subprocess.Popen, number: signal.Signals, to_group: bool = False
+) -> tuple[int, str]:
+  """Sends a signal, or to all of its processes; gives exit code and what was written to stderr."""
+  if to_group:
+    os.killpg(process.pid, number)
+  else:
+    process.send_signal(number)
   _, errors = process.communicate(timeout=100)
   return process.returncode, errors
 

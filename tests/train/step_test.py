@@ -37,7 +37,7 @@ def test_a_batch_is_learnt_while_frozen_weights_stay():
   for _ in range(20):
     state, metrics = step(state, batch)
     losses.append(float(metrics["loss"]))
-  assert losses[-1] < 0.1 * losses[0] and metrics["grad_norm"] > 0 and metrics["tokens"] == 2
+  assert losses[-1] < 0.1 * losses[0] and metrics["grad_norm"] > 0 and metrics["targets"] == 2
   jax.tree.map(np.testing.assert_array_equal, state.frozen, before.frozen)
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.trained, before.trained)
   assert all(jax.tree.leaves(moved))
@@ -58,6 +58,15 @@ def four_rows():
   return batch | {"visual_index": jnp.where(is_visual, batch["visual_index"], -1)}
 
 
+WITH_AND_WITHOUT_DROPOUT = pytest.mark.parametrize(
+  "dropout",
+  [
+    pytest.param(False, id="all tokens"),
+    pytest.param(True, id="dropout", marks=pytest.mark.slow),
+  ],
+)
+
+
 def with_dropout(batch):
   dropout = DropoutConfig("uniform0_attention", layers=(1, 2), ratios=(1.0, 0.5, 0.25))
   fields = [np.asarray(batch[name]) for name in ("visual_index", "segment_ids", "labels")]
@@ -65,7 +74,7 @@ def with_dropout(batch):
   return batch | {"dropout": jax.tree.map(jnp.asarray, plan)}
 
 
-@pytest.mark.parametrize("dropout", [False, True], ids=["all tokens", "dropout"])
+@WITH_AND_WITHOUT_DROPOUT
 def test_a_batch_in_parts_gives_the_step_that_it_gives_whole(dropout):
   batch = with_dropout(four_rows()) if dropout else four_rows()
   results = []
@@ -77,7 +86,7 @@ def test_a_batch_in_parts_gives_the_step_that_it_gives_whole(dropout):
     evaluated = make_evaluation(graph, answer_loss, accumulate=accumulate)(state, batch)
     state, metrics = make_step(graph, answer_loss, optimizer, accumulate=accumulate)(state, batch)
     results.append((metrics, jax.tree.map(lambda a, b: b - np.asarray(a), state.trained, before)))
-    assert metrics["tokens"] == 17
+    assert metrics["targets"] == 17
     for name, value in evaluated.items():
       assert_close(value, metrics[name], relative=1e-6)
   (whole, gradients), (parts, summed) = results
@@ -111,7 +120,7 @@ def temporary_bytes_per_layer(is_trained, batch):
   return (temporary_bytes(12) - temporary_bytes(4)) / 8 / layer
 
 
-@pytest.mark.parametrize("dropout", [False, True], ids=["all tokens", "dropout"])
+@WITH_AND_WITHOUT_DROPOUT
 def test_what_is_frozen_has_no_room_for_gradients(dropout):
   batch = with_dropout(four_rows()) if dropout else four_rows()
   assert temporary_bytes_per_layer(lambda path: path.startswith("connector."), batch) < 0.2

@@ -140,6 +140,17 @@ def report(
   }
 
 
+def beside_next_batch(step: Callable) -> Callable:
+  """A training step that is given the batch behind its own, too, and leaves it alone.
+
+  In a run that one is on its way to the chips meanwhile, so they need room for both.
+
+  Args:
+    step: jitted, `step(state, batch)`.
+  """
+  return jax.jit(lambda state, batch, _: step(state, batch), donate_argnums=0, keep_unused=True)
+
+
 def _chips(arguments):
   shapes = (x for x in jax.tree.leaves(arguments) if isinstance(x, jax.ShapeDtypeStruct))
   return next(shapes).sharding.device_set

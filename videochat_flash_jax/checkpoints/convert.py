@@ -29,6 +29,7 @@ from videochat_flash_jax.checkpoints.weights import (
 )
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
+from videochat_flash_jax.parallel.sharding import dotted_path
 
 # Builds a model from a config. It is only traced here, so it costs no memory.
 MakeModel = Callable[[VideoChatFlashConfig], nnx.Module]
@@ -89,7 +90,7 @@ def load_model(
   shapes = {path: leaf.shape for path, leaf in flat_weights(state)}
   weights = load_weights(checkpoint.where, checkpoint.tensors, shapes, dtype, sharding_of)
   filled = [
-    (path, leaf.replace(weights.pop(_dotted(path)))) for path, leaf in nnx.to_flat_state(state)
+    (path, leaf.replace(weights.pop(dotted_path(path)))) for path, leaf in nnx.to_flat_state(state)
   ]
   return nnx.merge(graph, nnx.from_flat_state(filled))
 
@@ -211,8 +212,4 @@ def _replace_files(partial, directory):
 
 def flat_weights(state: nnx.State) -> list[tuple[str, jax.Array]]:
   """Arrays of a model with their paths, `decoder.norm.scale` and so on."""
-  return [(_dotted(path), leaf.get_value()) for path, leaf in nnx.to_flat_state(state)]
-
-
-def _dotted(path):
-  return ".".join(map(str, path))
+  return [(dotted_path(path), leaf.get_value()) for path, leaf in nnx.to_flat_state(state)]

@@ -1,16 +1,16 @@
 """Checkpoints of a run, through Orbax: written beside the training, whole or not at all.
 
-  DIRECTORY/500/state   weights and optimizer, arrays by their dotted paths: `trained.connector...`
+  DIRECTORY/frozen      weights that never change, once; see `checkpoints.frozen_weights`
+  DIRECTORY/500/state   all others, and optimizer, by their dotted paths: `trained.connector...`
   DIRECTORY/500/data    the state of the batches, of all processes (JSON)
   DIRECTORY/500/run     what wrote it: step, config, versions of this package and of JAX (JSON)
 
-A checkpoint is written under another name and renamed when it is whole, so what breaks off never
-counts; the next `RunCheckpoints` clears it away.
+Each is written under another name and renamed when it is whole, so what breaks off never counts;
+the next `RunCheckpoints` clears it away. The frozen weights are whole before the first checkpoint
+is begun, so no checkpoint is ever without them.
 """
 
 import contextlib
-import functools
-import json
 import logging
 import re
 import shutil
@@ -20,21 +20,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from videochat_flash_jax import __version__
-from videochat_flash_jax.checkpoints.run_files import is_whole, whole_steps
+from videochat_flash_jax.checkpoints.frozen_weights import (
+  find_frozen,
+  frozen_shapes,
+  restore_frozen,
+  save_frozen,
+)
+from videochat_flash_jax.checkpoints.processes import newest_of_all, streams_of_all
+from videochat_flash_jax.checkpoints.run_differences import check_arrays, check_config
+from videochat_flash_jax.checkpoints.run_files import FROZEN, is_whole, whole_steps
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel.sharding import dotted_path
 
-_log = logging.getLogger("videochat_flash_jax")
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of what is not whole yet
 # Stacked matrices are cut into their layers, so that an export reads one without the others.
 _WHOLE = ocp.SaveArgs(chunk_byte_size=32 * 2**20)
 _BY_LAYER = ocp.SaveArgs(chunk_byte_size=32 * 2**20, shard_axes=(0,))
-# Fields of a config without which what is saved means something else; more than their shapes tell.
-_BINDING = ("objective", "model", "lora", "optimizer.name", "optimizer.scales")
 
 
 class Restored(NamedTuple):
@@ -44,6 +48,14 @@ class Restored(NamedTuple):
   state: Any  # like the shapes that were asked for
   data: dict  # state of the batches, with the streams of all processes
   run: dict
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, but for a question to JAX of which only one in a program may count the steps."""
+
+  def reached_preemption(self, step: int) -> bool:
+    """Never, here: `train.preemption` asks, and says when to save."""
+    return False
 
 
 class RunCheckpoints:
@@ -60,7 +72,9 @@ class RunCheckpoints:
     Raises:
       InputError: the directory cannot be written.
     """
-    self._directory, self._saving = directory.absolute(), None
+    self._directory = directory.absolute()
+    self._saving: int | None = None  # the step that is being written
+    self._frozen_id: str | None = None  # of the frozen weights, once that is known
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
       self._probe()
@@ -69,15 +83,15 @@ class RunCheckpoints:
         f"{directory}: checkpoints cannot be written there ({error.strerror}); "
         "give a directory that can be written, or make room"
       ) from error
+    if jax.process_index() == 0:  # Orbax would do it beside the first save, of the same names
+      self._clear()
     policy = ocp.checkpoint_managers
     kept = [policy.LatestN(keep), *([policy.EveryNSteps(keep_every)] if keep_every else [])]
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=policy.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
-    )
+    options = ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(kept))
     logging.getLogger("absl").addFilter(_is_news)
     json_files = ocp.JsonCheckpointHandler
     handlers = {"state": ocp.StandardCheckpointHandler(), "data": json_files(), "run": json_files()}
-    self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+    self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
 
   def __enter__(self) -> "RunCheckpoints":
     return self
@@ -87,7 +101,7 @@ class RunCheckpoints:
 
   @property
   def newest_step(self) -> int | None:
-    """The step of the newest whole checkpoint on disk."""
+    """The step of the newest whole checkpoint that this process sees on disk."""
     return max(whole_steps(self._directory), default=None)
 
   def save(self, step: int, state: Any, data_state: dict, run: dict):
@@ -109,17 +123,30 @@ class RunCheckpoints:
       if is_whole(self._directory / str(step)):
         return
       self._manager.delete(step)  # what is left of one that was being removed
-    versions = {"step": step, "version": __version__, "jax": jax.__version__}
     arrays = _by_path(state)
-    args = ocp.args.Composite(
-      state=ocp.args.StandardSave(arrays, _cuts(arrays)),
-      data=ocp.args.JsonSave(_of_all_processes(data_state)),
-      run=ocp.args.JsonSave(run | versions),
-    )
+    frozen = _frozen(arrays)
+    changing = {path: array for path, array in arrays.items() if path not in frozen}
     self._saving = step
     with self._told(), jax.transfer_guard("allow"):
       self._probe()
+      written = {"step": step, "version": __version__, "jax": jax.__version__}
+      if frozen:
+        written[FROZEN] = self._id_of(frozen)
+      args = ocp.args.Composite(
+        state=_standard_save(changing),
+        data=ocp.args.JsonSave(streams_of_all(data_state)),
+        run=ocp.args.JsonSave(run | written),
+      )
       self._manager.save(step, args=args, force=True)
+
+  def check(self):
+    """Finds out, without waiting, whether the last save has failed.
+
+    Raises:
+      InputError: as `wait`.
+    """
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
 
   def wait(self):
     """Waits until what is being saved is on disk.
@@ -127,9 +154,11 @@ class RunCheckpoints:
     Raises:
       InputError: it could not be written; names the step, and the newest that is whole.
     """
-    with self._told():
-      self._manager.wait_until_finished()
-    self._saving = None
+    try:
+      with self._told():
+        self._manager.wait_until_finished()
+    finally:
+      self._saving = None
 
   def restore(self, shapes: Any, run: dict | None = None) -> Restored | None:
     """Reads the newest whole checkpoint, on any mesh and any number of processes.
@@ -146,27 +175,22 @@ class RunCheckpoints:
         differs; or its files are damaged.
     """
     self.wait()
-    step = self.newest_step
+    step = newest_of_all(self._directory)
     if step is None:
       return None
-    where, items = self._directory / str(step), ocp.args.Composite
-    wanted = _by_path(shapes)
-    try:
+    where, wanted = self._directory / str(step), _by_path(shapes)
+    with _told_as_damaged(where):
       read = {name: ocp.args.JsonRestore() for name in ("data", "run")}
-      saved = self._manager.restore(step, args=items(**read))
+      saved = self._manager.restore(step, args=ocp.args.Composite(**read))
       if run is not None:
-        _check_config(where, saved["run"].get("config"), run.get("config"))
-      _check_arrays(where, dict(self._manager.item_metadata(step)["state"]), wanted)
-      arrays = self._manager.restore(step, args=items(state=ocp.args.StandardRestore(wanted)))[
-        "state"
-      ]
-    except InputError:
-      raise  # of another config, but whole
-    except (OSError, ValueError, KeyError) as error:
-      raise InputError(
-        f"{where}: the checkpoint cannot be read ({_reason(error)}); if it is damaged, move this "
-        "directory away to go on from the one before"
-      ) from error
+        check_config(where, saved["run"].get("config"), run.get("config"))
+      held = dict(self._manager.item_metadata(step)["state"])
+      beside = find_frozen(where, saved["run"])
+      check_arrays(where, held | (frozen_shapes(beside) if beside else {}), wanted)
+      args = ocp.args.StandardRestore({path: wanted[path] for path in held})
+      arrays = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+      if beside:
+        arrays |= restore_frozen(beside, _frozen(wanted))
     state = jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in wanted])
     return Restored(step, state, saved["data"], saved["run"])
 
@@ -181,6 +205,22 @@ class RunCheckpoints:
     finally:
       self._manager.close()
 
+  def _id_of(self, frozen: dict[str, Any]) -> str:
+    """The id of the frozen weights, which are written if no checkpoint needs them yet."""
+    if self._frozen_id is None:
+      newest = newest_of_all(self._directory)
+      if newest is not None:
+        saved = ocp.JsonCheckpointHandler().restore(self._directory / str(newest) / "run")
+        self._frozen_id = saved.get(FROZEN)
+    if self._frozen_id is None:
+      self._frozen_id = save_frozen(self._directory, _standard_save(frozen))
+    return self._frozen_id
+
+  def _clear(self):
+    """Removes what is not whole: checkpoints, or frozen weights."""
+    for path in self._directory.glob(f"*{_UNFINISHED}*"):
+      shutil.rmtree(path, ignore_errors=True)
+
   def _probe(self):
     """Raises `OSError` where nothing can be written: Orbax would take minutes to give up."""
     with tempfile.NamedTemporaryFile(dir=self._directory, prefix=".probe") as probe:
@@ -191,10 +231,11 @@ class RunCheckpoints:
     """Makes one line of what goes wrong with the disk while a checkpoint is written."""
     try:
       yield
+    except InputError:
+      raise
     except (OSError, ValueError, RuntimeError) as error:
       failed, newest = self._saving, self.newest_step
-      for path in self._directory.glob(f"{failed}{_UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)  # a full disk has better uses for its room
+      self._clear()  # a full disk has better uses for its room
       whole = "there is no whole one" if newest is None else f"the newest whole one is {newest}"
       raise InputError(
         f"{self._directory}: the checkpoint of step {failed} could not be written "
@@ -203,71 +244,35 @@ class RunCheckpoints:
       ) from error
 
 
+@contextlib.contextmanager
+def _told_as_damaged(checkpoint: Path) -> Iterator[None]:
+  """Makes one line of what goes wrong while a checkpoint is read."""
+  try:
+    yield
+  except InputError:
+    raise  # of another config, but whole
+  except (OSError, ValueError, KeyError) as error:
+    raise InputError(
+      f"{checkpoint}: the checkpoint cannot be read ({_reason(error)}); if it is damaged, move "
+      "this directory away to go on from the one before"
+    ) from error
+
+
 def _by_path(tree) -> dict[str, Any]:
   """Leaves of a tree by their dotted paths: `optimizer.1.mu.decoder.norm.scale`."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+  return {dotted_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _cuts(arrays):
-  return {
+def _frozen(arrays):
+  return {path: array for path, array in arrays.items() if path.startswith(f"{FROZEN}.")}
+
+
+def _standard_save(arrays):
+  cuts = {
     path: _BY_LAYER if ".stacked." in path and array.ndim == 3 else _WHOLE
     for path, array in arrays.items()
   }
-
-
-def _of_all_processes(state: dict) -> dict:
-  """A state of batches with the `streams` of all processes, each of which calls this with its own.
-
-  Any process, of any number of them, finds those that it reads under their names.
-  """
-  if jax.process_count() == 1:
-    return state
-  text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-  with jax.transfer_guard("allow"):
-    lengths = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.pad(text, (0, max(lengths) - len(text)))
-    texts = multihost_utils.process_allgather(padded)
-  states = [json.loads(bytes(text[:size])) for text, size in zip(texts, lengths, strict=True)]
-  streams = [one["streams"] for one in states if "streams" in one]
-  return states[0] | ({"streams": functools.reduce(dict.__or__, streams)} if streams else {})
-
-
-def _check_config(where, saved, now):
-  for name in _BINDING:
-    before, after = (_field(config, name) for config in (saved, now))
-    for path, old, new in _differences(f"config.{name}", before, after):
-      raise InputError(
-        f"{where}: this checkpoint was trained with {path} {old!r}, now it is {new!r}; "
-        f"give {old!r}, or another --workdir"
-      )
-
-
-def _field(config, name):
-  for part in name.split("."):
-    config = (config or {}).get(part)
-  return config
-
-
-def _differences(path, before, after):
-  """Paths of all that differs, with both values, as JSON has them."""
-  if isinstance(before, dict) and isinstance(after, dict):
-    for name in before | after:
-      yield from _differences(f"{path}.{name}", before.get(name), after.get(name))
-  elif json.dumps(before) != json.dumps(after):
-    yield path, before, after
-
-
-def _check_arrays(where, saved, wanted):
-  for path in wanted | saved:
-    held, asked = (
-      f"{list(arrays[path].shape)}" if path in arrays else "none" for arrays in (saved, wanted)
-    )
-    if held != asked:
-      raise InputError(
-        f"{where}: a checkpoint of another config: of {path} it holds {held}, and this config "
-        f"asks for {asked}; give the config that it was trained with, or another --workdir"
-      )
+  return ocp.args.StandardSave(arrays, cuts)
 
 
 def _reason(error):

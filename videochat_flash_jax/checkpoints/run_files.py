@@ -1,13 +1,15 @@
 """Where the files of a training run are.
 
 WORKDIR/hub                    config.json in the released layout, and the tokenizer
-WORKDIR/checkpoints/500/state  weights and optimizer; with the next two, a whole checkpoint
+WORKDIR/checkpoints/frozen     weights that the run never changes; see `checkpoints.frozen_weights`
+WORKDIR/checkpoints/500/state  all others, and optimizer; with the next two, a whole checkpoint
 WORKDIR/checkpoints/500/data   state of the batches
 WORKDIR/checkpoints/500/run    what wrote it
 """
 
 from pathlib import Path
 
+FROZEN = "frozen"  # beside the checkpoints; and how paths of what is in it begin
 _ITEMS = ("state", "data", "run")
 
 

@@ -76,10 +76,12 @@ def _report(args, settings):
 def _program(name, settings, devices):
   """A jitted program, and the shapes of its arguments."""
   if name == "train":
+    from videochat_flash_jax.benchmarks.ahead_of_time import beside_next_batch
     from videochat_flash_jax.train.program import train_program
 
     program = train_program(settings, devices)
-    return program.step, (program.state, program.batch)
+    step = beside_next_batch(program.jitted_step)
+    return step, (program.state, program.batch, program.batch)
   from videochat_flash_jax.inference.conversation import MAX_NEW_TOKENS
   from videochat_flash_jax.inference.programs import decode_program, prefill_program
   from videochat_flash_jax.parallel.mesh import make_mesh

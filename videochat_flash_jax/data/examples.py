@@ -37,6 +37,7 @@ from videochat_flash_jax.data.row_media import (
 )
 from videochat_flash_jax.data.sharded_rows import RowLayout
 from videochat_flash_jax.data.tokenizer import Tokenizer
+from videochat_flash_jax.data.tokenizer_of_process import TokenizerOfProcess
 
 
 class Example(NamedTuple):
@@ -81,7 +82,7 @@ class Seen(NamedTuple):
   is_damaged: bool = False
 
 
-class ExampleReader:
+class ExampleReader(TokenizerOfProcess):
   """Reads rows of annotations, with their media."""
 
   def __init__(
@@ -99,18 +100,8 @@ class ExampleReader:
       make_tokenizer: gives the tokenizer, once in each process.
       features: to take in place of frames and tiles, which are then not read.
     """
+    super().__init__(make_tokenizer)
     self._config, self._layout, self._features = config, layout, features
-    self._make_tokenizer, self._tokenizer = make_tokenizer, None
-
-  def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {"_tokenizer": None}  # other processes make their own
-
-  @property
-  def tokenizer(self) -> Tokenizer:
-    """The tokenizer, made when it is first asked for."""
-    if self._tokenizer is None:
-      self._tokenizer = self._make_tokenizer()
-    return self._tokenizer
 
   def read(self, row: Mapping[str, Any], rng: np.random.Generator) -> Example:
     """Reads a row, with whole paths of its media; `rng` draws the positions.

@@ -6,14 +6,18 @@ full yet the examples in it, each with the row of the mixture that was read for 
   {"next": 17, "unfinished": [[[12, 204], [15, 31]], [[16, 7]]]}
 
 Those are read once more when a run goes on. They have to be the same rows as before, although by
-then others may be readable, so which ones they were is not worked out again.
+then others may be readable, so which ones they were is not worked out again. If rows have another
+layout by then (they are spread over more devices, say), the examples are packed anew.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
 import grain
@@ -28,6 +32,7 @@ from videochat_flash_jax.errors import InputError
 _ENDLESS = 1 << 40
 _EXAMPLES_AHEAD = 2  # of each worker
 _LEAST_SHARED_BYTES = 1 << 16  # smaller arrays are sent, larger ones handed over in shared memory
+_FOR_PROGRAM = (signal.SIGTERM, signal.SIGINT)  # what schedulers and terminals send to all at once
 
 
 class Reader(Protocol):
@@ -48,27 +53,29 @@ class PackedStream:
     self._reader, self._number, self._config = reader, number, config
     self._drawn: grain.DatasetIterator | None = None
     self._packer: RowPacker | None = None
-    self._next, self._unfinished = 0, []
+    self._is_drawn_from = False
+    self._next, self._unfinished, self._is_anew = 0, [], False
 
   def state(self) -> dict[str, Any]:
     """Fit for JSON; see the module's example."""
     unfinished = self._packer.unfinished if self._packer else self._unfinished
     return {"next": self._next, "unfinished": unfinished}
 
-  def set_state(self, state: dict[str, Any]):
-    """Goes on from what `state` gave."""
+  def set_state(self, state: dict[str, Any], is_anew: bool = False):
+    """Goes on from what `state` gave; `is_anew`: it was saved with another layout of rows."""
     self.stop()
-    self._next, self._unfinished = state["next"], state["unfinished"]
+    self._next, self._unfinished, self._is_anew = state["next"], state["unfinished"], is_anew
 
   def start(self):
     """Begins to read, if that has not begun yet."""
     if self._drawn is None:
-      again = [pair for row in self._unfinished for pair in row]
+      self._is_drawn_from, again = False, [pair for row in self._unfinished for pair in row]
       self._drawn = _read_ahead(self._reader, self._number, self._config.workers, again, self._next)
 
   def stop(self):
     """Ends the workers; the stream can be started again where it is."""
-    self._unfinished, self._packer = self.state()["unfinished"], None
+    if self._packer is not None:
+      self._unfinished, self._packer, self._is_anew = self._packer.unfinished, None, False
     if self._drawn is not None:
       self._drawn.close()
       self._drawn = None
@@ -81,12 +88,7 @@ class PackedStream:
         Then the stream is good for nothing but `set_state`.
     """
     if self._packer is None:
-      packer = RowPacker(self._config.layout)
-      for row in self._unfinished:  # counted before
-        packer.put_together(
-          [Packed(number, source_row, self._draw().example) for number, source_row in row]
-        )
-      self._packer = packer
+      self._packer = self._begun_packer()
     full = None
     while full is None:
       drawn = self._draw()
@@ -95,9 +97,25 @@ class PackedStream:
       self._next += 1
     return full
 
+  def _begun_packer(self) -> RowPacker:
+    """One that holds the examples of the unfinished rows, read again; they were counted before."""
+    packer = RowPacker(self._config.layout)
+    for row in self._unfinished:
+      items = [Packed(number, source_row, self._draw().example) for number, source_row in row]
+      if not self._is_anew:
+        packer.put_together(items)
+        continue
+      for item in items:
+        packer.put(item)
+    return packer
+
   def _draw(self) -> Drawn:
     try:
-      return next(self._drawn)
+      if self._is_drawn_from:
+        return next(self._drawn)
+      self._is_drawn_from = True
+      with _signals_held_back():  # Grain starts the workers now
+        return next(self._drawn)
     except RuntimeError as error:
       if "terminated unexpectedly" not in str(error):  # Grain's words
         raise
@@ -112,6 +130,21 @@ def stop_all(streams: Iterable[PackedStream]):
   """Ends the workers of streams."""
   for stream in streams:
     stream.stop()
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+  """Threads and processes that are started within it never get signals that are the program's.
+
+  A scheduler's SIGTERM, or Ctrl-C in a terminal, goes to all processes of a run. It is for the
+  program to end its workers, when it has saved what they read.
+  """
+  resource_tracker.ensure_running()  # which lets the signals through again when it is started
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_PROGRAM)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @functools.cache

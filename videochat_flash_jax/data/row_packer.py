@@ -76,13 +76,17 @@ class RowPacker:
 
   def add(self, item: Packed) -> list[Packed] | None:
     """Takes an example, which fits a row by itself; gives a row if one had to leave."""
-    if not any(bin.add(item) for bin in self._bins):
-      self.put_together([item])
+    self.put(item)
     if sum(bin.num_tokens for bin in self._bins) <= self._most_tokens:
       return None
     fullest = max(self._bins, key=lambda bin: bin.num_tokens)
     self._bins.remove(fullest)
     return fullest.packed
+
+  def put(self, item: Packed):
+    """Puts an example, which fits a row by itself, into the first one that has room for it."""
+    if not any(bin.add(item) for bin in self._bins):
+      self.put_together([item])
 
   def put_together(self, items: Sequence[Packed]):
     """Begins a row with examples that were together in one before.

@@ -6,7 +6,6 @@ An example depends on (seed, stream, number) alone, so nothing of it has to be s
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import grain
 import numpy as np
@@ -18,6 +17,7 @@ from videochat_flash_jax.data.frame_sampling import CLIP_FRAMES
 from videochat_flash_jax.data.replacement import Drawn
 from videochat_flash_jax.data.synthetic_training import draw_clips, draw_conversation
 from videochat_flash_jax.data.tokenizer import Tokenizer
+from videochat_flash_jax.data.tokenizer_of_process import TokenizerOfProcess
 from videochat_flash_jax.data.train_batches import TrainBatches, vocabulary_digest
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
@@ -52,7 +52,7 @@ def synthetic_batches(
   return TrainBatches(config, reader, facts, streams)
 
 
-class SyntheticReader:
+class SyntheticReader(TokenizerOfProcess):
   """Gives the n-th example of a stream, always; `Drawn.row` is its number."""
 
   def __init__(
@@ -63,20 +63,10 @@ class SyntheticReader:
     questions: Mapping[str, float],
   ):
     """Opens nothing yet; see `synthetic_batches`."""
+    super().__init__(make_tokenizer)
     self._config, self._model, self._questions = config, model, dict(questions)
-    self._make_tokenizer, self._tokenizer = make_tokenizer, None
     _check_questions(self._questions)
     _check_room(config)
-
-  def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {"_tokenizer": None}  # other processes make their own
-
-  @property
-  def tokenizer(self) -> Tokenizer:
-    """The tokenizer, made when it is first asked for."""
-    if self._tokenizer is None:
-      self._tokenizer = self._make_tokenizer()
-    return self._tokenizer
 
   def read(self, stream: int, number: int) -> Drawn:
     """Draws example `number` of a stream.

@@ -12,7 +12,9 @@ stands under its number: put together, the streams of several processes' states 
 
 import hashlib
 import json
+import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +33,10 @@ from videochat_flash_jax.data.sharded_rows import empty_rows
 from videochat_flash_jax.data.tokenizer import Tokenizer
 from videochat_flash_jax.errors import InputError
 
+_log = logging.getLogger("videochat_flash_jax")
 _VERSION = 3
+# Facts that may be others when a run goes on, on another mesh perhaps: rows are then packed anew.
+_OF_LAYOUT = ("num_shards", "zigzag", "clips_per_shard", "tiles_per_shard")
 _REMEDIES = {  # for facts that say nothing to a reader
   "mixture": "give the one it was saved with, and the same max_frames to open_rows",
   "order": "go on with the versions of grain and numpy it was saved with",
@@ -126,6 +131,7 @@ class TrainBatchesIterator(grain.DatasetIterator):
     """Made by `TrainBatches`; `facts` are what a saved state has to agree with."""
     super().__init__()
     self._config, self._facts, self._features = config, facts, features
+    self._saved_facts = facts  # of the state gone on from, until a batch was packed behind it
     self._streams = {stream: PackedStream(reader, stream, config) for stream in streams}
     weakref.finalize(self, _close_at_exit, weakref.ref(self), list(self._streams.values()))
     self._share = BrokenShare(config.max_broken_share)
@@ -151,6 +157,7 @@ class TrainBatchesIterator(grain.DatasetIterator):
         packed = stream.next_row(self._share)
         write_row(packed, layout, batch, number)
         self._count(packed, self._packed[name])
+    self._saved_facts = self._facts
     if self._features is None:
       return batch
     return {_NAMES_OF_FEATURES.get(name, name): values for name, values in batch.items()}
@@ -165,7 +172,7 @@ class TrainBatchesIterator(grain.DatasetIterator):
     """What `set_state` needs to go on behind the last batch: a few kilobytes, fit for JSON."""
     return {
       "version": _VERSION,
-      "facts": self._facts,
+      "facts": self._saved_facts,
       "streams": {
         str(stream): rows.state() | self._packed[stream] | self._share.state(stream)
         for stream, rows in self._streams.items()
@@ -175,16 +182,27 @@ class TrainBatchesIterator(grain.DatasetIterator):
   def set_state(self, state: dict[str, Any]):
     """Goes on behind the batch after which `get_state` was called.
 
+    If rows had another layout then (`num_shards`, `zigzag`, `clips_per_shard`, `tiles_per_shard`),
+    the examples that wait in unfinished rows are packed anew: the batches are others than without
+    the change, but no example is left out or given twice.
+
     Raises:
       InputError: the state is of other batches than these; names the first thing that differs.
     """
     self._check_state(state)
     self._go_to(state)
+    if changed := self._changes_of_layout(state):
+      _log.info("rows are packed anew, no example is lost: %s", ", ".join(changed))
+
+  def _changes_of_layout(self, state) -> list[str]:
+    facts = [(name, state["facts"][name], self._facts[name]) for name in _OF_LAYOUT]
+    return [f"{name} was {saved}, now {now}" for name, saved, now in facts if saved != now]
 
   def _go_to(self, state):
+    self._saved_facts, is_anew = state["facts"], bool(self._changes_of_layout(state))
     for stream, rows in self._streams.items():
       saved = state["streams"][str(stream)]
-      rows.set_state(saved)
+      rows.set_state(saved, is_anew)
       self._share.set_state(saved, stream)
       self._packed[stream] = {name: saved[name] for name in ("last", *_PACKED)}
 
@@ -196,7 +214,7 @@ class TrainBatchesIterator(grain.DatasetIterator):
       )
     for name, value in self._facts.items():
       saved = state["facts"].get(name)
-      if saved != value:
+      if saved != value and name not in _OF_LAYOUT:
         remedy = _REMEDIES.get(name, f"give {saved!r}")
         raise InputError(
           f"the saved batches were made with {name} {saved!r}, now it is {value!r}; {remedy}, "
@@ -228,31 +246,39 @@ def _close_at_exit(reference: weakref.ref, streams: Sequence[PackedStream]):
     iterator.close = lambda: None  # Grain calls it once more, after our modules are gone
 
 
-def batch_metrics(state: dict[str, Any]) -> dict[str, float]:
-  """What to log of a state: examples so far, broken ones by reason, how full rows were packed.
-
-  `damaged` are examples of videos of which some frames could not be read; they are used.
+def batch_metrics(
+  state: Mapping[str, Any], before: Mapping[str, Any] | None = None
+) -> dict[str, float]:
+  """What to log of batches: examples, broken ones by reason, how full rows were packed.
 
   {"examples": 812, "damaged": 2, "tokens": 198000, "visual_tokens": 96000, "tokens_filled": 0.97,
    "broken_share": 0.005, "broken/missing file": 4}
+
+  `damaged` are examples of videos of which some frames could not be read; they are used.
+
+  Args:
+    state: of their iterator, or those of several processes put together.
+    before: an earlier one, behind which to begin; None: from the first batch on.
   """
-  streams, reasons = state["streams"].values(), {}
-  for stream in streams:
-    for counts in stream["broken"].values():
-      for reason, count in counts.items():
-        reasons[f"broken/{reason}"] = reasons.get(f"broken/{reason}", 0) + count
-  sums = {
-    name: sum(stream[name] for stream in streams) for name in ("examples", "damaged", *_PACKED)
-  }
+  counts = _counts(state)
+  if before is not None:
+    counts.subtract(_counts(before))
+  reasons = {name: count for name, count in counts.items() if name.startswith("broken/") and count}
   return {
-    "examples": sums["examples"],
-    "damaged": sums["damaged"],
-    "tokens": sums["tokens"],
-    "visual_tokens": sums["visual_tokens"],
-    "tokens_filled": sums["tokens"] / max(sums["places"], 1),
-    "broken_share": sum(reasons.values()) / max(sums["examples"], 1),
+    **{name: counts[name] for name in ("examples", "damaged", "tokens", "visual_tokens")},
+    "tokens_filled": counts["tokens"] / max(counts["places"], 1),
+    "broken_share": sum(reasons.values()) / max(counts["examples"], 1),
     **reasons,
   }
+
+
+def _counts(state) -> Counter:
+  counts = Counter()
+  for stream in state["streams"].values():
+    counts.update({name: stream[name] for name in ("examples", "damaged", *_PACKED)})
+    for reasons in stream["broken"].values():
+      counts.update({f"broken/{reason}": count for reason, count in reasons.items()})
+  return counts
 
 
 def vocabulary_digest(tokenizer: Tokenizer) -> str:

@@ -91,8 +91,8 @@ def weight_shardings(mesh: Mesh, weights: Any, *, gathered: bool = False) -> Any
 
 
 def dotted_path(path: tuple) -> str:
-  """The path that `jax.tree_util` gives a leaf, as `decoder.norm.scale`."""
-  return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+  """The path that `jax.tree_util` or `nnx` gives a leaf, as `decoder.norm.scale`."""
+  return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def check_divides(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], what: str):

@@ -15,6 +15,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from videochat_flash_jax.data.feature_key import FeatureKey, weights_digest
 from videochat_flash_jax.data.feature_store import FeatureStore
@@ -41,13 +42,8 @@ _HELD_OUT = 90_210  # what is added to the seed where held-out examples are draw
 
 @dataclasses.dataclass(frozen=True)
 class RunBatches:
-  """Batches of a run, that begin at the first one whenever they are begun.
+  """Batches of a run, that begin at the first one whenever they are begun."""
 
-  Attributes:
-    share: of the streams of all processes, those that this process reads.
-  """
-
-  share: float
   _dataset: grain.IterDataset
   _shardings: Mapping[str, Any]
   _num_rows: int
@@ -68,37 +64,83 @@ class RunBatches:
     return f"{self._rows.source(number)}, {self._rows.label(number)}"
 
 
+def check_features(settings: TrainSettings, program: TrainProgram):
+  """Refuses stored features of what has no features, or of an encoder that changes.
+
+  Raises:
+    InputError: that is so.
+  """
+  path = settings.data.features
+  if not path:
+    return
+  if settings.data.synthetic or settings.objective == "patches":
+    raise InputError(
+      f"config.data.features is {path!r}, but nothing of data.mixture is trained on; give no "
+      "data.features, or no data.synthetic"
+    )
+  if "vision" in program.state.trained:
+    raise InputError(
+      f"config.data.features is {path!r}, but the encoder is trained, and its features change: "
+      'freeze all of it (config.optimizer.scales with ("vision", 0.0) first), or give no '
+      "data.features"
+    )
+
+
+def open_features(settings: TrainSettings, frozen: Mapping[str, Any]) -> FeatureStore | None:
+  """The stored features that a run reads, if any; every process calls this.
+
+  Args:
+    settings: of the run.
+    frozen: weights; those of the encoder are to be those that made the features.
+
+  Raises:
+    InputError: there are none, or they are of another encoder.
+  """
+  if not settings.data.features:
+    return None
+  leaves = jax.tree_util.tree_leaves_with_path(frozen["vision"])
+  weights = weights_digest((dotted_path(name), _whole(leaf)) for name, leaf in leaves)
+  path = Path(settings.data.features)
+  try:
+    dtype = json.loads((path / "key.json").read_text())["dtype"]
+  except (OSError, ValueError, KeyError, TypeError):
+    dtype = "float32"  # `FeatureStore.open` says what is wrong
+  return FeatureStore.open(path, FeatureKey.of(settings.model, dtype, weights))
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+  """All of an array, whichever processes hold its parts."""
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  return multihost_utils.process_allgather(array, tiled=True)
+
+
 def run_batches(
   settings: TrainSettings,
   program: TrainProgram,
   hub: Path,
-  vision: Any,
+  features: FeatureStore | None = None,
   num_streams: int = 0,
-  *,
-  held_out: bool = False,
 ) -> RunBatches:
-  """The batches that a run is trained on, or those that it is measured on.
+  """The batches that a run is trained on.
 
   Args:
     settings: of the run.
     program: whose batches they are.
     hub: directory of the tokenizer.
-    vision: weights of the encoder, of which stored features must be.
+    features: of `open_features`.
     num_streams: of a run that goes on; 0 for what the settings say.
-    held_out: of `eval.mixture`, or of the synthetic world with another seed.
 
   Raises:
     InputError: a file is missing or cannot be used.
   """
-  if held_out:
-    settings = _of_held_out(settings)
   shardings = jax.tree.map(lambda shape: shape.sharding, program.batch)
   if settings.objective == "patches":
     return _patches(settings, shardings)
   sharding, shape = shardings["token_ids"], program.batch["token_ids"].shape
   streams = num_streams or settings.data.streams or len(row_groups(sharding, shape))
   config = data_config(settings, program.layout.sequence_shards, streams)
-  own = own_streams(sharding, shape, streams)
+  own, kept = (choose(sharding, shape, streams) for choose in (own_streams, own_rows))
   make_tokenizer = functools.partial(load_tokenizer, hub)
   rows = None
   if settings.data.synthetic:
@@ -108,25 +150,34 @@ def run_batches(
     mixture = read_mixture(settings.data.mixture)
     rows = open_rows(mixture, max_frames=settings.data.frames[1])
     check_roots(rows)
-    store = _open_features(settings, vision) if settings.data.features else None
-    dataset = mixture_batches(config, rows, make_tokenizer, own, store)
-    if store is not None:
-      shardings |= {"features": shardings["frames"]}
-      shardings |= {"tile_features": shardings["tiles"]} if settings.tiles_per_shard else {}
-  kept = own_rows(sharding, shape, streams)
+    dataset = mixture_batches(config, rows, make_tokenizer, own, features)
   dataset = dataset.map(lambda batch: {name: array[kept] for name, array in batch.items()})
   if settings.dropout is not None:
     dataset = dataset.map(lambda batch: with_plan(batch, settings.dropout, program.layout))
-  return RunBatches(len(own) / streams, dataset, shardings, settings.rows, rows)
+  return RunBatches(dataset, shardings, settings.rows, rows)
 
 
-def _of_held_out(settings):
-  mixture, seed = settings.eval.mixture, settings.seed
-  changes = {"mixture": mixture, "synthetic": ()} if mixture else {}
-  if not mixture:
+def held_out_batches(
+  settings: TrainSettings, program: TrainProgram, hub: Path, features: FeatureStore | None = None
+) -> RunBatches | None:
+  """The batches that a run is measured on: of `eval.mixture`, or of the synthetic world.
+
+  Their examples are the same on any number of hosts: each row is a stream of its own, with one
+  process that reads it unless `data.workers` is 0. Arguments are those of `run_batches`.
+
+  Returns:
+    None where there is nothing to measure on.
+  """
+  data, seed, mixture = settings.data, settings.seed, settings.eval.mixture
+  if mixture:
+    data = dataclasses.replace(data, mixture=mixture, synthetic=())
+  elif data.synthetic or settings.objective == "patches":
     seed = (seed + _HELD_OUT) % 2**32
-  data = dataclasses.replace(settings.data, workers=0, **changes)
-  return dataclasses.replace(settings, data=data, seed=seed)
+  else:
+    return None
+  data = dataclasses.replace(data, workers=min(data.workers, 1))
+  settings = dataclasses.replace(settings, data=data, seed=seed)
+  return run_batches(settings, program, hub, features, num_streams=settings.rows)
 
 
 def _patches(settings, shardings):
@@ -134,16 +185,4 @@ def _patches(settings, shardings):
     raise InputError('config.objective "patches" is for one process; start only one')
   clips = settings.clips_per_shard
   dataset = patch_batches(settings.model, settings.rows, clips, settings.seed)
-  return RunBatches(1.0, dataset, shardings, settings.rows * clips, None)
-
-
-def _open_features(settings, vision) -> FeatureStore:
-  """The stored features, if they are of this encoder."""
-  path = Path(settings.data.features)
-  try:
-    dtype = json.loads((path / "key.json").read_text())["dtype"]
-  except (OSError, ValueError, KeyError, TypeError):
-    dtype = "float32"  # `FeatureStore.open` says what is wrong
-  leaves = jax.tree_util.tree_leaves_with_path(vision)
-  weights = weights_digest((dotted_path(name), np.asarray(leaf)) for name, leaf in leaves)
-  return FeatureStore.open(path, FeatureKey.of(settings.model, dtype, weights))
+  return RunBatches(dataset, shardings, settings.rows * clips, None)

@@ -1,4 +1,4 @@
-"""Batches on their way from the host to the devices of a mesh, two ahead of the step.
+"""Batches on their way from the host to the devices of a mesh, one ahead of the step.
 
 Every process reads the rows that its own devices hold. Where the tokens of a row lie on devices of
 several processes, each of them reads the row.
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from videochat_flash_jax.errors import InputError
 
-_BATCHES_WAITING = 1  # one more is ready in the thread's hands: two ahead
+_BATCHES_WAITING = 1  # on the host; one more is ready in the thread's hands
 
 
 def row_groups(sharding: NamedSharding, shape: tuple[int, int]) -> list[tuple[int, ...]]:
@@ -83,7 +83,9 @@ def _rows_here(sharding, shape):
 def device_batches(
   batches: grain.IterDataset, shardings: Mapping[str, Any], num_rows: int
 ) -> grain.DatasetIterator:
-  """Puts batches on the devices, in a thread, two ahead.
+  """Puts batches on the devices when they are asked for; a thread has the next ones ready.
+
+  Asked for the next one while a step runs, it copies that meanwhile: the devices hold two batches.
 
   Args:
     batches: this process's rows of each batch, as `TrainBatches` gives them; a field may be a tree.
@@ -102,13 +104,16 @@ def device_batches(
   def put(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: jax.tree.map(put_array, shardings[name], field) for name, field in batch.items()}
 
-  iterator = iter(
-    grain.experimental.ThreadPrefetchIterDataset(
-      batches.map(put), prefetch_buffer_size=_BATCHES_WAITING
-    )
-  )
-  weakref.finalize(iterator, _close_at_exit, weakref.ref(iterator))
-  return iterator
+  return iter(_ReadAhead(batches, prefetch_buffer_size=_BATCHES_WAITING).map(put))
+
+
+class _ReadAhead(grain.experimental.ThreadPrefetchIterDataset):
+  """Has the next batches read by a thread, which ends with the program."""
+
+  def __iter__(self) -> grain.DatasetIterator:
+    iterator = super().__iter__()
+    weakref.finalize(iterator, _close_at_exit, weakref.ref(iterator))
+    return iterator
 
 
 def _close_at_exit(reference: weakref.ref):

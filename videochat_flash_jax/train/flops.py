@@ -16,7 +16,8 @@ def step_flops(settings: TrainSettings, sequence_shards: int) -> float:
   """Operations of a step on all chips together, places without a token or a picture among them.
 
   Attention is counted as if each row were one conversation, so with packed rows it is more than is
-  computed. Dropped tokens and adapters (less than a hundredth at rank 16) are not looked at.
+  computed. Dropped tokens and adapters (less than a hundredth at rank 16) are not looked at. Where
+  features are stored, the encoder computes nothing.
 
   Args:
     settings: of the run.
@@ -33,8 +34,10 @@ def step_flops(settings: TrainSettings, sequence_shards: int) -> float:
     return clips * _encoder(model.vision, model.vision.clip_frames, learning)
   clips = rows * sequence_shards * settings.clips_per_shard
   tiles = rows * sequence_shards * settings.tiles_per_shard
-  encoder = clips * _encoder(model.vision, model.vision.clip_frames, learning)
-  encoder += tiles * _encoder(model.vision, 1, learning)
+  encoder = 0.0
+  if not settings.data.features:
+    encoder += clips * _encoder(model.vision, model.vision.clip_frames, learning)
+    encoder += tiles * _encoder(model.vision, 1, learning)
   connector = (clips + tiles) * _connector(model, learning)
   return encoder + connector + rows * _decoder(model.decoder, settings.tokens_per_row, learning)
 

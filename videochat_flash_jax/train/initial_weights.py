@@ -7,6 +7,8 @@ config.init_from                  a directory in the released layout, or a name 
 """
 
 import dataclasses
+import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +20,14 @@ from videochat_flash_jax.checkpoints.convert import copy_beside, open_checkpoint
 from videochat_flash_jax.checkpoints.hf_config import read_fields, write_config
 from videochat_flash_jax.checkpoints.hub import checkpoint_directory
 from videochat_flash_jax.checkpoints.parts import join_parts
-from videochat_flash_jax.checkpoints.run_files import is_run
+from videochat_flash_jax.checkpoints.run_files import is_run, whole_steps
 from videochat_flash_jax.checkpoints.weights import load_weights
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 
 RANDOM = "random"
+
+_log = logging.getLogger("videochat_flash_jax")
 
 _FORMS = "a checkpoint, a run's WORKDIR, or 'LANGUAGE_MODEL + ENCODER[ + PROJECTOR]'"
 # Parts, and how their tensors begin on the hub.
@@ -77,7 +81,8 @@ def initial_weights(
 def copy_hub_files(init_from: str, config: VideoChatFlashConfig, out: Path):
   """Writes what an export of the run needs beside its weights: config.json and the tokenizer.
 
-  To be called by one process. What does not fit is refused before anything is written.
+  To be called by one process. What does not fit is refused before anything is written; of a run
+  that has steps left a line is logged.
 
   Args:
     init_from: see the module; not "random", which has no tokenizer.
@@ -88,9 +93,22 @@ def copy_hub_files(init_from: str, config: VideoChatFlashConfig, out: Path):
     InputError: as `initial_weights`.
   """
   source = _opened(init_from, config)
+  _warn_of_steps_left(Path(init_from.strip()))
   out.mkdir(parents=True, exist_ok=True)
   copy_beside(source.directory, out)
   write_config(config, out, dtype="float32", base=source.fields)
+
+
+def _warn_of_steps_left(workdir):
+  """Nothing of what is no run's WORKDIR: who names a step means it."""
+  try:
+    num_steps = json.loads((workdir / "config.json").read_text())["config"]["num_steps"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return
+  newest = max(whole_steps(workdir / "checkpoints"), default=num_steps)
+  if newest < num_steps:
+    words = "config.init_from: %s has come to step %d of %d only; that is what this run begins with"
+    _log.warning(words, workdir, newest, num_steps)
 
 
 def _opened(init_from, config, seed=0) -> Checkpoint:

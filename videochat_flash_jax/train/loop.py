@@ -6,22 +6,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from videochat_flash_jax.checkpoints.run_files import whole_steps
+from videochat_flash_jax.data.media_check import check_roots
 from videochat_flash_jax.data.media_files import is_address
 from videochat_flash_jax.data.mixture import read_mixture
+from videochat_flash_jax.data.rows import open_rows
+from videochat_flash_jax.parallel.agreement import refused_together
+from videochat_flash_jax.train.batches import check_features
 from videochat_flash_jax.train.config_checks import require
 from videochat_flash_jax.train.preemption import Preemption
+from videochat_flash_jax.train.program import train_program
 from videochat_flash_jax.train.run import train_run
 from videochat_flash_jax.train.settings import TrainSettings, run_configs, train_settings
-from videochat_flash_jax.train.workdir import check_config, check_writable, prepare
+from videochat_flash_jax.train.workdir import (
+  check_config,
+  check_shared,
+  check_writable,
+  prepare,
+)
 
 _log = logging.getLogger("videochat_flash_jax")
 
 
 class _Run(NamedTuple):
-  """A run, checked: its settings, its config as JSON has it, and its directory."""
+  """A run: its settings, its config as JSON has it, and its directory."""
 
   settings: TrainSettings
   config: dict[str, Any]
@@ -47,19 +60,31 @@ def train(config: ConfigDict, workdir: Path) -> Path | None:
     The directory of the last run, or None if a signal ended it before its last step.
 
   Raises:
-    InputError: something the user gave cannot be used: almost always before anything is computed;
-      or a loss is no longer finite.
+    InputError: something the user gave cannot be used: almost always before anything is computed,
+      on all processes if on one; or a loss is no longer finite.
   """
-  runs = [_checked(*named) for named in _runs(config, workdir)]
+  with refused_together():
+    runs = [_checked(*named) for named in _runs(config, workdir)]
+    for run in runs:
+      if not run.is_finished:
+        _check_sizes(run.settings)
+        _check_data(run.settings)
+    for run in runs:
+      check_writable(run.workdir)
+  check_shared(workdir, [run.config for run in runs])
   with Preemption() as preemption:
     for run in runs:
-      if run.is_finished:
+      if multihost_utils.broadcast_one_to_all(np.int32(run.is_finished)):
         _log.info("%s: finished before", run.workdir)
         continue
+      _log.info("%s: to step %d", run.workdir, run.settings.num_steps)
       prepare(run.workdir, run.settings, run.config)
       if not train_run(run.settings, run.config, run.workdir, preemption):
         step = max(whole_steps(run.workdir / "checkpoints"))
         _log.info("%s: stopped and saved at step %d; the same command goes on", run.workdir, step)
+        return None
+      if run is not runs[-1] and preemption.is_due():
+        _log.info("%s: finished, and stopped; the same command goes on", run.workdir)
         return None
   return runs[-1].workdir
 
@@ -85,14 +110,27 @@ def _checked(config, workdir) -> _Run:
   remedy = "a model on the hub, a checkpoint, or the --workdir of another run"
   require(bool(settings.init_from), "init_from", None, remedy)
   if settings.objective == "answers" and not settings.data.synthetic:
-    mixtures = {"data.mixture": settings.data.mixture, "eval.mixture": settings.eval.mixture}
     require(bool(settings.data.mixture), "data.mixture", None, "a file: see docs/data_format.md")
-    for field, mixture in mixtures.items():
-      missing = mixture and not is_address(mixture) and not Path(mixture).is_file()
-      require(not missing, field, mixture, "a file that is there")
-      if mixture:
-        read_mixture(mixture)
-  check_writable(workdir)
   plain = json.loads(config.to_json_best_effort())
   check_config(workdir, plain)
   return _Run(settings, plain, workdir)
+
+
+def _check_sizes(settings):
+  """Builds the shapes of a run, which takes no time: a later stage is refused before the first."""
+  check_features(settings, train_program(settings, jax.devices()))
+
+
+def _check_data(settings):
+  """Opens the mixtures of a run."""
+  if settings.objective != "answers":
+    return
+  mixtures = {"data.mixture": settings.data.mixture, "eval.mixture": settings.eval.mixture}
+  if settings.data.synthetic:
+    del mixtures["data.mixture"]
+  given = {field: mixture for field, mixture in mixtures.items() if mixture}
+  for field, mixture in given.items():
+    missing = not is_address(mixture) and not Path(mixture).is_file()
+    require(not missing, field, mixture, "a file that is there")
+  for mixture in given.values():
+    check_roots(open_rows(read_mixture(mixture), max_frames=settings.data.frames[1]))

@@ -4,21 +4,20 @@
 
 B begins at zero, so a model with new adapters computes what it did without. The weights of the
 layer keep their paths: beside `decoder.layers.stacked.q_proj.kernel` come `..q_proj.lora_a` and
-`..q_proj.lora_b`. For inference and on the hub, A B * alpha / rank is added to W.
+`..q_proj.lora_b`. For inference and on the hub, A B * alpha / rank is added to W:
+`checkpoints.adapters`.
 """
 
 import difflib
 import re
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from videochat_flash_jax.checkpoints.adapters import LORA_A, LORA_B, merged_kernel
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import LoraConfig
+from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.shapes import Array, Float
 
 _DIRECT = "lm_head"  # its kernel is read past its layer, a share of the vocabulary at a time
@@ -61,7 +60,7 @@ def add_adapters(model: nnx.Module, lora: LoraConfig, rngs: nnx.Rngs):
     InputError: no layer is found, or the regex is none.
   """
   layers = {
-    ".".join(map(str, path)): (path, module)
+    dotted_path(path): (path, module)
     for path, module in nnx.iter_modules(model)
     if isinstance(module, nnx.Linear) and path[-1] != _DIRECT
   }
@@ -81,26 +80,3 @@ def add_adapters(model: nnx.Module, lora: LoraConfig, rngs: nnx.Rngs):
     for step in path[:-1]:
       parent = parent[step] if isinstance(parent, nnx.Dict | nnx.List) else getattr(parent, step)
     setattr(parent, path[-1], AdaptedLinear(layer, lora, rngs=rngs))
-
-
-def merge_adapters(weights: Mapping[str, np.ndarray], lora: LoraConfig) -> dict[str, np.ndarray]:
-  """Weights without adapters that compute the same; a stack is merged layer by layer.
-
-  Args:
-    weights: of a model with adapters, by their dotted paths.
-    lora: of these adapters.
-
-  Returns:
-    All weights but the adapters. Merged ones are new, in the wider dtype of kernel and adapter.
-  """
-  merged = {path: w for path, w in weights.items() if not path.endswith((LORA_A, LORA_B))}
-  for path in weights:
-    if path.endswith(LORA_A):
-      layer = path.removesuffix(LORA_A)
-      parts = [np.asarray(weights[layer + end]) for end in (".kernel", LORA_A, LORA_B)]
-      if parts[0].ndim == 2:
-        merged[f"{layer}.kernel"] = merged_kernel(*parts, lora)
-      else:
-        each = [merged_kernel(*one, lora) for one in zip(*parts, strict=True)]
-        merged[f"{layer}.kernel"] = np.stack(each)
-  return merged

@@ -31,10 +31,10 @@ class Sums(NamedTuple):
   right: dict[str, Float[Array, ""]]
 
   def means(self) -> dict[str, Array]:
-    """The mean `loss`, shares of right answers by their names, and how many `tokens` counted."""
+    """The mean `loss`, shares of right answers by their names, and of how many `targets`."""
     count = jnp.maximum(self.count, 1)
     shares = {name: right / count for name, right in self.right.items()}
-    return {"loss": self.loss / count, **shares, "tokens": self.count}
+    return {"loss": self.loss / count, **shares, "targets": self.count}
 
 
 def add_heads(model: VideoChatFlash, num_classes: dict[str, int], rngs: nnx.Rngs):
@@ -79,8 +79,8 @@ def patch_loss(model: VideoChatFlash, batch: dict[str, Array]) -> Sums:
       "nothing".
 
   Returns:
-    One loss (of a batch in parts, the mean of theirs), and for each head the share of right answers
-    about patches that show something, after merging.
+    Sums whose means are the loss and, for each head, the share of right answers about patches that
+    show something, after merging; each patch is a target.
   """
   connector = model.connector
   features = model.encode_patches(batch["frames"])
@@ -100,7 +100,8 @@ def patch_loss(model: VideoChatFlash, batch: dict[str, Array]) -> Sums:
       loss, right[name] = cross_entropy(logits, shown)
       # Bare patches fill most of a picture: half the weight for them together.
       total += 0.5 * loss + 0.25 * cross_entropy(logits, without)[0]
-  return Sums(total, jnp.ones(()), right)
+  count = jnp.asarray(group.size, jnp.float32)
+  return Sums(total * count, count, {name: share * count for name, share in right.items()})
 
 
 def next_token_loss(

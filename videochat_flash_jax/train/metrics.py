@@ -1,8 +1,21 @@
 """What a run tells of itself: log files, TensorBoard, and a line of progress in a terminal.
 
-A line of metrics is written every `log_every` steps, with means over the steps behind it:
+A line of metrics is written every `log_every` steps, and where a run stops. It is of the steps
+since the line before, and of all processes together:
 
   step 20  loss 3.41  learning_rate 1e-05  grad_norm 2.1  tokens_per_second 51200  mfu 0.41  ...
+
+  loss, grad_norm, ...  means over the steps
+  targets               of a step: tokens of answers, or patches, whose loss counts
+  seconds_per_step      without compiling before the first one, and without evaluations
+  data_wait             share of the time in which the devices of the first process had nothing to
+                        do, since the next batch was not there yet
+  tokens_per_second     of text and pictures, but no empty places; and visual_tokens_per_second
+  examples_per_step     that were read; a few of them wait in rows that are not full yet
+  data/tokens_filled    share of the places in rows that hold a token
+  data/broken_share     share of the examples whose row could not be read; and by reason
+  data/damaged          videos of which some frames could not be read
+  mfu                   share of the peak of all chips; model_tflops where no peak is known
 """
 
 import contextlib
@@ -25,7 +38,7 @@ from videochat_flash_jax.errors import InputError
 
 _log = logging.getLogger("videochat_flash_jax")
 _DIGITS = 5  # for people
-_COUNTED = ("tokens", "visual_tokens")  # of `batch_metrics`, that are told as rates
+_AS_RATES = ("examples", "tokens", "visual_tokens")  # of `batch_metrics`
 _IN_PROGRESS_LINE = (
   "loss", "eval/loss", "learning_rate", "tokens_per_second", "mfu", "model_tflops", "data_wait",
 )  # fmt: skip
@@ -76,7 +89,8 @@ class RunLog:
   def write(self, step: int, **fields: Any):
     """Writes fields, with wall and CPU seconds since the run was begun; numbers go to TensorBoard.
 
-    What was spent on steps that are trained again, after a crash, is not counted.
+    CPU seconds are those of this process, without its workers. What was spent on steps that are
+    trained again, after a crash, is not counted.
 
     Raises:
       InputError: the disk is full, or the directory gone.
@@ -135,26 +149,23 @@ class RunLog:
 class StepMeter:
   """Takes in what steps compute and how long they take, and gives the means at each line."""
 
-  def __init__(self, flops: float, peak: float | None, share: float, state: Mapping[str, Any]):
+  def __init__(self, flops: float, peak: float | None, state: Mapping[str, Any]):
     """Begins to measure time.
 
     Args:
       flops: of a step, on all devices.
       peak: operations a second of all devices together, if that is known.
-      share: of the streams of all processes, those that this one counts.
-      state: of the batches, before the first step.
+      state: of the batches of all processes, before the first step.
     """
-    self._flops, self._peak, self._share = flops, peak, share
-    self._counts = batch_metrics(state) if "streams" in state else {}
-    self.begin()
+    self._flops, self._peak, self._state = flops, peak, state
+    self._begin()
 
-  def begin(self):
-    """Begins at no step, and now."""
-    self._sums: dict[str, float] = {}
-    self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+  def _begin(self):
+    self.num_steps, self._sums = 0, {}
+    self._waited, self._since = 0.0, time.perf_counter()
 
   def waited(self, seconds: float):
-    """Counts time in which the devices may have had nothing to do, for want of data."""
+    """Counts time in which the devices had nothing to do, for want of data."""
     self._waited += seconds
 
   @contextlib.contextmanager
@@ -166,31 +177,31 @@ class StepMeter:
 
   def add(self, metrics: Mapping[str, float]):
     """Counts a step that is done."""
-    self._steps += 1
+    self.num_steps += 1
     for name, value in metrics.items():
       self._sums[name] = self._sums.get(name, 0.0) + value
 
   def line(self, state: Mapping[str, Any]) -> dict[str, float]:
-    """Means since the line before, and begins anew; `state` is that of the batches."""
-    seconds = max(time.perf_counter() - self._since, 1e-9)
-    line = {name: value / max(self._steps, 1) for name, value in self._sums.items()}
-    line["seconds_per_step"] = seconds / max(self._steps, 1)
-    line["data_wait"] = self._waited / seconds
+    """Means over `num_steps` since the line before, and begins anew.
+
+    Args:
+      state: of the batches of all processes, behind the last step.
+    """
+    seconds, steps = max(time.perf_counter() - self._since, 1e-9), max(self.num_steps, 1)
+    line = {name: value / steps for name, value in self._sums.items()}
+    line |= {"seconds_per_step": seconds / steps, "data_wait": self._waited / seconds}
     if "streams" in state:
-      line |= self._data_line(state, seconds)
-    flops = self._flops * self._steps / seconds
+      line |= self._data_line(state, seconds, steps)
+    flops = self._flops * self.num_steps / seconds
     line |= {"mfu": flops / self._peak} if self._peak else {"model_tflops": flops / 1e12}
-    self.begin()
+    self._begin()
     return line
 
-  def _data_line(self, state, seconds):
-    counts, before = batch_metrics(state), self._counts
-    self._counts = counts
-    rates = {
-      f"{name}_per_second": (counts[name] - before[name]) / seconds / self._share
-      for name in _COUNTED
-    }
-    return rates | {f"data/{name}": counts[name] for name in counts if name not in _COUNTED}
+  def _data_line(self, state, seconds, steps):
+    counts, self._state = batch_metrics(state, self._state), state
+    rates = {f"{name}_per_second": counts[name] / seconds for name in ("tokens", "visual_tokens")}
+    rates["examples_per_step"] = counts["examples"] / steps
+    return rates | {f"data/{name}": counts[name] for name in counts if name not in _AS_RATES}
 
 
 def _records(path, step):

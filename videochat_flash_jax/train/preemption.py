@@ -1,7 +1,8 @@
 """SIGTERM, and the first Ctrl-C, end a run behind its current step, when all is saved.
 
 Of several processes mostly one alone gets the signal; JAX tells the others, and they agree on a
-step at which all of them stop.
+step at which all of them stop. For that they count how often each has asked, which is the same for
+all, and goes on over the stages of a run, whose steps begin at 0 again.
 """
 
 import os
@@ -17,7 +18,7 @@ class Preemption:
   def __init__(self):
     """Notices nothing yet."""
     self._several = jax.distributed.is_initialized()
-    self.is_noticed = False  # by this process, if it is the only one
+    self._is_due = False
     self._asked, self._before = 0, {}
 
   def __enter__(self) -> "Preemption":
@@ -31,11 +32,14 @@ class Preemption:
       signal.signal(number, handler)
 
   def is_due(self) -> bool:
-    """Whether to save and to end now; every process asks once behind each step."""
-    self._asked += 1
-    if self._several:
-      return multihost_utils.reached_preemption_sync_point(self._asked)
-    return self.is_noticed
+    """Whether to save and to end now; once it is so, it stays so.
+
+    Every process asks at the same places: behind each step, say. Nobody else may ask JAX.
+    """
+    if self._several and not self._is_due:
+      self._asked += 1
+      self._is_due = multihost_utils.reached_preemption_sync_point(self._asked)
+    return self._is_due
 
   def _notice(self, number, _):
     if number == signal.SIGINT:
@@ -43,4 +47,4 @@ class Preemption:
     if self._several:
       os.kill(os.getpid(), signal.SIGTERM)
     else:
-      self.is_noticed = True
+      self._is_due = True

@@ -40,6 +40,7 @@ class TrainProgram(NamedTuple):
 
   Attributes:
     step: `step(state, batch) -> (state, metrics)`; it consumes the state, and has `lower`.
+    jitted_step: the same, for functions that are traced: it drops tokens by plans as they are.
     evaluate: `evaluate(state, batch) -> metrics`, without a gradient.
     state: shapes of weights and optimizer.
     batch: shapes of a batch, of all processes.
@@ -50,6 +51,7 @@ class TrainProgram(NamedTuple):
   """
 
   step: Callable
+  jitted_step: Callable
   evaluate: Callable
   state: TrainState
   batch: dict[str, Any]
@@ -85,7 +87,7 @@ def train_program(settings: TrainSettings, devices: Sequence[jax.Device]) -> Tra
   if settings.objective == "answers":
     loss = functools.partial(answer_loss, layout=layout)
   kwargs = {"compute_dtype": dtype, "accumulate": settings.accumulate}
-  step = make_step(graph, loss, optimizer, shardings=shardings, **kwargs)
+  step = jitted_step = make_step(graph, loss, optimizer, shardings=shardings, **kwargs)
   evaluate = make_evaluation(graph, loss, **kwargs)
   if settings.dropout is not None:
     step, evaluate = (ShorteningStep(function, layout) for function in (step, evaluate))
@@ -93,9 +95,8 @@ def train_program(settings: TrainSettings, devices: Sequence[jax.Device]) -> Tra
   weights = _flat(state)
   own = {path: weights[path] for path in weights if not _is_drawn(path)}
   begin = functools.partial(_begin, draw, optimizer, state)
-  return TrainProgram(
-    step, evaluate, state, _batch_shapes(settings, layout), own, begin, graph, layout
-  )
+  batch = _batch_shapes(settings, layout)
+  return TrainProgram(step, jitted_step, evaluate, state, batch, own, begin, graph, layout)
 
 
 def _draw(settings, frozen=frozenset()):
@@ -241,9 +242,15 @@ def _batch_shapes(settings, layout):
   kinds = {"frames": (settings.clips_per_shard, vision.clip_frames)}
   if settings.tiles_per_shard:
     kinds["tiles"] = (settings.tiles_per_shard, 1)
+  stored = {"frames": "features", "tiles": "tile_features"}
   for kind, (number, frames) in kinds.items():
-    sizes = (settings.rows, shards * number, frames, *picture)
-    batch[kind] = shape(sizes, jnp.uint8, "batch", "clips")
+    number *= shards
+    if settings.data.features:
+      sizes = (settings.rows, number, settings.model.connector.clip_tokens, vision.width)
+      batch[stored[kind]] = shape(sizes, jnp.bfloat16, "batch", "clips")
+    else:
+      sizes = (settings.rows, number, frames, *picture)
+      batch[kind] = shape(sizes, jnp.uint8, "batch", "clips")
   if settings.dropout is not None:
     ids = np.zeros(row, np.int32)
     plan = plan_dropout(settings.dropout, ids > 0, ids, ids > 0, lambda _: row[1])

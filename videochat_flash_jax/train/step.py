@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.shapes import Array
 from videochat_flash_jax.train.losses import Sums
 
@@ -44,7 +45,7 @@ def split_state(
   """
 
   def filter_trained(path, _):
-    return is_trained(".".join(map(str, path)))
+    return is_trained(dotted_path(path))
 
   graph, trained, frozen = nnx.split(module, filter_trained, ...)
   trained, frozen = nnx.to_pure_dict(trained), nnx.to_pure_dict(frozen)
@@ -64,7 +65,7 @@ def make_step(
 
   The gradient is that of the mean over all that counts in the whole batch, on all hosts and in all
   of its parts: sums are added up in float32, and divided once. Metrics are the loss, shares of
-  right answers by the names that the loss gives them, how many `tokens` were learnt, and the
+  right answers by the names that the loss gives them, how many `targets` were learnt, and the
   gradient's norm before it is clipped.
 
   Args:

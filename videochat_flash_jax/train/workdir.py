@@ -8,42 +8,92 @@ All processes of a run see the same directory.
 """
 
 import contextlib
+import hashlib
 import json
+import logging
+import re
+import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from videochat_flash_jax import __version__
 from videochat_flash_jax.checkpoints.hf_config import write_config
+from videochat_flash_jax.checkpoints.run_differences import config_differences
 from videochat_flash_jax.checkpoints.run_files import whole_steps
 from videochat_flash_jax.data.synthetic_training import vocabulary_lines
 from videochat_flash_jax.data.tokenizer import train_sentencepiece
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel.agreement import refused_together, texts_of_all
 from videochat_flash_jax.train.initial_weights import RANDOM, copy_hub_files
 from videochat_flash_jax.train.settings import TrainSettings
 
-# Fields that may be others when a run goes on, since its numbers do not depend on them; but for
-# `mesh.sequence`, by which rows are packed: the state of the batches refuses another one.
+_log = logging.getLogger("videochat_flash_jax")
+# Fields that may be others when a run goes on. The numbers of most change nothing but by rounding.
+# What else decides a batch is among the facts that are saved with the batches: files are known by
+# what is in them, wherever they lie, and rows of another layout are packed anew.
 _FREE = (
-  "checkpoint", "data.max_broken_share", "data.workers", "eval", "heartbeat_seconds", "log_every",
-  "mesh", "profile", "remat", "sequence_parallel",
+  "accumulate", "checkpoint", "clips_per_shard", "data.features", "data.max_broken_share",
+  "data.mixture", "data.workers", "eval", "heartbeat_seconds", "init_from", "log_every", "mesh",
+  "optimizer.clip_norm", "optimizer.learning_rate", "profile", "remat", "sequence_parallel",
+  "tiles_per_shard", "zigzag",
 )  # fmt: skip
+_SHARED = (
+  "a directory on a file system that all hosts see, such as Filestore, or a bucket with "
+  "hierarchical namespace, mounted with Cloud Storage FUSE"
+)
 
 
 def check_writable(workdir: Path):
   """Makes the directory, if need be, and writes something into it.
 
   Raises:
-    InputError: that fails.
+    InputError: that fails, or it is the address of a bucket.
   """
+  if address := re.match(r"([a-z][a-z0-9]+):/+(.*)", str(workdir)):
+    raise InputError(f"--workdir {address[1]}://{address[2]} is no directory: give {_SHARED}")
   with _told(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=workdir, prefix=".probe"):
       pass
+
+
+def check_shared(workdir: Path, configs: Sequence[Mapping[str, Any]]):
+  """Sees whether the processes of a run, which all call it, have one directory and one config.
+
+  Args:
+    workdir: that can be written.
+    configs: of all stages, as JSON has them.
+
+  Raises:
+    InputError: one of them has another config, or does not see what process 0 writes.
+  """
+  if jax.process_count() == 1:
+    return
+  digests = texts_of_all(hashlib.blake2b(json.dumps(configs).encode()).hexdigest())
+  for number, digest in enumerate(digests):
+    if digest != digests[0]:
+      raise InputError(
+        f"process {number} has another config than process 0: give the same --config with the "
+        "same changes on all hosts"
+      )
+  token = workdir / f".seen_by_all_{texts_of_all(secrets.token_hex(8))[0]}"
+  is_first = jax.process_index() == 0
+  try:
+    with refused_together(), _told(workdir):
+      if is_first:
+        token.touch()
+    with refused_together():
+      if not token.exists():
+        raise InputError(
+          f"--workdir {workdir}: what process 0 writes there is not seen here: give {_SHARED}"
+        )
+  finally:
+    if is_first:
+      token.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -70,20 +120,25 @@ def check_config(workdir: Path, config: Mapping[str, Any]):
   """
   if not is_begun(workdir):
     return
-  path = workdir / "config.json"
-  try:
-    saved = json.loads(path.read_text())["config"]
-    differences = list(_differences("", saved, dict(config)))
-  except (OSError, ValueError, KeyError, AttributeError) as error:
-    raise InputError(
-      f"{path}: not of a run of this package, or damaged; give another --workdir"
-    ) from error
-  for field, before, now in differences:
-    if not any(field == free or field.startswith(f"{free}.") for free in _FREE):
+  for field, before, now in _changes(workdir, config):
+    is_free = any(field == free or field.startswith(f"{free}.") for free in _FREE)
+    if not is_free or (field == "clips_per_shard" and config["objective"] == "patches"):
       raise InputError(
         f"{workdir} holds a run with config.{field} {before!r}, now it is {now!r}; "
         f"give {before!r}, or another --workdir"
       )
+
+
+def _changes(workdir, config) -> list[tuple[str, Any, Any]]:
+  """Fields of a run's config that are others now, each with both values."""
+  path = workdir / "config.json"
+  try:
+    saved = json.loads(path.read_text())["config"]
+    return list(config_differences("", saved, dict(config)))
+  except (OSError, ValueError, KeyError, AttributeError) as error:
+    raise InputError(
+      f"{path}: not of a run of this package, or damaged; give another --workdir"
+    ) from error
 
 
 def is_begun(workdir: Path) -> bool:
@@ -92,35 +147,35 @@ def is_begun(workdir: Path) -> bool:
 
 
 def prepare(workdir: Path, settings: TrainSettings, config: Mapping[str, Any]):
-  """Writes the config of a run, and the files that go with its weights, if it is a new one.
+  """Writes the config of a run, and, if it is a new one, the files that go with its weights.
+
+  Every process calls it; one writes. Of a run that goes on, what has changed is logged.
 
   Raises:
     InputError: `init_from` is no model, or lacks a part; or nothing can be written.
   """
-  if jax.process_index() == 0 and not is_begun(workdir):
-    with _told(workdir):
-      _write(workdir, settings, config)
-  multihost_utils.sync_global_devices("workdir")
+  with refused_together():
+    if jax.process_index() == 0:
+      with _told(workdir):
+        if is_begun(workdir):
+          for field, before, now in _changes(workdir, config):
+            _log.info("config.%s was %r, now %r", field, before, now)
+        else:
+          _write_hub(workdir / "hub", settings)
+        _write_config(workdir, config)
 
 
-def _write(workdir, settings, config):
-  hub = workdir / "hub"
-  if settings.init_from == RANDOM:
-    hub.mkdir(exist_ok=True)
-    vocabulary = settings.model.decoder.vocab_size
-    train_sentencepiece(vocabulary_lines(), hub / "tokenizer.model", vocabulary)
-    write_config(settings.model, hub, dtype="float32")
-  else:
+def _write_hub(hub, settings):
+  if settings.init_from != RANDOM:
     copy_hub_files(settings.init_from, settings.model, hub)
+    return
+  hub.mkdir(exist_ok=True)
+  vocabulary = settings.model.decoder.vocab_size
+  train_sentencepiece(vocabulary_lines(), hub / "tokenizer.model", vocabulary)
+  write_config(settings.model, hub, dtype="float32")
+
+
+def _write_config(workdir, config):
   partial = workdir / "config.json.partial"
   partial.write_text(json.dumps({"version": __version__, "config": config}, indent=1) + "\n")
   partial.replace(workdir / "config.json")
-
-
-def _differences(field, before, now) -> Iterator[tuple[str, Any, Any]]:
-  if isinstance(before, dict) and isinstance(now, dict):
-    for name in [*now, *(name for name in before if name not in now)]:
-      path = f"{field}.{name}" if field else name
-      yield from _differences(path, before.get(name), now.get(name))
-  elif before != now:
-    yield field, before, now

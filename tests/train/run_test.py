@@ -1,0 +1,120 @@
+"""What a run does between its steps: when it stops, what it writes then, and what it waits for."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.train import small_config
+from tests.train.small_runs import records
+from videochat_flash_jax.train import loop, run
+from videochat_flash_jax.train.batches import held_out_batches
+from videochat_flash_jax.train.preemption import Preemption
+from videochat_flash_jax.train.program import train_program
+from videochat_flash_jax.train.settings import train_settings
+
+
+def small(**changes):
+  config = small_config.get_config()
+  changes = {"eval__every": 100, "checkpoint__every": 100} | changes
+  config.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})
+  return config
+
+
+def signal_behind(monkeypatch, holder, name):
+  """Has this process get SIGTERM at the end of a function."""
+  function = getattr(holder, name)
+
+  def then_signal(*args, **kwargs):
+    result = function(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return result
+
+  monkeypatch.setattr(holder, name, then_signal)
+
+
+def lines(workdir):
+  return [record["step"] for record in records(workdir) if "loss" in record]
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_between_two_lines_writes_one_of_the_steps_since(tmp_path, monkeypatch):
+  config, asked = small(num_steps=6, log_every=4), []
+
+  def is_due(_):
+    asked.append(None)
+    return len(asked) >= 3
+
+  with monkeypatch.context() as patched:
+    patched.setattr(Preemption, "is_due", is_due)
+    assert loop.train(config, tmp_path) is None
+  assert lines(tmp_path) == [3] and (tmp_path / "checkpoints" / "3").is_dir()
+  start = records(tmp_path)[0]
+  assert start["event"] == "start" and start["compile_seconds"] > 0
+  assert loop.train(config, tmp_path) == tmp_path
+  assert lines(tmp_path) == [3, 4, 6]
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation_ends_the_run_right_behind_it(tmp_path, monkeypatch):
+  signal_behind(monkeypatch, run._Steps, "_measure")
+  assert loop.train(small(num_steps=4, eval__every=2), tmp_path) is None
+  assert lines(tmp_path) == [1, 2] and (tmp_path / "checkpoints" / "2").is_dir()
+  assert "eval/loss" in records(tmp_path)[-1]
+
+
+def test_a_signal_at_the_end_of_a_stage_ends_the_program_before_the_next(tmp_path, monkeypatch):
+  begun = []
+  monkeypatch.setattr(loop, "train_run", lambda settings, *_: begun.append(settings) or True)
+  signal_behind(monkeypatch, loop, "train_run")
+  config = type(small())({"stages": {"first": small(), "second": small()}})
+  assert loop.train(config, tmp_path) is None and len(begun) == 1
+
+
+class Slow:
+  """Batches, each of which takes a while."""
+
+  def __init__(self, batches, seconds):
+    self._batches, self._seconds = batches, seconds
+
+  def __next__(self):
+    time.sleep(self._seconds)
+    return next(self._batches)
+
+  def __getattr__(self, name):
+    return getattr(self._batches, name)
+
+
+@pytest.mark.parametrize(
+  "of_step, of_wait, least, most", [(0.0, 0.4, 0.6, 1.0), (0.8, 0.4, 0, 0.2)]
+)
+def test_only_waiting_with_idle_devices_is_data_wait(
+  tmp_path, monkeypatch, of_step, of_wait, least, most
+):
+  begin, fetched = run.RunBatches.begin, run._fetched
+
+  def slow_step(metrics):
+    time.sleep(of_step)
+    return fetched(metrics)
+
+  monkeypatch.setattr(run.RunBatches, "begin", lambda self: Slow(begin(self), of_wait))
+  monkeypatch.setattr(run, "_fetched", slow_step)
+  config = small(num_steps=4, log_every=1)
+  loop.train(config, tmp_path)
+  (line,) = [record for record in records(tmp_path) if record["step"] == 3 and "loss" in record]
+  assert least <= line["data_wait"] <= most
+  assert line["seconds_per_step"] >= max(of_step, of_wait) * 0.9
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_held_out_examples_do_not_depend_on_how_many_hosts_read(tmp_path, streams):
+  config = small(rows=2, data__streams=streams, data__workers=2)
+  settings = train_settings(config)
+  program = train_program(settings, run.jax.devices())
+  loop.prepare(tmp_path, settings, json.loads(config.to_json_best_effort()))
+  batches = held_out_batches(settings, program, tmp_path / "hub").begin()
+  state = batches.get_state()
+  batches.close()
+  assert state["facts"]["streams"] == 2 and set(state["streams"]) == {"0", "1"}

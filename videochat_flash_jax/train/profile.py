@@ -1,0 +1,38 @@
+"""Traces some steps of a run into a folder, for TensorBoard or xprof."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Profile:
+  """To be told of each step; a trace that is not finished ends with the block."""
+
+  def __init__(self, steps: tuple[int, ...], folder: Path):
+    """Traces from the first to the last of `steps`, or nothing if there are none."""
+    self._first, self._last = steps or (0, 0)
+    self._folder, self._is_tracing = folder, False
+
+  def __enter__(self) -> "Profile":
+    return self
+
+  def __exit__(self, *_):
+    self._stop()
+
+  def before(self, step: int):
+    """Called right before a step is dispatched."""
+    if step == self._first:
+      jax.profiler.start_trace(str(self._folder))
+      self._is_tracing = True
+
+  def after(self, step: int, metrics: Any):
+    """Called right behind; waits for what the last step computes."""
+    if step == self._last:
+      jax.block_until_ready(metrics)
+      self._stop()
+
+  def _stop(self):
+    if self._is_tracing:
+      self._is_tracing = False
+      jax.profiler.stop_trace()
