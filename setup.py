@@ -27,7 +27,6 @@ setup(
     "av>=18.1,<20",
     "flax>=0.12.8,<0.13",
     "fsspec>=2026.9,<2027",
-    "google-metrax>=0.2.4,<0.3",
     "grain>=0.2.18,<0.3",
     "huggingface_hub>=2.4,<3",
     "jaxtyping>=0.3.11,<0.4",

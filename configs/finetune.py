@@ -1,4 +1,6 @@
-"""Your own videos: adapters of low rank in the 2B's decoder, and its connector. Copy this file.
+"""Your own videos: adapters of low rank in the 2B's decoder, and its connector.
+
+Copy this file, and leave the copy beside common.py.
 
 vcflash train --config configs/finetune.py --config.data.mixture=MIXTURE --workdir DIR
 vcflash compile --config configs/finetune.py --topology v5e:2x2

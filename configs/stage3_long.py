@@ -7,7 +7,7 @@ vcflash compile --config configs/stage3_long.py --topology v5e:8x8
 Mesh and slice: fsdp 16 x sequence 4 on v5e:8x8, v6e:8x8 or v5p:4x4x4; the smallest slice is
 v5e:4x4, a row at a time, with --config.rows=1 --config.mesh.sequence=16
 --config.clips_per_shard=32 --config.tiles_per_shard=24; the 2B fits v5e:2x2 with --config.rows=1.
-Expected, by the TPU's compiler: 10.6 of 15.75 GiB a chip of v5e, 9.3 on v6e and v5p, and at least
+Expected, by the TPU's compiler: 10.6 of 15.75 GiB a chip of v5e, 9.2 on v6e and v5p, and at least
 5.5 s a step on v5e, 2.4 on v5p, 1.3 on v6e, an estimate from their published peaks
 (docs/memory.md). A million tokens, some 65,500 frames and their text:
 

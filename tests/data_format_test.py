@@ -33,6 +33,7 @@ def folder(tmp_path, monkeypatch):
   return tmp_path
 
 
+@pytest.mark.slow
 def test_the_whole_page_runs_and_its_mixture_is_healthy(folder, capsys):
   assert main(["data", "check", "mixture.yaml", "--all", "--json"]) == 0
   report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -27,7 +27,7 @@ MAY_IMPORT = {
   "models.config": LEAVES,
   "models": {"ops", "parallel", "lazy_names", *LEAVES},
   "data": {"models.config", "parallel.zigzag", "errors"},
-  "checkpoints": {"models.config", "parallel.sharding", "errors"},
+  "checkpoints": {"models.config", "parallel.processes", "parallel.sharding", "errors"},
   "train": MACHINERY,
   "inference": MACHINERY,
   "evals": {"", "data", "inference", *LEAVES},

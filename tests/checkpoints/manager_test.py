@@ -20,6 +20,7 @@ from tests.checkpoints.saved_states import (
   state,
   steps,
 )
+from videochat_flash_jax.checkpoints import manager
 from videochat_flash_jax.checkpoints.manager import RunCheckpoints
 from videochat_flash_jax.errors import InputError
 
@@ -141,6 +142,39 @@ def test_a_full_disk_is_one_line_and_what_was_whole_stays(tmp_path, short_files,
   checkpoints.close()
   assert steps(tmp_path) == [5, 9] and "Traceback" not in capfd.readouterr().err
   assert_restores(tmp_path, 9, 9.0)
+
+
+def test_a_disk_that_is_full_for_frozen_weights_is_one_line_and_the_next_save_is_whole(
+  tmp_path, short_files
+):
+  noise = jax.random.normal(jax.random.key(0), (200, 1000))
+  frozen = {"trained": {"w": jnp.ones(3)}, "frozen": {"w": noise}}
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with RunCheckpoints(tmp_path) as checkpoints:
+    short_files()
+    with pytest.raises(InputError) as caught:
+      checkpoints.save(5, frozen, DATA, RUN)
+    assert_one_line(caught, "step 5", "File too large", "no whole one", "make room")
+    assert not list(tmp_path.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints.save(6, frozen, DATA, RUN)
+  with RunCheckpoints(tmp_path) as checkpoints:
+    restored = checkpoints.restore(shapes_of(frozen), RUN)
+  np.testing.assert_array_equal(restored.state["frozen"]["w"], noise)
+
+
+def test_another_process_that_is_gone_is_not_taken_for_a_broken_disk(tmp_path, monkeypatch):
+  def gone(_):
+    raise jax.errors.JaxRuntimeError("Gloo all-gather failed: Connection closed by peer")
+
+  monkeypatch.setattr(manager, "streams_of_all", gone)
+  with RunCheckpoints(tmp_path) as checkpoints:
+    with pytest.raises(InputError, match="could not be written"):  # one process has no others
+      checkpoints.save(5, state(), DATA, RUN)
+    with monkeypatch.context() as two:
+      two.setattr(jax, "process_count", lambda: 2)
+      with pytest.raises(jax.errors.JaxRuntimeError, match="closed by peer"):
+        checkpoints.save(5, state(), DATA, RUN)
 
 
 def test_a_directory_that_is_lost_meanwhile_is_one_line(tmp_path):

@@ -79,6 +79,7 @@ def test_a_new_process_goes_on_exactly_from_any_of_20_states(mixture, run):
   check_stops(mixture, run, [0] * NUM_STOPS)
 
 
+@pytest.mark.slow
 def test_a_new_process_with_one_or_two_workers_goes_on_exactly(mixture, run):
   check_stops(mixture, run, [2, 1])
 

@@ -239,6 +239,7 @@ print(len(frames), (after - before) * (1 if sys.platform == "darwin" else 1024))
 """
 
 
+@pytest.mark.slow
 def test_eight_seconds_of_4k_are_read_without_holding_4k_frames(tmp_path):
   height, width, fps = 2160, 3840, 5
   small = pictures(2, height // 80, width // 80)

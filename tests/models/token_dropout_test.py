@@ -157,6 +157,7 @@ def test_layers_apart_lose_the_tokens_that_the_stack_loses(model):
   assert_close(hidden, expected_hidden, relative=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_no_gradient_flows_through_the_choice(model):
   x, plan = padded_batch(SAMPLES[:1]), plan_of(config_of("attention"), SAMPLES[0])
   _, first = read_and_drop(model, x, plan._replace(drops={1: plan.drops[1]}))

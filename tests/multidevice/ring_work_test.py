@@ -17,7 +17,11 @@ SHARDS, LENGTH = 8, 16 * 8
 
 @pytest.fixture
 def work(monkeypatch):
-  """Pairs of a query and a key that each device meets, while a test runs."""
+  """Pairs of a query and a key that each device has to meet, while a test runs.
+
+  Of a diagonal block these are those below it, as splash computes them but for whole tiles; every
+  device has one of the same size, so it makes no difference to the balance.
+  """
   pairs = collections.Counter()
 
   def counted(attend):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import assert_close
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.ops import attention as attention_module
 from videochat_flash_jax.ops import partial_attention
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.sharded_attention import self_attention
@@ -25,6 +27,9 @@ SEGMENTS = {  # of the two rows; the last segment of the first row is its paddin
 def small_blocks(monkeypatch):
   monkeypatch.setattr(partial_attention, "_BLOCK_SCORES", 7)
   monkeypatch.setattr(partial_attention, "_BLOCK_QUERIES", 3)
+  monkeypatch.setattr(attention_module, "_DENSE_SCORES", 0)  # blocks, as of any real length
+  monkeypatch.setattr(attention_module, "_BLOCK_SCORES", 7)
+  monkeypatch.setattr(attention_module, "_BLOCK_QUERIES", 3)
 
 
 def random(*shape, seed):
@@ -103,7 +108,22 @@ def test_a_ring_computes_in_bfloat16_and_merges_in_float32():
   mesh = make_mesh(MeshConfig(sequence=8))
   segment_ids = jnp.zeros((BATCH, LENGTH), jnp.int32)
   q, k, v, _ = (x.astype(jnp.bfloat16) for x in operands(4))
-  out = spread(Layout(mesh, zigzag=True), segment_ids)(q, k, v)
+  out = jax.jit(spread(Layout(mesh, zigzag=True), segment_ids))(q, k, v)
   assert out.dtype == jnp.bfloat16
   exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), causal=True)
   assert_close(out.astype(jnp.float32), exact, relative=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["ring", "all_gather"])
+@pytest.mark.parametrize(
+  "length, zigzag, complaint",
+  [
+    (20, False, "no 8 equal parts .* pad it to 24"),
+    (24, True, "no 16 equal parts .* pad it to 32"),
+  ],
+)
+def test_tokens_that_cannot_be_shared_out_are_refused_in_one_line(kind, length, zigzag, complaint):
+  layout = Layout(make_mesh(MeshConfig(sequence=8)), kind, zigzag)
+  q = k = v = random(BATCH, length, 4, HEAD_SIZE, seed=0)
+  with pytest.raises(InputError, match=complaint):
+    self_attention(q, k, v, None, layout)

@@ -78,7 +78,7 @@ def test_when_one_is_killed_the_other_says_so_and_the_same_command_goes_on(
   stop(processes[victim], signal.SIGKILL)
   begun = time.monotonic()
   _, errors = processes[1 - victim].communicate(timeout=100)
-  assert time.monotonic() - begun < HEARTBEAT + 5
+  assert time.monotonic() - begun < HEARTBEAT
   assert processes[1 - victim].returncode not in (0, None)
   last = errors.strip().splitlines()[-1]
   assert last.startswith(f"vcflash: process {1 - victim} of 2 ")

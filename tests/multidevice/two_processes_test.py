@@ -32,11 +32,12 @@ def free_port():
     return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name, dropout",
   [
     pytest.param("fsdp 2 x sequence 2 x tensor 2", False, id="gradients are summed over both"),
-    pytest.param("sequence 8", True, id="rows lie on both", marks=pytest.mark.slow),
+    pytest.param("sequence 8", True, id="rows lie on both"),
   ],
 )
 def test_two_processes_take_the_step_of_one(tmp_path, name, dropout):

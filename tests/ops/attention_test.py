@@ -1,3 +1,4 @@
+import functools
 import types
 
 import jax
@@ -74,25 +75,30 @@ def implementation(request, monkeypatch):
   return request.param
 
 
+def compiled(implementation, **arguments):
+  """Whole, which takes less time than one operation after another."""
+  return jax.jit(functools.partial(attention, implementation=implementation, **arguments))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_attention_is_a_softmax_over_what_a_query_sees(implementation, case):
   arguments, sees = CASES[case]
   q, k, v = operands()
-  out = attention(q, k, v, implementation=implementation, **arguments)
+  out = compiled(implementation, **arguments)(q, k, v)
   assert_close(out, one_by_one(q, k, v, sees), relative=1e-6)
 
 
 @pytest.mark.parametrize("num_heads, num_kv_heads", [(1, 1), (3, 3), (6, 3), (6, 1)])
 def test_query_heads_share_key_heads_in_order(implementation, num_heads, num_kv_heads):
   q, k, v = operands(num_heads, num_kv_heads)
-  out = attention(q, k, v, implementation=implementation)
+  out = compiled(implementation)(q, k, v)
   assert_close(out, one_by_one(q, k, v, CASES["all"][1]), relative=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 23, 24, 25, 48, 49])
 def test_no_length_is_too_odd(implementation, length):
   q, k, v = operands(queries=length, keys=length)
-  out = attention(q, k, v, causal=True, implementation=implementation)
+  out = compiled(implementation, causal=True)(q, k, v)
   assert_close(out, one_by_one(q, k, v, CASES["causal"][1]), relative=1e-6)
 
 
@@ -191,12 +197,12 @@ def test_a_query_that_sees_nothing_gives_finite_numbers(implementation):
     "query_segments": jnp.zeros((BATCH, QUERIES), jnp.int32),
     "key_segments": jnp.ones((BATCH, KEYS), jnp.int32),
   }
-  assert jnp.isfinite(attention(q, k, v, implementation=implementation, **apart)).all()
+  assert jnp.isfinite(compiled(implementation, **apart)(q, k, v)).all()
 
 
 def test_large_scores_do_not_overflow(implementation):
   q, k, v = operands()
-  out = attention(100 * q, 100 * k, v, implementation=implementation)
+  out = compiled(implementation)(100 * q, 100 * k, v)
   assert_close(out, one_by_one(100 * q, 100 * k, v, CASES["all"][1]), relative=1e-4)
 
 
@@ -204,6 +210,6 @@ def test_bfloat16_is_summed_in_float32(implementation):
   # 256 + 1 is 256 in bfloat16: sums of equal weights and values would stop there.
   q = jnp.zeros((1, 1, 1, 2), jnp.bfloat16)
   k, v = jnp.zeros((1, 4096, 1, 2), jnp.bfloat16), jnp.ones((1, 4096, 1, 2), jnp.bfloat16)
-  out = attention(q, k, v, implementation=implementation)
+  out = compiled(implementation)(q, k, v)
   assert out.dtype == jnp.bfloat16
   assert_close(out, np.ones(out.shape), absolute=0.0)

@@ -102,6 +102,14 @@ def test_each_stage_of_a_config_has_a_row(capsys):
   assert [row.split(" | ")[0] for row in rows] == [f"| tiny.py {stage}" for stage in stages]
 
 
+def test_a_mistake_in_the_last_stage_is_told_before_the_first_is_compiled(capsys, monkeypatch):
+  monkeypatch.setattr(ahead_of_time, "report", lambda *_: pytest.fail("a stage was compiled"))
+  config = ["--config", str(STAGE_3.with_name("tiny.py")), "--topology", "v5e:1x1"]
+  assert main(["compile", *config, "--config.stages.stage4_highres.mesh.sequence=3"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "sequence 3" in line
+
+
 def test_several_slices_are_one_mesh():
   devices = ahead_of_time.topology_devices("v5e:2x2", num_slices=2)
   mesh = make_mesh(MeshConfig(data=2, num_slices=2), devices)

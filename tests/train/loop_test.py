@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -18,7 +19,10 @@ from tests.train.small_runs import losses, records
 from videochat_flash_jax.checkpoints.convert import open_checkpoint
 from videochat_flash_jax.checkpoints.manager import RunCheckpoints
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.train import loop
+from videochat_flash_jax.train import loop, run
+from videochat_flash_jax.train.settings import train_settings
+from videochat_flash_jax.train.step import TrainState
+from videochat_flash_jax.train.workdir import warn_of_room
 
 
 def small(**changes):
@@ -68,6 +72,7 @@ def test_the_address_of_a_bucket_is_no_directory(tmp_path, monkeypatch):
     ({"mesh.data": 2}, r"do not make the 1 devices"),
     ({"data.mixture": "gone.yaml"}, r"data\.mixture is 'gone.yaml'"),
     ({"data.mixture": "bare.yaml"}, r"none\.json: cannot be read"),
+    ({"init_from": "nowhere"}, r"'nowhere': no such model or directory"),
   ],
 )
 def test_a_later_stage_is_refused_before_the_first_begins(tmp_path, monkeypatch, changes, said):
@@ -124,6 +129,35 @@ def test_a_directory_with_a_damaged_config_is_refused(tmp_path):
     loop.train(small(), tmp_path)
 
 
+def test_the_directory_of_a_model_is_no_workdir_and_is_left_as_it_is(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "videochat_flash_qwen"}')
+  with pytest.raises(InputError, match=r"config\.json: not of a run .* give another --workdir"):
+    loop.train(small(init_from=str(tmp_path)), tmp_path)
+  (left,) = tmp_path.iterdir()
+  assert left.read_text() == '{"model_type": "videochat_flash_qwen"}'
+
+
+def test_what_an_attempt_with_another_tokenizer_left_is_gone(tmp_path):
+  (tmp_path / "hub").mkdir()
+  (tmp_path / "hub" / "tokenizer.json").write_text("{}")
+  loop.prepare(tmp_path, train_settings(small()), {})
+  names = {path.name for path in (tmp_path / "hub").iterdir()}
+  assert "config.json" in names and "tokenizer.json" not in names
+
+
+@pytest.mark.parametrize("free, warns", [(10**9, True), (2 * 10**9, False)])
+def test_a_disk_with_too_little_room_is_told_before_the_first_step(
+  tmp_path, monkeypatch, caplog, free, warns
+):
+  usage = types.SimpleNamespace(free=free)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+  weights = {"a": jax.ShapeDtypeStruct((10**8,), np.float32)}
+  state = TrainState(weights, {}, {})
+  warn_of_room(tmp_path, state, keep=2)
+  said = [record.getMessage() for record in caplog.records]
+  assert len(said) == warns and all("take up to 1.12 GiB more, but only 0.93" in s for s in said)
+
+
 def test_what_no_number_depends_on_may_change(tmp_path):
   as_if_begun(tmp_path, small())
   config = small(log_every=7, checkpoint__every=9, data__workers=2, mesh__data=2, remat="full")
@@ -147,6 +181,7 @@ def undisturbed(tmp_path_factory):
   return loop.train(small(**THREE_STEPS), tmp_path_factory.mktemp("undisturbed"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_rate_and_in_parts(undisturbed, tmp_path, caplog):
   shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
   shutil.rmtree(tmp_path / "checkpoints" / "3")
@@ -203,6 +238,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_names_of_its_bat
   assert max(record["step"] for record in records(tmp_path)) == step - 1
 
 
+def test_a_step_copies_nothing_from_the_host(tmp_path, monkeypatch):
+  step = run._Steps._next_batch
+  on_host = lambda self: jax.tree.map(np.asarray, step(self))  # noqa: E731
+  monkeypatch.setattr(run._Steps, "_next_batch", on_host)
+  with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+    loop.train(small(num_steps=1), tmp_path)
+
+
 def test_frozen_weights_do_not_change_by_a_bit(tmp_path, monkeypatch):
   """Neither on the devices nor on disk, where they are written once."""
   held, save = [], RunCheckpoints.save
@@ -248,6 +291,7 @@ def test_stages_begin_where_the_one_before_ended_and_finished_ones_are_left(tmp_
   ]
 
 
+@pytest.mark.slow
 def test_held_out_batches_are_the_same_each_time_and_profiles_are_left(tmp_path):
   config = small(num_steps=2, eval__every=1, profile=(1, 2))
   config.optimizer.learning_rate = 1e-30

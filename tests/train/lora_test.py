@@ -40,6 +40,7 @@ def adapters_in(weights):
   return {path for path in weights if path.endswith(("lora_a", "lora_b"))}
 
 
+@nnx.jit
 def logits(model):
   batch = answer_batch()
   ids = batch["token_ids"] % model.config.decoder.vocab_size

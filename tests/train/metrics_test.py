@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import resource
 import struct
 import time
 
@@ -66,6 +68,32 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
         log.write(1, loss=1.0)
 
 
+def write_on(log, fields):
+  for step in range(1, 10_000):
+    log.write(step, **fields)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_tensorboard_is_told_too_and_nobody_waits(tmp_path, monkeypatch):
+  """Its files are the largest, and written by a thread of tensorboardX that ends when it fails."""
+  fields = {f"loss_{number}": 1.0 for number in range(40)}
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with (
+    RunLog(tmp_path, 0, num_steps=10_000) as log,
+    open(os.devnull, "w") as one,
+    open(os.devnull, "w") as other,
+  ):
+    for file in log._files:
+      file.close()
+    monkeypatch.setattr(log, "_files", [one, other])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+      with pytest.raises(InputError, match=r"the log cannot be written \(File too large\)"):
+        write_on(log, fields)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_programs_read_numbers_as_they_are(tmp_path):
   written(tmp_path, 0, 3)
   assert json.loads((tmp_path / "train_log.jsonl").read_text())["loss"] == 1 / 3
@@ -74,7 +102,6 @@ def test_programs_read_numbers_as_they_are(tmp_path):
 def test_time_goes_on_where_the_kept_steps_ended(tmp_path, monkeypatch):
   now = [100.0]
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-  monkeypatch.setattr(metrics.time, "sleep", lambda seconds: None)
   for step in (0, 5):
     with RunLog(tmp_path, step, num_steps=100) as log:
       now[0] += 7

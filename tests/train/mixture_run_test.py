@@ -69,6 +69,7 @@ def test_what_is_compiled_before_the_first_step_is_told_and_not_counted(with_pix
   assert first["wall_seconds"] - start["wall_seconds"] >= 0
 
 
+@pytest.mark.slow
 def test_stored_features_train_as_pixels_do(mixture, features, with_pixels, tmp_path):
   config = run_config(mixture, eval__mixture=str(mixture), data__features=str(features))
   loop.train(config, tmp_path)

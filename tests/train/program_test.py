@@ -152,6 +152,7 @@ def test_steps_with_dropout_learn_and_frozen_weights_do_not_change_by_a_bit():
   jax.tree.map(np.testing.assert_array_equal, state.frozen, frozen)
 
 
+@pytest.mark.slow
 def test_adapters_move_at_the_whole_rate_the_connector_at_a_tenth_and_nothing_else_at_all():
   program = small_program("finetune.py", "optimizer.warm_up=0.0", "num_steps=20")
   batch = jax.device_put(filled(program.batch), jax.tree.map(lambda x: x.sharding, program.batch))

@@ -47,6 +47,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_exactly(undisturbed, tmp_pa
   assert [r["event"] for r in records(tmp_path) if "event" in r] == ["start", "resume"]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_ends_the_run_well_and_the_same_command_goes_on(undisturbed, tmp_path):
   with started(tmp_path, PARTLY_FROZEN) as process:
     wait_for(lambda: last_step(tmp_path) >= 7, process)

@@ -242,7 +242,7 @@ def _add_collective(total, kind, instruction, computation):
   taken = sum(computation.instructions[name].num_bytes for name in instruction.operands)
   given = sum(array.num_bytes for array in _given(instruction))
   size, members = max(taken, given), _group_size(instruction.attributes)
-  share = {"all-reduce": 2.0, "collective-permute": 1.0}.get(kind, 1.0)
+  share = 2.0 if kind == "all-reduce" else 1.0
   if kind != "collective-permute":
     share *= 1 - 1 / members
   _add_sent(total, kind, size, share)

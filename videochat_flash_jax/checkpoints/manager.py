@@ -33,9 +33,11 @@ from videochat_flash_jax.checkpoints.processes import newest_of_all, streams_of_
 from videochat_flash_jax.checkpoints.run_differences import check_arrays, check_config
 from videochat_flash_jax.checkpoints.run_files import FROZEN, is_whole, whole_steps
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel.processes import is_of_others
 from videochat_flash_jax.parallel.sharding import dotted_path
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of what is not whole yet
+_PROBE = ".probe"
 # Stacked matrices are cut into their layers, so that an export reads one without the others.
 _WHOLE = ocp.SaveArgs(chunk_byte_size=32 * 2**20)
 _BY_LAYER = ocp.SaveArgs(chunk_byte_size=32 * 2**20, shard_axes=(0,))
@@ -220,10 +222,12 @@ class RunCheckpoints:
     """Removes what is not whole: checkpoints, or frozen weights."""
     for path in self._directory.glob(f"*{_UNFINISHED}*"):
       shutil.rmtree(path, ignore_errors=True)
+    for path in self._directory.glob(f"{_PROBE}*"):
+      path.unlink(missing_ok=True)
 
   def _probe(self):
     """Raises `OSError` where nothing can be written: Orbax would take minutes to give up."""
-    with tempfile.NamedTemporaryFile(dir=self._directory, prefix=".probe") as probe:
+    with tempfile.NamedTemporaryFile(dir=self._directory, prefix=_PROBE) as probe:
       probe.write(b"whether there is room for anything")
 
   @contextlib.contextmanager
@@ -234,6 +238,8 @@ class RunCheckpoints:
     except InputError:
       raise
     except (OSError, ValueError, RuntimeError) as error:
+      if is_of_others(error):
+        raise  # there is nothing wrong with the disk
       failed, newest = self._saving, self.newest_step
       self._clear()  # a full disk has better uses for its room
       whole = "there is no whole one" if newest is None else f"the newest whole one is {newest}"
@@ -252,6 +258,8 @@ def _told_as_damaged(checkpoint: Path) -> Iterator[None]:
   except InputError:
     raise  # of another config, but whole
   except (OSError, ValueError, KeyError) as error:
+    if is_of_others(error):
+      raise
     raise InputError(
       f"{checkpoint}: the checkpoint cannot be read ({_reason(error)}); if it is damaged, move "
       "this directory away to go on from the one before"

@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
   name = " ".join([args.config.name, *args.overrides])
   if args.program != "train":
     name += f" --program {args.program}"
-  reports = {stage: _report(args, settings) for stage, settings in runs.items()}
+  # All of them are built before the first one is compiled: a mistake in the last is told at once.
+  programs = {stage: _program(args, settings) for stage, settings in runs.items()}
+  reports = {stage: _report(args, runs[stage], *program) for stage, program in programs.items()}
   if args.table:
     for stage, report in reports.items():
       print(ahead_of_time.table_row(f"{name} {stage}".rstrip(), report))
@@ -58,12 +60,10 @@ def run(args: argparse.Namespace) -> int:
   return 2 if any("error" in report for report in reports.values()) else 0
 
 
-def _report(args, settings):
+def _report(args, settings, program, arguments):
   """What one program takes, or that it does not fit."""
   from videochat_flash_jax.benchmarks import ahead_of_time
 
-  devices = ahead_of_time.topology_devices(args.topology, settings.mesh.num_slices)
-  program, arguments = _program(args.program, settings, devices)
   remedy = _TRAINING if args.program == "train" else _ANSWERING
   try:
     report = ahead_of_time.report(args.topology, program, arguments, remedy)
@@ -73,10 +73,12 @@ def _report(args, settings):
   return {"model": model.name, "image_size": model.vision.image_size, **report}
 
 
-def _program(name, settings, devices):
+def _program(args, settings):
   """A jitted program, and the shapes of its arguments."""
-  if name == "train":
-    from videochat_flash_jax.benchmarks.ahead_of_time import beside_next_batch
+  from videochat_flash_jax.benchmarks.ahead_of_time import beside_next_batch, topology_devices
+
+  devices = topology_devices(args.topology, settings.mesh.num_slices)
+  if args.program == "train":
     from videochat_flash_jax.train.program import train_program
 
     program = train_program(settings, devices)
@@ -87,7 +89,7 @@ def _program(name, settings, devices):
   from videochat_flash_jax.parallel.mesh import make_mesh
 
   model = settings.model
-  build = prefill_program if name == "prefill" else decode_program
+  build = prefill_program if args.program == "prefill" else decode_program
   return build(
     model,
     make_mesh(settings.mesh, devices),

@@ -28,7 +28,7 @@ class Partial(NamedTuple):
 def merge(one: Partial, other: Partial) -> Partial:
   """Attention to the keys of both parts."""
   lse = jnp.logaddexp(one.lse, other.lse)
-  # Where neither sees a key both shares are one half, of zeros.
+  # Where neither sees a key the shares are finite, and of zeros.
   shares = (jnp.exp(part.lse - lse)[..., None] * part.out for part in (one, other))
   return Partial(sum(shares), lse)
 

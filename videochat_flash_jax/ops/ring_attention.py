@@ -16,9 +16,10 @@ hop is half a block, on every device, and nobody waits.
   early chunk       diagonal    early: full         skipped
   late chunk        diagonal    early: full         early, late: full
 
-A block is computed by `ops/splash.py` on TPUs and by `ops/partial_attention.py` elsewhere, on GPUs
-too: JAX's call of cuDNN rounds the log-sum-exp to the dtype of the result, and has no gradient that
-starts from the merged one.
+A block is computed by `ops/splash.py` on TPUs and elsewhere, on GPUs too, by
+`ops/partial_attention.py`, which is `blockwise` with what a merge needs: the log-sum-exp, and a
+gradient that starts from the merged one. JAX's call of cuDNN rounds the former to the dtype of the
+result, and has no way to start the latter.
 """
 
 import functools

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.ring_attention import ring_attention
 from videochat_flash_jax.parallel.layout import Layout
@@ -29,15 +30,26 @@ def self_attention(
     v: values of the same tokens.
     segment_ids: tokens see only their own segment; None for one segment.
     layout: how the arrays lie, and whether keys are gathered or travel.
+
+  Raises:
+    InputError: the tokens cannot be shared out equally.
   """
-  if segment_ids is None and layout.sequence_shards > 1:  # else none are made up: cuDNN takes none
+  shards = layout.sequence_shards
+  parts = 2 * shards if layout.zigzag else shards
+  if q.shape[1] % parts:
+    raise InputError(
+      f"a sequence of {q.shape[1]} tokens has no {parts} equal parts for {shards} devices"
+      f"{', each of which has two' if layout.zigzag else ''}; pad it to "
+      f"{-(-q.shape[1] // parts) * parts}"
+    )
+  if segment_ids is None and shards > 1:  # else none are made up: cuDNN takes none
     segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
-  if layout.sequence_shards == 1:
+  if shards == 1:
     local = _one_shard
   elif layout.sequence_parallel == "ring":
     local = functools.partial(_ring, zigzag=layout.zigzag)
   else:
-    local = functools.partial(_gathered, shards=layout.sequence_shards, zigzag=layout.zigzag)
+    local = functools.partial(_gathered, shards=shards, zigzag=layout.zigzag)
   heads, tokens = ("batch", "sequence", "heads"), ("batch", "sequence")
   return layout.per_device(local, (heads, heads, heads, tokens), heads)(q, k, v, segment_ids)
 

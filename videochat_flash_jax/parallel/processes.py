@@ -89,12 +89,17 @@ def ends_with_others() -> Iterator[None]:
   except InputError:
     raise  # which is a ValueError, and may hold any word
   except (RuntimeError, ValueError) as error:
-    if not _FROM_OTHERS.search(str(error)):
+    if not is_of_others(error):
       raise
     end_of_word()
     line = f"vcflash: {here} ends, since {_ANOTHER_DIED} ({_first_line(error)}); {_GO_ON}"
     print(line, file=sys.stderr, flush=True)
     os._exit(1)  # at an orderly exit JAX would wait for the other, and then abort
+
+
+def is_of_others(error: Exception) -> bool:
+  """Whether an error tells that another process of the run is gone, and nothing of this one."""
+  return jax.process_count() > 1 and bool(_FROM_OTHERS.search(str(error)))
 
 
 def _leave_word(line):

@@ -78,6 +78,16 @@ def initial_weights(
   )
 
 
+def check_init_from(init_from: str, config: VideoChatFlashConfig):
+  """Sees whether a run can begin with it; no weight is read. Arguments are as of `initial_weights`.
+
+  Raises:
+    InputError: as `initial_weights`.
+  """
+  if init_from != RANDOM:
+    _opened(init_from, config)
+
+
 def copy_hub_files(init_from: str, config: VideoChatFlashConfig, out: Path):
   """Writes what an export of the run needs beside its weights: config.json and the tokenizer.
 

@@ -19,6 +19,7 @@ from videochat_flash_jax.data.rows import open_rows
 from videochat_flash_jax.parallel.agreement import refused_together
 from videochat_flash_jax.train.batches import check_features
 from videochat_flash_jax.train.config_checks import require
+from videochat_flash_jax.train.initial_weights import check_init_from
 from videochat_flash_jax.train.preemption import Preemption
 from videochat_flash_jax.train.program import train_program
 from videochat_flash_jax.train.run import train_run
@@ -27,6 +28,7 @@ from videochat_flash_jax.train.workdir import (
   check_config,
   check_shared,
   check_writable,
+  is_begun,
   prepare,
 )
 
@@ -69,6 +71,8 @@ def train(config: ConfigDict, workdir: Path) -> Path | None:
       if not run.is_finished:
         _check_sizes(run.settings)
         _check_data(run.settings)
+    if jax.process_index() == 0:  # the first to fetch what is on the hub
+      _check_beginnings(runs)
     for run in runs:
       check_writable(run.workdir)
   check_shared(workdir, [run.config for run in runs])
@@ -119,6 +123,14 @@ def _checked(config, workdir) -> _Run:
 def _check_sizes(settings):
   """Builds the shapes of a run, which takes no time: a later stage is refused before the first."""
   check_features(settings, train_program(settings, jax.devices()))
+
+
+def _check_beginnings(runs):
+  """Looks at what runs begin with that have no checkpoint yet, unless a stage before makes it."""
+  for number, (settings, _, workdir) in enumerate(runs):
+    made = [Path(settings.init_from).is_relative_to(run.workdir) for run in runs[:number]]
+    if not is_begun(workdir) and not any(made):
+      check_init_from(settings.init_from, settings.model)
 
 
 def _check_data(settings):

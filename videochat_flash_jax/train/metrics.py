@@ -30,7 +30,6 @@ from typing import Any
 
 import jax
 import tensorboardX
-from metrax.logging import TensorboardBackend
 from tqdm import tqdm
 
 from videochat_flash_jax.data.train_batches import batch_metrics
@@ -124,16 +123,15 @@ class RunLog:
     if scalars and self._board is None:
       self._board = self._opened_board()
     for name, value in scalars.items():
-      self._board.log_scalar(name, value, step=step)
+      self._board.add_scalar(name, value, step)
+    if scalars:
+      self._board.flush()  # tells of a full disk, of which the thread that writes does not
 
   def _opened_board(self):
-    folder = str(self._workdir)
-    if any(self._workdir.glob("events.*")):
-      # TensorBoard then forgets what a run that broke off told of the steps that follow. In a file
-      # of its own, since metrax cannot say so; and files of one second would have one name.
-      tensorboardX.SummaryWriter(folder, purge_step=self._purged_from).close()
-      time.sleep(1.0)
-    return TensorboardBackend(folder, flush_every_n_steps=1)
+    # TensorBoard then forgets what a run that broke off told of the steps that follow.
+    purged = self._purged_from if any(self._workdir.glob("events.*")) else None
+    # No bound to what waits for the thread that writes: where that has failed, nobody would go on.
+    return tensorboardX.SummaryWriter(str(self._workdir), purge_step=purged, max_queue=0)
 
   def _rewritten(self, records):
     files = []

@@ -35,6 +35,7 @@ from videochat_flash_jax.train.profile import Profile
 from videochat_flash_jax.train.program import TrainProgram, train_program
 from videochat_flash_jax.train.settings import TrainSettings
 from videochat_flash_jax.train.step import TrainState
+from videochat_flash_jax.train.workdir import warn_of_room
 
 _log = logging.getLogger("videochat_flash_jax")
 _LONGEST_COMPILING = 3_600_000  # milliseconds
@@ -60,6 +61,7 @@ def train_run(
   kept, run = settings.checkpoint, {"config": dict(config)}
   program = train_program(settings, jax.devices())
   with RunCheckpoints(workdir / "checkpoints", kept.keep, kept.keep_every) as checkpoints:
+    warn_of_room(workdir, program.state, kept.keep)
     restored = checkpoints.restore(program.state, run)
     if restored is None:
       weights = initial_weights(settings.init_from, settings.model, program.weights, settings.seed)
@@ -244,7 +246,8 @@ class _Steps:
       f"{self.workdir}: the loss of step {step} is {values['loss']}, the norm of its gradient "
       f"{values['grad_norm']}; the examples of its batch are in {path.name}, {saved}: look at the "
       "examples, or go on with a lower config.optimizer.learning_rate, which is "
-      f"{self.settings.optimizer.learning_rate}"
+      f"{self.settings.optimizer.learning_rate}; if its weights are spoilt already, move it away, "
+      "and the one before counts"
     )
 
   def _measure(self, step, state):

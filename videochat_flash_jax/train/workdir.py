@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.agreement import refused_together, texts_of_all
 from videochat_flash_jax.train.initial_weights import RANDOM, copy_hub_files
 from videochat_flash_jax.train.settings import TrainSettings
+from videochat_flash_jax.train.step import TrainState
 
 _log = logging.getLogger("videochat_flash_jax")
 # Fields that may be others when a run goes on. The numbers of most change nothing but by rounding.
@@ -107,9 +109,9 @@ def _told(workdir: Path) -> Iterator[None]:
 
 
 def check_config(workdir: Path, config: Mapping[str, Any]):
-  """Refuses the directory of a run with another config.
+  """Refuses the directory of a run with another config, and one of a model or anything else.
 
-  Without a checkpoint nothing is lost, whatever was tried there before.
+  Of a run without a checkpoint nothing is lost, whatever was tried there before.
 
   Args:
     workdir: of the run; nothing need be there.
@@ -118,9 +120,12 @@ def check_config(workdir: Path, config: Mapping[str, Any]):
   Raises:
     InputError: names the first field that differs.
   """
+  if not is_begun(workdir) and not (workdir / "config.json").exists():
+    return
+  changes = _changes(workdir, config)
   if not is_begun(workdir):
     return
-  for field, before, now in _changes(workdir, config):
+  for field, before, now in changes:
     is_free = any(field == free or field.startswith(f"{free}.") for free in _FREE)
     if not is_free or (field == "clips_per_shard" and config["objective"] == "patches"):
       raise InputError(
@@ -146,6 +151,32 @@ def is_begun(workdir: Path) -> bool:
   return bool(whole_steps(workdir / "checkpoints"))
 
 
+def warn_of_room(workdir: Path, state: TrainState, keep: int):
+  """Logs a warning where a run's checkpoints would fill the disk, long before a save fails.
+
+  There is one more of them until the oldest is removed. What compression saves is not counted.
+
+  Args:
+    workdir: of the run; it is there.
+    state: of the run, or its shapes.
+    keep: so many of the newest checkpoints stay.
+  """
+  there = len(whole_steps(workdir / "checkpoints"))
+  frozen = 0 if there else _num_bytes(state.frozen)
+  changing = _num_bytes((state.trained, state.optimizer))
+  wanted, free = frozen + max(keep + 1 - there, 1) * changing, shutil.disk_usage(workdir).free
+  if free < wanted and jax.process_index() == 0:
+    _log.warning(
+      "%s: the checkpoints of this run take up to %.2f GiB more, but only %.2f GiB are free: make "
+      "room, or lower config.checkpoint.keep, lest a save fails",
+      *(workdir, wanted / 2**30, free / 2**30),
+    )
+
+
+def _num_bytes(arrays):
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
 def prepare(workdir: Path, settings: TrainSettings, config: Mapping[str, Any]):
   """Writes the config of a run, and, if it is a new one, the files that go with its weights.
 
@@ -166,6 +197,7 @@ def prepare(workdir: Path, settings: TrainSettings, config: Mapping[str, Any]):
 
 
 def _write_hub(hub, settings):
+  shutil.rmtree(hub, ignore_errors=True)  # of what was tried before, perhaps of another model
   if settings.init_from != RANDOM:
     copy_hub_files(settings.init_from, settings.model, hub)
     return
