@@ -49,6 +49,7 @@ def _tiny() -> ConfigDict:
   optimizer.final = 0.02
   optimizer.weight_decay = 0.02
   config.data.synthetic = ConfigDict({"attribute": 0.8, "absence": 0.2})
+  config.data.label_style = "clean"  # no headers of turns: that of the synthetic conversations
   config.data.workers = 1
   config.eval.batches = 4
   config.eval.every = 300

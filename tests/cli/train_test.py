@@ -34,6 +34,8 @@ def test_a_seed_is_that_of_all_stages():
   [
     ("--config.stages.stage1_align.num_step=1", r"no field 'stages\.stage1_align\.num_step': did "),
     ("--config.sed=1", "did you mean seed"),
+    ("--config.xyzzy=1", "did you mean"),
+    ("--config.stages.stage3_long.mesh=2", "mesh takes fields by name: set it in a copy"),
     ("--config.stages.stage1_align.rows=many", r"rows=many: the field holds a int"),
     ("--config.seed", r"write --config\.FIELD=VALUE"),
     ("--confg.seed=1", r"write --config\.FIELD=VALUE"),

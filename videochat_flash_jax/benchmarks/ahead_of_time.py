@@ -78,6 +78,8 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
   kind, _, shape = name.partition(":")
   reason = f"kinds are {', '.join(CHIPS)}"
   is_shape = kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape)
+  if kind in CHIPS and not is_shape:
+    reason = f"give the sides of a slice, too: of {kind} there are {CHIPS[kind].slices()}"
   if is_shape and not CHIPS[kind].has_slice(map(int, shape.split("x"))):
     reason = f"slices of {kind} are {CHIPS[kind].slices()}"
   elif is_shape:

@@ -6,6 +6,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
+from videochat_flash_jax.checkpoints.run_files import stages_in
 from videochat_flash_jax.checkpoints.safetensors_files import is_whole
 from videochat_flash_jax.errors import InputError
 
@@ -36,7 +37,7 @@ def checkpoint_directory(name: str | Path) -> Path:
   if name == TINY:
     return Path(str(resources.files("videochat_flash_jax"))) / "assets" / TINY
   if os.path.isdir(name):  # Path.is_dir raises for a name too long, and takes "" for "."
-    return Path(name)
+    return _not_of_stages(Path(name))
   known = {TINY: TINY}
   for released in RELEASED:
     known |= {released: released, released.split("/")[1]: released}
@@ -47,6 +48,16 @@ def checkpoint_directory(name: str | Path) -> Path:
   raise InputError(
     f"{str(name)[:100]!r}: no such model or directory; did you mean {_near(name, known)}?"
   )
+
+
+def _not_of_stages(directory):
+  """Refuses the directory of a training in stages, each of which is a model of its own."""
+  if not (directory / "config.json").exists() and (stages := stages_in(directory)):
+    raise InputError(
+      f"{directory}: no model, but the stages of a training; give one of them, such as "
+      f"{directory / stages[-1]}"
+    )
+  return directory
 
 
 def _near(name, known):

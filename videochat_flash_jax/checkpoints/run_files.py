@@ -34,6 +34,14 @@ def is_run(directory: Path) -> bool:
   return (directory / "checkpoints").is_dir() or is_whole(directory)
 
 
+def stages_in(directory: Path) -> list[str]:
+  """Names of the runs in the WORKDIR of a config with stages, in their order; none elsewhere."""
+  if not directory.is_dir():
+    return []
+  runs = [path for path in directory.iterdir() if (path / "checkpoints").is_dir()]
+  return sorted(path.name for path in runs)
+
+
 def hub_files(directory: Path) -> Path:
   """Where config.json and tokenizer of a checkpoint directory are: there, or in the run's `hub`."""
   if not is_run(directory):

@@ -48,8 +48,13 @@ def run(args: argparse.Namespace) -> int:
   name = " ".join([args.config.name, *args.overrides])
   if args.program != "train":
     name += f" --program {args.program}"
+  slices = {settings.mesh.num_slices for settings in runs.values()}
+  devices = {number: ahead_of_time.topology_devices(args.topology, number) for number in slices}
   # All of them are built before the first one is compiled: a mistake in the last is told at once.
-  programs = {stage: _program(args, settings) for stage, settings in runs.items()}
+  programs = {
+    stage: _program(args.program, settings, devices[settings.mesh.num_slices])
+    for stage, settings in runs.items()
+  }
   reports = {stage: _report(args, runs[stage], *program) for stage, program in programs.items()}
   if args.table:
     for stage, report in reports.items():
@@ -73,12 +78,10 @@ def _report(args, settings, program, arguments):
   return {"model": model.name, "image_size": model.vision.image_size, **report}
 
 
-def _program(args, settings):
+def _program(name, settings, devices):
   """A jitted program, and the shapes of its arguments."""
-  from videochat_flash_jax.benchmarks.ahead_of_time import beside_next_batch, topology_devices
-
-  devices = topology_devices(args.topology, settings.mesh.num_slices)
-  if args.program == "train":
+  if name == "train":
+    from videochat_flash_jax.benchmarks.ahead_of_time import beside_next_batch
     from videochat_flash_jax.train.program import train_program
 
     program = train_program(settings, devices)
@@ -89,7 +92,7 @@ def _program(args, settings):
   from videochat_flash_jax.parallel.mesh import make_mesh
 
   model = settings.model
-  build = prefill_program if args.program == "prefill" else decode_program
+  build = prefill_program if name == "prefill" else decode_program
   return build(
     model,
     make_mesh(settings.mesh, devices),

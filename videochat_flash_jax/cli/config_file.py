@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import difflib
 import importlib.util
 import sys
@@ -92,7 +93,8 @@ def apply_override(config: ConfigDict, override: str):
   name = left.removeprefix("--config.")
   fields = list(_field_names(config))
   if name not in fields:
-    near = difflib.get_close_matches(name, fields, n=2) or fields
+    _refuse_sections(config, name)
+    near = difflib.get_close_matches(name, fields, n=2, cutoff=0.0)
     raise InputError(f"the config has no field {name!r}: did you mean {' or '.join(near)}?")
   try:
     value = ast.literal_eval(text)
@@ -103,6 +105,18 @@ def apply_override(config: ConfigDict, override: str):
   except TypeError:
     kind = type(_field(config, name)).__name__
     raise InputError(f"--config.{name}={text}: the field holds a {kind}; give one") from None
+
+
+def _refuse_sections(config, name):
+  """Refuses what has fields of its own, such as data.synthetic, and what is in an empty one."""
+  for section in (name, name.rpartition(".")[0]):
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+      held = _field(config, section) if section else None
+      if isinstance(held, ConfigDict) and (section == name or not held):
+        raise InputError(
+          f"config.{section} takes fields by name: set it in a copy of the config file, beside "
+          "common.py"
+        )
 
 
 def _field_names(config, prefix=""):

@@ -156,7 +156,10 @@ def _directory(name):
       f"config.init_from: {name} is a file, an encoder alone perhaps; give 'LANGUAGE_MODEL + "
       "ENCODER', or a directory"
     )
-  return checkpoint_directory(name)
+  try:
+    return checkpoint_directory(name)
+  except InputError as error:
+    raise InputError(f"config.init_from: {error}") from error
 
 
 def _with_tied_head(checkpoint, config):

@@ -24,7 +24,7 @@ import jax
 from videochat_flash_jax import __version__
 from videochat_flash_jax.checkpoints.hf_config import write_config
 from videochat_flash_jax.checkpoints.run_differences import config_differences
-from videochat_flash_jax.checkpoints.run_files import whole_steps
+from videochat_flash_jax.checkpoints.run_files import stages_in, whole_steps
 from videochat_flash_jax.data.synthetic_training import vocabulary_lines
 from videochat_flash_jax.data.tokenizer import train_sentencepiece
 from videochat_flash_jax.errors import InputError
@@ -120,6 +120,8 @@ def check_config(workdir: Path, config: Mapping[str, Any]):
   Raises:
     InputError: names the first field that differs.
   """
+  if stages := stages_in(workdir):
+    raise InputError(f"--workdir {workdir} holds the runs {', '.join(stages)}; give another one")
   if not is_begun(workdir) and not (workdir / "config.json").exists():
     return
   changes = _changes(workdir, config)

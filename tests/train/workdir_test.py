@@ -1,0 +1,50 @@
+"""The directory of a run: what is refused and left alone, what is cleared, what is told early."""
+
+import shutil
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train.loop_test import as_if_begun, small
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.train import loop
+from videochat_flash_jax.train.settings import train_settings
+from videochat_flash_jax.train.step import TrainState
+from videochat_flash_jax.train.workdir import warn_of_room
+
+
+def test_the_directory_of_a_model_is_no_workdir_and_is_left_as_it_is(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "videochat_flash_qwen"}')
+  with pytest.raises(InputError, match=r"config\.json: not of a run .* give another --workdir"):
+    loop.train(small(init_from=str(tmp_path)), tmp_path)
+  (left,) = tmp_path.iterdir()
+  assert left.read_text() == '{"model_type": "videochat_flash_qwen"}'
+
+
+def test_the_directory_of_stages_is_no_workdir(tmp_path):
+  as_if_begun(tmp_path / "first", small())
+  with pytest.raises(InputError, match=r"--workdir .* holds the runs first; give another one"):
+    loop.train(small(), tmp_path)
+
+
+def test_what_an_attempt_with_another_tokenizer_left_is_gone(tmp_path):
+  (tmp_path / "hub").mkdir()
+  (tmp_path / "hub" / "tokenizer.json").write_text("{}")
+  loop.prepare(tmp_path, train_settings(small()), {})
+  names = {path.name for path in (tmp_path / "hub").iterdir()}
+  assert "config.json" in names and "tokenizer.json" not in names
+
+
+@pytest.mark.parametrize("free, warns", [(10**9, True), (2 * 10**9, False)])
+def test_a_disk_with_too_little_room_is_told_before_the_first_step(
+  tmp_path, monkeypatch, caplog, free, warns
+):
+  usage = types.SimpleNamespace(free=free)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+  weights = {"a": jax.ShapeDtypeStruct((10**8,), np.float32)}
+  state = TrainState(weights, {}, {})
+  warn_of_room(tmp_path, state, keep=2)
+  said = [record.getMessage() for record in caplog.records]
+  assert len(said) == warns and all("take up to 1.12 GiB more, but only 0.93" in s for s in said)
