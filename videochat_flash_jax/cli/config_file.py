@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import contextlib
 import difflib
 import importlib.util
 import sys
@@ -109,14 +108,20 @@ def apply_override(config: ConfigDict, override: str):
 
 def _refuse_sections(config, name):
   """Refuses what has fields of its own, such as data.synthetic, and what is in an empty one."""
-  for section in (name, name.rpartition(".")[0]):
-    with contextlib.suppress(KeyError, TypeError, AttributeError):
-      held = _field(config, section) if section else None
-      if isinstance(held, ConfigDict) and (section == name or not held):
-        raise InputError(
-          f"config.{section} takes fields by name: set it in a copy of the config file, beside "
-          "common.py"
-        )
+  sections, parent = dict(_sections(config)), name.rpartition(".")[0]
+  empty = parent if parent in sections and not sections[parent] else None
+  if section := name if name in sections else empty:
+    raise InputError(
+      f"config.{section} takes fields by name: set it in a copy of the config file, beside "
+      "common.py"
+    )
+
+
+def _sections(config, prefix=""):
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield f"{prefix}{name}", value
+      yield from _sections(value, f"{prefix}{name}.")
 
 
 def _field_names(config, prefix=""):

@@ -122,12 +122,11 @@ def check_config(workdir: Path, config: Mapping[str, Any]):
   """
   if stages := stages_in(workdir):
     raise InputError(f"--workdir {workdir} holds the runs {', '.join(stages)}; give another one")
-  if not is_begun(workdir) and not (workdir / "config.json").exists():
+  begun = is_begun(workdir)
+  if not begun and not (workdir / "config.json").exists():
     return
-  changes = _changes(workdir, config)
-  if not is_begun(workdir):
-    return
-  for field, before, now in changes:
+  changes = _changes(workdir, config)  # refuses what is no run's
+  for field, before, now in changes if begun else ():
     is_free = any(field == free or field.startswith(f"{free}.") for free in _FREE)
     if not is_free or (field == "clips_per_shard" and config["objective"] == "patches"):
       raise InputError(
