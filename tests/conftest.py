@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -42,6 +43,16 @@ def number_written(pattern: str, text: str) -> int:
   match = re.search(pattern, text)
   assert match, f"{pattern} not found in: {text}"
   return int(match[1])
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+  """A command's log goes to the terminal of its test, which is closed when the test ends."""
+  ours = logging.getLogger("videochat_flash_jax")
+  handlers, level = logging.root.handlers[:], ours.level
+  yield
+  logging.root.handlers[:] = handlers
+  ours.setLevel(level)
 
 
 class Golden:
