@@ -121,6 +121,7 @@ def test_a_program_that_fails_tells_its_own_error_alone(mixture):
   assert_tells_its_own_error_alone(FAILING, mixture)
 
 
+@pytest.mark.slow
 def test_two_processes_read_their_rows_and_together_have_the_batches_of_one(mixture):
   expected = []
   for mesh in (BY_ROWS, BY_TOKENS):

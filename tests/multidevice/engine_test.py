@@ -116,11 +116,10 @@ def test_clips_are_encoded_as_on_one_device():
 
 
 def cases():
-  """Every mesh without dropout and with it; those that tell little more are slow."""
+  """Every mesh without dropout and with it; those of one axis are slow."""
   for name in MESHES:
     for dropout in DROPOUT:
-      is_slow = name != MIXED and (name, dropout) != ("data 8", "off")
-      marks = pytest.mark.slow if is_slow else ()
+      marks = () if name == MIXED else pytest.mark.slow
       yield pytest.param(name, dropout, id=f"{name}, dropout {dropout}", marks=marks)
 
 

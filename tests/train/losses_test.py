@@ -117,8 +117,12 @@ def packed(samples, dropout, padding=4):
 
 @pytest.mark.parametrize(
   "dropout",
-  [None, DropoutConfig("uniform0_attention", (1, 2), (1.0, 0.7, 0.3))],
-  ids=["all", "few"],
+  [
+    pytest.param(None, id="all"),
+    pytest.param(
+      DropoutConfig("uniform0_attention", (1, 2), (1.0, 0.7, 0.3)), id="few", marks=pytest.mark.slow
+    ),
+  ],
 )
 def test_packed_samples_have_the_losses_and_gradients_that_they_have_alone(dropout):
   model = fill_randomly(lambda: VideoChatFlash(CONFIG, rngs=nnx.Rngs(0)))

@@ -8,6 +8,8 @@ import pytest
 
 from tests.train.small_runs import finished, last_step, losses, records, started, stop, wait_for
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 30
 # What is frozen is written once, so that kills meet a run of both kinds of weights.
 PARTLY_FROZEN = "--config.optimizer.scales=(('vision', 0.0), ('', 1.0))"
@@ -39,7 +41,6 @@ def kill_while_saving(workdir, behind):
   return code
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_saves_goes_on_exactly(undisturbed, tmp_path):
   assert kill_while_saving(tmp_path, behind=5) == -signal.SIGKILL
   finished(tmp_path, PARTLY_FROZEN)
@@ -47,7 +48,6 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_exactly(undisturbed, tmp_pa
   assert [r["event"] for r in records(tmp_path) if "event" in r] == ["start", "resume"]
 
 
-@pytest.mark.slow
 def test_a_signal_saves_and_ends_the_run_well_and_the_same_command_goes_on(undisturbed, tmp_path):
   with started(tmp_path, PARTLY_FROZEN) as process:
     wait_for(lambda: last_step(tmp_path) >= 7, process)
@@ -63,7 +63,7 @@ def test_a_signal_saves_and_ends_the_run_well_and_the_same_command_goes_on(undis
 @pytest.mark.parametrize(
   "number, behind",
   [
-    pytest.param(signal.SIGTERM, 5, id="SIGTERM between steps", marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 5, id="SIGTERM between steps"),
     pytest.param(signal.SIGINT, 0, id="SIGINT while workers begin"),
   ],
 )
@@ -83,7 +83,6 @@ def test_a_signal_to_all_processes_of_a_run_is_for_the_program(
     assert losses(tmp_path) == undisturbed
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_at_20_random_moments_goes_on_exactly(tmp_path):
   long, undisturbed = "--config.num_steps=150", tmp_path / "undisturbed"
   killed = tmp_path / "killed"
