@@ -37,7 +37,7 @@ test: $(INSTALLED)  ## the tests that take minutes in all
 	@$(EIGHT_DEVICES) $(PYTEST) $(TWO) tests/multidevice
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
-	@$(PYTEST) $(TWO) -m slow
+	@$(ONE_DEVICE) $(PYTEST) $(TWO) -m slow
 	@$(EIGHT_DEVICES) $(PYTEST) -m slow tests/multidevice
 
 # This torch comes without gigabytes of libraries for GPUs.

@@ -20,7 +20,7 @@ COMMANDS = [
   if language == "bash"
   for line in block.replace("\\\n", " ").splitlines()
 ]
-VERBS_THAT_TAKE_MINUTES = ("synth", "evaluate", "train", "bench")
+OUR_COMMANDS = [words for words in COMMANDS if words and words[0].endswith("vcflash")]
 STAGES = load_config(ROOT / "configs" / "tiny.py").stages
 # A run of half an hour is cut to its first steps; everything else runs as it is written.
 SHORTENED = {"train": [f"--config.stages.{stage}.num_steps=2" for stage in STAGES]}
@@ -29,6 +29,7 @@ SHORTENED = {"train": [f"--config.stages.{stage}.num_steps=2" for stage in STAGE
 def run(arguments, folder):
   """Runs `vcflash` or Python code as a user would, elsewhere than in the repository."""
   environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  environment.pop("XLA_FLAGS", None)  # those of tests compile quickly, and compute slowly
   result = subprocess.run(
     [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
   )
@@ -56,13 +57,6 @@ def folder(tmp_path_factory):
   return folder
 
 
-def commands(*, slow):
-  """Those of `vcflash`, without its name; what needs a run's directory is as slow as the run."""
-  chosen = [c[1:] for c in COMMANDS if c and c[0].endswith("vcflash")]
-  needs_run = {tuple(c) for c in chosen if any(part.startswith("runs/") for part in c)}
-  return [c for c in chosen if (c[0] in VERBS_THAT_TAKE_MINUTES or tuple(c) in needs_run) == slow]
-
-
 def test_every_command_is_known():
   for command in filter(None, COMMANDS):
     assert command[0] in ("make", ".venv/bin/vcflash"), command
@@ -76,21 +70,13 @@ def test_make_targets_exist():
 
 
 @pytest.mark.slow
-def test_short_commands_run(folder):
-  assert commands(slow=False)
-  for command in commands(slow=False):
-    vcflash(command, folder)
-
-
-@pytest.mark.slow
-def test_long_commands_run(folder):
-  assert commands(slow=True)
-  for command in commands(slow=True):
-    output = vcflash([*command, *SHORTENED.get(command[0], [])], folder)
-    print(f"{' '.join(command)}\n{output}")
-    if command[0] == "evaluate":  # of the model that ships, about videos that training did not see
-      score = json.loads(output)
-      assert score["rows"] == 202 and score["right"] >= 0.99 * score["rows"]
+@pytest.mark.parametrize("command", OUR_COMMANDS, ids=" ".join)
+def test_a_command_runs_where_those_before_have_run(command, folder):
+  arguments = command[1:]
+  output = vcflash([*arguments, *SHORTENED.get(arguments[0], [])], folder)
+  if arguments[0] == "evaluate":  # of the model that ships, about videos that training did not see
+    score = json.loads(output)
+    assert score["rows"] == 202 and score["right"] >= 0.99 * score["rows"]
 
 
 @pytest.mark.slow

@@ -50,6 +50,12 @@ def write(directory, decoder):
   return num_bytes, max(2 * int(np.prod(tensor.shape)) for tensor in tensors.values())
 
 
+@pytest.fixture(autouse=True)
+def _compiled_as_for_users(monkeypatch):
+  """What tests tell the compiler makes it quick, and the stacking of layers slow."""
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
 def load(directory, num_devices=1):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from videochat_flash_jax.data import synthetic
+from videochat_flash_jax.data import synthetic, synthetic_render
 from videochat_flash_jax.data.synthetic_render import COLOURS, render
 from videochat_flash_jax.data.synthetic_shapes import KINDS, signed_distance
 from videochat_flash_jax.errors import InputError
@@ -70,6 +70,17 @@ def test_a_small_picture_is_a_large_one_shrunk():
   for one, other in zip(small, large, strict=True):
     shrunk = np.asarray(Image.fromarray(other).resize((32, 32), Image.Resampling.BOX), int)
     assert np.abs(one - shrunk).mean() < 2.0
+
+
+def test_things_are_drawn_where_they_are_as_if_everywhere(monkeypatch):
+  moments = np.sort(np.random.default_rng(0).uniform(0, 16, 9)), 5 + (np.arange(8) + 0.5) / 8
+  several = [(scene, seconds) for scene in scenes(16, count=4) for seconds in moments]
+  windowed = [render(*about, 48) for about in several]
+  monkeypatch.setattr(synthetic_render, "_window", lambda *_: (slice(None), slice(None)))
+  for about, (frames, cover) in zip(several, windowed, strict=True):
+    whole_frames, whole_cover = render(*about, 48)
+    np.testing.assert_array_equal(frames, whole_frames)
+    np.testing.assert_array_equal(cover, whole_cover)
 
 
 def test_attribute_answers_are_the_colours_drawn():

@@ -15,6 +15,7 @@ from videochat_flash_jax.data.synthetic_shapes import signed_distance
 ENTRANCE_SECONDS = 0.3  # A thing needs this long to come in and to go: shorter than half a second,
 # so that in the middle of every second it is wholly there.
 OUTLINE = 0.018  # Width of the outline around a thing, as a part of the picture's side.
+_FARTHEST = 1.5  # All things lie within so many radii.
 
 COLOURS = {
   "red": (222, 34, 38),
@@ -174,52 +175,75 @@ def _draw_texture(texture: Texture, seconds: np.ndarray, size: int) -> np.ndarra
   return dark + mix[..., None] * (light - dark)
 
 
-def _local(seconds, size, centre, angle):
-  """Returns pixel places relative to `centre [F, 2]`, turned by `angle [F]`: x, y `[F, S, S]`."""
+def _window(centre, reach, size):
+  """The part of a picture out of which a thing never sticks: slices of rows and of columns.
+
+  `centre [F, 2]` is where it is, and `reach` how far it and its smoothed edge come.
+  """
+  low = np.floor((centre.min(axis=0) - reach) * size).astype(int)
+  high = np.ceil((centre.max(axis=0) + reach) * size).astype(int)
+  left, top = np.clip(low, 0, size)
+  right, bottom = np.clip(high, 0, size)
+  return slice(top, bottom), slice(left, right)
+
+
+def _local(window, size, centre, angle):
+  """Returns places of a window's pixels relative to `centre [F, 2]`, turned by `angle [F]`.
+
+  They are x and y, `[F, h, w]`.
+  """
   place = ((np.arange(size) + 0.5) / size).astype(np.float32)
-  x = place[None, None, :] - centre[:, 0, None, None]
-  y = place[None, :, None] - centre[:, 1, None, None]
+  rows, columns = window
+  x = place[None, None, columns] - centre[:, 0, None, None]
+  y = place[None, rows, None] - centre[:, 1, None, None]
   cosine = np.cos(angle)[:, None, None]
   sine = np.sin(angle)[:, None, None]
   return cosine * x + sine * y, cosine * y - sine * x
 
 
 def _paint(frames, cover, colour):
-  """Lays `colour` over `frames [F, S, S, 3]` in place where `cover [F, S, S]` is one."""
+  """Lays `colour` over `frames [F, h, w, 3]` in place where `cover [F, h, w]` is one."""
   frames += cover[..., None] * (colour.astype(np.float32) - frames)
 
 
 def _draw_clutter(frames: np.ndarray, clutter: Clutter, seconds: np.ndarray):
   size = frames.shape[1]
   angle = (clutter.turn[0] + clutter.turn[1] * seconds).astype(np.float32)
-  x, y = _local(seconds, size, clutter.path(seconds).astype(np.float32), angle)
+  centre = clutter.path(seconds).astype(np.float32)
+  reach = np.hypot(*clutter.half_size) + clutter.rounding + 1 / size
+  window = _window(centre, reach, size)
+  x, y = _local(window, size, centre, angle)
   away_x = np.abs(x) - np.float32(clutter.half_size[0])
   away_y = np.abs(y) - np.float32(clutter.half_size[1])
   outside = np.hypot(np.maximum(away_x, 0), np.maximum(away_y, 0))
   distance = outside + np.minimum(np.maximum(away_x, away_y), 0) - clutter.rounding
-  _paint(frames, np.clip(0.5 - distance * size, 0, 1), clutter.colour)
+  _paint(frames[:, *window], np.clip(0.5 - distance * size, 0, 1), clutter.colour)
 
 
 def _draw_event(frames: np.ndarray, event: Event, seconds: np.ndarray) -> np.ndarray:
   """Draws the thing in place and returns how much of each pixel it covers `[F, S, S]`."""
   size = frames.shape[1]
+  covers = np.zeros(frames.shape[:3], np.float32)
   since = np.minimum(seconds - event.start, event.start + event.length - seconds)
   there = np.clip(since / ENTRANCE_SECONDS, 0, 1)
   there = (there * there * (3 - 2 * there)).astype(np.float32)
   slides = bool(event.slide.any())
   centre = event.path(seconds) + ((1 - there)[:, None] * event.slide if slides else 0.0)
+  centre = centre.astype(np.float32)
   radius = np.full_like(there, event.radius) if slides else np.maximum(event.radius * there, 1e-3)
   base, rocking, rate = event.tilt
   angle = (base + rocking * np.sin(2 * np.pi * rate * seconds)).astype(np.float32)
-  x, y = _local(seconds, size, centre.astype(np.float32), angle)
-  radius = radius[:, None, None]
+  window = _window(centre, _FARTHEST * event.radius + OUTLINE + 1 / size, size)
+  x, y = _local(window, size, centre, angle)
+  frames, radius = frames[:, *window], radius[:, None, None]
   distance = signed_distance(event.kind, x / radius, y / radius) * radius
-  # All things lie within 1.5 radii. Further off, while one is still tiny, its own distance is
-  # rounded away, and its outline would cross the whole picture.
-  distance = np.maximum(distance, np.hypot(x, y) - 1.5 * radius)
+  # Further off, while one is still tiny, its own distance is rounded away, and its outline would
+  # cross the whole picture.
+  distance = np.maximum(distance, np.hypot(x, y) - _FARTHEST * radius)
   cover = np.clip(0.5 - (distance - OUTLINE) * size, 0, 1)
   _paint(frames, cover, event.outline)
   shade = 1.0 - 0.15 * y / radius  # A little lighter at the top.
   inside = np.clip(0.5 - distance * size, 0, 1)[..., None]
   frames += inside * (event.fill.astype(np.float32) * shade[..., None] - frames)
-  return cover
+  covers[:, *window] = cover
+  return covers
