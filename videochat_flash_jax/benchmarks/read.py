@@ -86,7 +86,6 @@ def summary(report: dict[str, Any]) -> str:
 def _measure(film: Film, path: Path, with_decord: bool) -> dict[str, Any]:
   write_film(path, film.num_frames, film.height, film.width, film.key_frame_distance)
   indices = interval_indices(film.num_frames, film.picks)
-  ours, num_decoded = _read(path, indices)
   ways: dict[str, Callable[[], object]] = {
     "ours": lambda: _read(path, indices),
     "full": lambda: _decode_everything(path, indices),
@@ -95,14 +94,16 @@ def _measure(film: Film, path: Path, with_decord: bool) -> dict[str, Any]:
     ways["decord"] = lambda: _read_with_decord(path, indices)
   elapsed = {way: [] for way in ways}
   busy = {way: [] for way in ways}  # of all cores
+  results = {}
   for _ in range(film.repeats):
     for way, work in ways.items():
       start, busy_start = time.perf_counter(), time.process_time()
-      result = work()
+      results[way] = work()
       elapsed[way].append(time.perf_counter() - start)
       busy[way].append(time.process_time() - busy_start)
-      if way == "full" and not np.array_equal(ours, result):
-        raise AssertionError(f"{path}: sparse reading and full decoding differ")
+  ours, num_decoded = results["ours"]
+  if not np.array_equal(ours, results["full"]):
+    raise AssertionError(f"{path}: sparse reading and full decoding differ")
   seconds = {way: statistics.median(times) for way, times in elapsed.items()}
   needed, on_the_way = frames_needed(path, indices)
   decord = seconds.get("decord")
