@@ -55,6 +55,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_command_is_known():
+  assert OUR_COMMANDS
   for command in filter(None, COMMANDS):
     assert command[0] in ("make", ".venv/bin/vcflash"), command
 

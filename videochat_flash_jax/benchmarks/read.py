@@ -101,9 +101,9 @@ def _measure(film: Film, path: Path, with_decord: bool) -> dict[str, Any]:
       results[way] = work()
       elapsed[way].append(time.perf_counter() - start)
       busy[way].append(time.process_time() - busy_start)
-  ours, num_decoded = results["ours"]
-  if not np.array_equal(ours, results["full"]):
-    raise AssertionError(f"{path}: sparse reading and full decoding differ")
+    ours, num_decoded = results["ours"]
+    if not np.array_equal(ours, results["full"]):
+      raise AssertionError(f"{path}: sparse reading and full decoding differ")
   seconds = {way: statistics.median(times) for way, times in elapsed.items()}
   needed, on_the_way = frames_needed(path, indices)
   decord = seconds.get("decord")
