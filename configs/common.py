@@ -91,7 +91,7 @@ def _data() -> ConfigDict:
   data.sampling = "dynamic_fps1"  # one a second within `frames`; or "middle"
   data.template = "qwen_2"
   data.time_message = "short"  # of a video's length; or "long", or "" for none
-  data.label_style = "qwen"  # or "clean": see `data.conversation.encode_dialog`
+  data.label_style = "qwen"  # or "clean": see `data.text.conversation.encode_dialog`
   data.position_skip = 0  # positions that are left out at most, twice an example
   data.workers = 2  # processes that read, for each stream
   data.streams = 0  # that are packed by themselves; 0: as many as there are groups of hosts

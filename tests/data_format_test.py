@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from videochat_flash_jax.cli.main import main
-from videochat_flash_jax.data.broken import REASONS
+from videochat_flash_jax.data.mixture.broken import REASONS
 
 TEXT = (Path(__file__).parent.parent / "docs" / "data_format.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.S | re.M)

@@ -12,7 +12,8 @@ PACKAGE = "videochat_flash_jax"
 LEAVES = {"errors", "shapes"}
 BELOW_MODELS = {"models.config", *LEAVES}
 MODELS = {"models", "ops", *LEAVES}
-MACHINERY = {"checkpoints", "data", "parallel", *MODELS}
+MACHINERY = {"checkpoints", "data", "parallel", "synthetic", *MODELS}
+_LEVELS_BELOW_BATCHES = {"data.media", "data.text", "data.mixture", "data.features"}
 
 # A room (a module or folder of the package) -> what it may import besides itself. "" is the public
 # face: `import videochat_flash_jax as vcf` and the names it offers.
@@ -26,17 +27,33 @@ MAY_IMPORT = {
   "ops": {"parallel", *LEAVES},
   "models.config": LEAVES,
   "models": {"ops", "parallel", "lazy_names", *LEAVES},
-  "data": {"models.config", "parallel.zigzag", "errors"},
+  # The stages of data, level by level.
+  "data": set(),
+  "data.media": {"models.config", "errors"},
+  "data.text": {"errors"},
+  "data.mixture": {"data.media", "data.text", "errors"},
+  "data.features": {"data.media", "models.config", "", "errors"},
+  "data.batches": {*_LEVELS_BELOW_BATCHES, "models.config", "parallel.zigzag", "errors"},
+  "data.check": {"data.media", "data.mixture", "data.batches", "errors"},
+  "synthetic": {"data", "models.config", "errors"},
   "checkpoints": {"models.config", "parallel.processes", "parallel.sharding", "errors"},
+  "checkpoints.hub": {"models.config", "parallel.sharding", "errors"},
+  "checkpoints.runs": {
+    "checkpoints.hub",
+    "models.config",
+    "parallel.processes",
+    "parallel.sharding",
+    "errors",
+  },
   "train": MACHINERY,
   "inference": MACHINERY,
   "evals": {"", "data", "inference", *LEAVES},
-  "testing": {"", "data", "checkpoints", "inference", *MODELS},
+  "testing": {"", "checkpoints", "data", "inference", "synthetic", *MODELS},
   "benchmarks": {"", "evals", "inference", "testing", "train", *MACHINERY},
   "cli": {"", "benchmarks", "evals", "inference", "testing", "train", *MACHINERY},
 }
 # Host code: the readers of videos and rows run in worker processes that must not start a device.
-WITHOUT_JAX = {"", "lazy_names", "errors", "models.config", "parallel.zigzag", "data"}
+WITHOUT_JAX = {"lazy_names", "errors", "models.config", "parallel.zigzag", "data", "synthetic"}
 
 
 def broken_rules(root: Path) -> list[str]:
@@ -59,7 +76,7 @@ def _why_not(room: str | None, target: str, *, at_import: bool) -> str | None:
   top = target.split(".")[0]
   if top in ("torch", "transformers") and at_import:
     return f"{top} is imported before a function asks for it"
-  if top in ("jax", "jaxlib", "flax") and room in WITHOUT_JAX and at_import:
+  if top in ("jax", "jaxlib", "flax") and at_import and _is_without_jax(room):
     return f"{room or 'the public face'} must not need {top}"
   if top != PACKAGE or target == f"{PACKAGE}.__version__":
     return None
@@ -73,6 +90,10 @@ def _why_not(room: str | None, target: str, *, at_import: bool) -> str | None:
   if not any(inner == name or (name and inner.startswith(f"{name}.")) for name in allowed):
     return f"{room or 'the public face'} must not import {inner or 'the public face'}"
   return None
+
+
+def _is_without_jax(room: str | None) -> bool:
+  return room == "" or any(f"{room}.".startswith(f"{name}.") for name in WITHOUT_JAX)
 
 
 def _dotted(path: Path) -> str:
@@ -121,10 +142,22 @@ def test_imports_run_one_way():
     ("inference/chat.py", "import videochat_flash_jax.train.loop", "must not import train"),
     ("inference/chat.py", "def f():\n  from ..train import loop", "must not import train"),
     ("inference/chat.py", "import videochat_flash_jax", "must not import the public face"),
-    ("data/packing.py", "from videochat_flash_jax.models.umt import UMT", "data must not import"),
-    ("data/packing.py", "from videochat_flash_jax.models import UMT", "data must not import"),
-    ("data/packing.py", "from videochat_flash_jax import shapes", "data must not import shapes"),
-    ("data/packing.py", "import jax.numpy as jnp", "data must not need jax"),
+    (
+      "data/text/tokens.py",
+      "from videochat_flash_jax.models.umt import UMT",
+      "data.text must not import",
+    ),
+    (
+      "data/text/tokens.py",
+      "from videochat_flash_jax.models import UMT",
+      "data.text must not import",
+    ),
+    (
+      "data/text/tokens.py",
+      "from videochat_flash_jax import shapes",
+      "data.text must not import shapes",
+    ),
+    ("data/text/tokens.py", "import jax.numpy as jnp", "data.text must not need jax"),
     ("data/__init__.py", "from ..train import loop", "data must not import train"),
     ("checkpoints/convert.py", "from ..data import tokenizer", "checkpoints must not import data"),
     ("models/qwen2.py", "from ..train import step", "models must not import train"),
@@ -139,7 +172,7 @@ def test_imports_run_one_way():
   ],
 )
 def test_a_wrong_import_is_found(tmp_path, path, line, why):
-  (tmp_path / path).parent.mkdir(exist_ok=True)
+  (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
   (tmp_path / path).write_text(f"{line}\n")
   (found,) = broken_rules(tmp_path)
   assert found.startswith(f"{path}:") and why in found
@@ -150,9 +183,10 @@ def test_a_wrong_import_is_found(tmp_path, path, line, why):
   [
     ("cli/train.py", "from videochat_flash_jax.train import loop"),
     ("cli/bench.py", "def run(args):\n  import torch"),
-    ("data/packing.py", "from videochat_flash_jax.models.config import VisionConfig"),
-    ("data/packing.py", "from videochat_flash_jax.models import config"),
-    ("data/packing.py", "from .conversation import IGNORE_LABEL"),
+    ("data/media/tiles.py", "from videochat_flash_jax.models.config import VisionConfig"),
+    ("data/media/tiles.py", "from videochat_flash_jax.models import config"),
+    ("data/check/report.py", "from ..batches.row_media import read_row_video"),
+    ("data/text/tokens.py", "from .conversation import IGNORE_LABEL"),
     ("train/loop.py", "from videochat_flash_jax import __version__"),
     ("models/umt.py", "import jax\nfrom ..ops.attention import attention\nfrom . import config"),
     (
@@ -162,6 +196,6 @@ def test_a_wrong_import_is_found(tmp_path, path, line, why):
   ],
 )
 def test_a_right_import_is_left_alone(tmp_path, path, line):
-  (tmp_path / path).parent.mkdir(exist_ok=True)
+  (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
   (tmp_path / path).write_text(f"{line}\n")
   assert broken_rules(tmp_path) == []

@@ -23,9 +23,9 @@ from tests.checkpoints.small_checkpoints import (
   shard,
 )
 from tests.models.small_models import CONFIG
-from videochat_flash_jax.checkpoints import weights
 from videochat_flash_jax.checkpoints.convert import flat_weights, load_model, save_model
-from videochat_flash_jax.checkpoints.hf_config import write_config
+from videochat_flash_jax.checkpoints.hub import weights
+from videochat_flash_jax.checkpoints.hub.hf_config import write_config
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

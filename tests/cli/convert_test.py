@@ -5,7 +5,7 @@ import shlex
 import pytest
 from safetensors.numpy import load_file
 
-from videochat_flash_jax.checkpoints.hub import checkpoint_directory
+from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
 from videochat_flash_jax.cli import convert
 from videochat_flash_jax.cli.main import main
 

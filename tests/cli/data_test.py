@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.data.mutations import turns, write_mutated_mixture
-from tests.data.video_files import pictures, write_video
+from tests.data.media.video_files import pictures, write_video
+from tests.data.mixture.mutations import turns, write_mutated_mixture
 from videochat_flash_jax.cli.main import main
 
 

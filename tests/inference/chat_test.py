@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from videochat_flash_jax.data.video_reader import open_video
+from videochat_flash_jax.data.media.video_reader import open_video
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.chat import VideoChat
 from videochat_flash_jax.models.config import DropoutConfig, YarnConfig

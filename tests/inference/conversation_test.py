@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from videochat_flash_jax.data.conversation import image_opening, inference_prompt, video_opening
-from videochat_flash_jax.data.image_tiling import cut_tiles, pad_to_square, sequence_order
-from videochat_flash_jax.data.packing import lay_out
-from videochat_flash_jax.data.preprocessing import resize
+from videochat_flash_jax.data.media.image_tiling import cut_tiles, pad_to_square, sequence_order
+from videochat_flash_jax.data.media.resize import resize
+from videochat_flash_jax.data.text.conversation import (
+  image_opening,
+  inference_prompt,
+  video_opening,
+)
+from videochat_flash_jax.data.text.visual_slots import open_slots
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.chat import VideoChat
 from videochat_flash_jax.inference.engine import Prompt
@@ -97,7 +101,7 @@ def test_a_conversation_about_images_goes_on_streams_and_begins_anew(chat, monke
 
 def test_without_anything_seen_the_question_alone_is_answered(chat):
   ids = inference_prompt(QUESTIONS[0], chat.tokenizer)
-  prompt = Prompt(*lay_out(ids, []), np.zeros((0, chat.config.decoder.width), np.float32))
+  prompt = Prompt(*open_slots(ids, []), np.zeros((0, chat.config.decoder.width), np.float32))
   (tokens,) = chat.engine.generate([prompt], NEW_TOKENS)
   answer = ask(chat, QUESTIONS[0])
   assert answer == chat.tokenizer.decode(tokens)
@@ -107,11 +111,13 @@ def test_without_anything_seen_the_question_alone_is_answered(chat):
 def test_rows_of_video_image_images_and_text_answer_in_one_batch_as_alone(chat, video):
   def prompt(seen, opening, counts):
     ids = inference_prompt(QUESTIONS[0], chat.tokenizer, opening)
-    return Prompt(*lay_out(ids, counts), seen._visual_tokens)
+    return Prompt(*open_slots(ids, counts), seen._visual_tokens)
 
   image, images = chat.look(WIDE), chat.look([HIGH, WIDE, HIGH])
   num_tokens = chat.config.connector.clip_tokens
-  nothing = Prompt(*lay_out(inference_prompt(QUESTIONS[0], chat.tokenizer), []), np.zeros((0, 48)))
+  nothing = Prompt(
+    *open_slots(inference_prompt(QUESTIONS[0], chat.tokenizer), []), np.zeros((0, 48))
+  )
   prompts = [
     prompt(video, video_opening(video.num_frames, video.seconds), [len(video._visual_tokens)]),
     nothing,

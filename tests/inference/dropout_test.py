@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import quick_jit
-from videochat_flash_jax.data.conversation import VISUAL_SLOT
-from videochat_flash_jax.data.packing import lay_out
+from videochat_flash_jax.data.text.conversation import VISUAL_SLOT
+from videochat_flash_jax.data.text.visual_slots import open_slots
 from videochat_flash_jax.inference import engine as engine_module
 from videochat_flash_jax.inference import programs
 from videochat_flash_jax.inference.chat import VideoChat
@@ -55,7 +55,7 @@ def prompts(engine):
       tokens = engine.encode(rng.integers(0, 256, (*frames, side, side, 3), dtype=np.uint8))
       text.insert(5, VISUAL_SLOT)
       counts = [len(tokens)]
-    rows.append(Prompt(*lay_out(text, counts), tokens))
+    rows.append(Prompt(*open_slots(text, counts), tokens))
   return rows
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from videochat_flash_jax.data.conversation import VISUAL_SLOT
-from videochat_flash_jax.data.packing import lay_out
+from videochat_flash_jax.data.text.conversation import VISUAL_SLOT
+from videochat_flash_jax.data.text.visual_slots import open_slots
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference import engine as engine_module
 from videochat_flash_jax.inference.engine import CLIPS_PER_GROUP, Engine, Prompt, bucket
@@ -31,7 +31,7 @@ def prompts(engine):
     if num_clips:
       text.insert(5, VISUAL_SLOT)
     counts = [len(tokens)] if num_clips else []
-    rows.append(Prompt(*lay_out(text, counts), tokens))
+    rows.append(Prompt(*open_slots(text, counts), tokens))
   return rows
 
 

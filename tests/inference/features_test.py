@@ -10,15 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.data.mutations import turns
-from tests.data.small_mixture import read_rows, write_mixture
-from tests.data.video_files import pictures, write_video
+from tests.data.batches.small_mixture import read_rows, write_mixture
+from tests.data.media.video_files import pictures, write_video
+from tests.data.mixture.mutations import turns
 from videochat_flash_jax.cli.main import main
-from videochat_flash_jax.data.broken import BrokenRow
-from videochat_flash_jax.data.data_config import ExampleConfig
-from videochat_flash_jax.data.feature_key import frames_entry
-from videochat_flash_jax.data.frame_sampling import inference_indices
-from videochat_flash_jax.data.row_media import read_row_video
+from videochat_flash_jax.data.batches.data_config import ExampleConfig
+from videochat_flash_jax.data.batches.row_media import read_row_video
+from videochat_flash_jax.data.features.feature_key import frames_entry
+from videochat_flash_jax.data.media.frame_sampling import inference_indices
+from videochat_flash_jax.data.mixture.broken import BrokenRow
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference import feature_encoding
 from videochat_flash_jax.inference.chat import VideoChat
@@ -99,7 +99,7 @@ def test_a_folder_of_pictures_and_another_choice_of_frames_are_entries_of_their_
 
 
 def test_a_video_that_ends_early_leaves_nothing_in_the_store(chat, path, tmp_path, monkeypatch):
-  from videochat_flash_jax.data.video_reader import VideoReader
+  from videochat_flash_jax.data.media.video_reader import VideoReader
 
   cut, whole, before = (
     shutil.copy(path, tmp_path / "cut.mp4"),

@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.conftest import release_facts
 from videochat_flash_jax.checkpoints.convert import flat_weights
-from videochat_flash_jax.checkpoints.hf_mapping import hub_tensors
+from videochat_flash_jax.checkpoints.hub.hf_mapping import hub_tensors
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash

@@ -13,8 +13,8 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from tests.data.saved_batches import digest
-from tests.data.small_mixture import (
+from tests.data.batches.saved_batches import digest
+from tests.data.batches.small_mixture import (
   assert_tells_its_own_error_alone,
   config,
   make_tokenizer,
@@ -23,7 +23,7 @@ from tests.data.small_mixture import (
 )
 from tests.fake_devices import fake_devices
 from tests.multidevice.two_processes_test import free_port
-from videochat_flash_jax.data.train_batches import mixture_batches
+from videochat_flash_jax.data.batches.train_batches import mixture_batches
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
@@ -106,9 +106,9 @@ def test_devices_hold_what_the_host_gave_and_the_state_is_of_the_batch_given(mix
 FAILING = f"""
 import sys
 from pathlib import Path
-from tests.data.small_mixture import make_tokenizer, read_rows
+from tests.data.batches.small_mixture import make_tokenizer, read_rows
 from tests.multidevice.{Path(__file__).stem} import BY_ROWS, NUM_ROWS, data, shardings
-from videochat_flash_jax.data.train_batches import mixture_batches
+from videochat_flash_jax.data.batches.train_batches import mixture_batches
 from videochat_flash_jax.train.device_batches import device_batches
 batches = mixture_batches(data(BY_ROWS, workers=1), read_rows(Path(sys.argv[1])), make_tokenizer)
 batches = device_batches(batches, shardings(BY_ROWS), NUM_ROWS)

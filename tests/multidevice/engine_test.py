@@ -9,8 +9,8 @@ import pytest
 
 import videochat_flash_jax as vcf
 from tests.conftest import assert_close, quick_jit
-from videochat_flash_jax.data.conversation import VISUAL_SLOT
-from videochat_flash_jax.data.packing import lay_out
+from videochat_flash_jax.data.text.conversation import VISUAL_SLOT
+from videochat_flash_jax.data.text.visual_slots import open_slots
 from videochat_flash_jax.inference import programs
 from videochat_flash_jax.inference.engine import Engine, Prompt
 from videochat_flash_jax.inference.sampler import Sampling
@@ -80,14 +80,14 @@ def prompts():
     text = rng.integers(5, 500, num_text).tolist()
     if num_visual:
       text.insert(5, VISUAL_SLOT)
-    rows.append(Prompt(*lay_out(text, [num_visual][: num_visual > 0]), tokens[:num_visual]))
+    rows.append(Prompt(*open_slots(text, [num_visual][: num_visual > 0]), tokens[:num_visual]))
   return rows
 
 
 def questions():
   rng = np.random.default_rng(2)
   nothing = prompts()[-1].visual_tokens
-  return [Prompt(*lay_out(rng.integers(5, 500, n).tolist(), []), nothing) for n in (9, 70, 4)]
+  return [Prompt(*open_slots(rng.integers(5, 500, n).tolist(), []), nothing) for n in (9, 70, 4)]
 
 
 def written(engine, reading, sampling=Sampling()):

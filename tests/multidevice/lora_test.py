@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.conftest import assert_close
-from tests.data.spread_batch import spread_rows
+from tests.data.batches.spread_batch import spread_rows
 from tests.models.small_models import fill_randomly
 from tests.multidevice.train_step_test import MESHES, on_mesh, packed_batch, small_config
 from videochat_flash_jax.models.config import LoraConfig

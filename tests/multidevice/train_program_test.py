@@ -11,10 +11,10 @@ import pytest
 from numpy.linalg import norm
 
 from tests.conftest import assert_close
-from tests.data.spread_batch import spread_rows
+from tests.data.batches.spread_batch import spread_rows
 from videochat_flash_jax.benchmarks.hlo_costs import program_costs
 from videochat_flash_jax.cli.config_file import read_config
-from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train.program import train_program
 from videochat_flash_jax.train.settings import train_settings

@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from tests.conftest import assert_close
-from tests.data.spread_batch import spread_rows
+from tests.data.batches.spread_batch import spread_rows
 from tests.models.small_models import CONFIG, fill_randomly
-from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.models.config import DropoutConfig
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash

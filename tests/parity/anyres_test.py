@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Golden, assert_close
-from videochat_flash_jax.data.image_tiling import (
+from videochat_flash_jax.data.media.image_tiling import (
   choose_grid,
   choose_resolution,
   cut_tiles,
@@ -18,7 +18,7 @@ from videochat_flash_jax.data.image_tiling import (
   pad_to_square,
   sequence_order,
 )
-from videochat_flash_jax.data.preprocessing import resize
+from videochat_flash_jax.data.media.resize import resize
 from videochat_flash_jax.models.config import PIXEL_MEAN, PIXEL_STD, TilingConfig
 from videochat_flash_jax.models.videochat_flash import normalise_pixels
 

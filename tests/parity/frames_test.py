@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from videochat_flash_jax.data.frame_sampling import spread_indices, training_indices
+from videochat_flash_jax.data.media.frame_sampling import spread_indices, training_indices
 from videochat_flash_jax.errors import InputError
 
 

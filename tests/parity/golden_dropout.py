@@ -28,7 +28,7 @@ from tests.parity.golden_flash import (
   unpadded,
   visual_tokens_of,
 )
-from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.models import qwen2, token_dropout
 from videochat_flash_jax.models.config import DropoutConfig
 from videochat_flash_jax.models.token_dropout import DropoutPlan, RankedDrop, plan_dropout

@@ -8,9 +8,9 @@ from flax import nnx
 
 from tests.conftest import Golden
 from tests.parity.golden_models import decoder_config, load_golden, pixels_of, vision_config
-from videochat_flash_jax.data.conversation import IGNORE_LABEL, VISUAL_SLOT
-from videochat_flash_jax.data.image_tiling import sequence_order
-from videochat_flash_jax.data.packing import lay_out
+from videochat_flash_jax.data.media.image_tiling import sequence_order
+from videochat_flash_jax.data.text.conversation import IGNORE_LABEL, VISUAL_SLOT
+from videochat_flash_jax.data.text.visual_slots import open_slots
 from videochat_flash_jax.models.config import ConnectorConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 
@@ -118,7 +118,7 @@ def row_of(ids: np.ndarray, *names: str) -> tuple[np.ndarray, np.ndarray]:
   for name in names:
     counts.append(len(order_of(name)))
     order += (len(order) + order_of(name)).tolist()
-  token_ids, index = lay_out(ids, counts)
+  token_ids, index = open_slots(ids, counts)
   visual_index = np.where(index >= 0, np.array([*order, -1])[index], -1)
   return token_ids, visual_index.astype(np.int32)
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from tests.conftest import Golden
-from videochat_flash_jax.data.annotations import kept_rows
+from videochat_flash_jax.data.mixture.annotations import kept_rows
 
 FAMILY = Golden("10_sampling").json("sampling.json")
 

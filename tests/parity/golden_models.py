@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 
 from videochat_flash_jax.checkpoints.convert import flat_weights
-from videochat_flash_jax.checkpoints.hf_mapping import hub_tensors
-from videochat_flash_jax.checkpoints.safetensors_files import StoredTensor
-from videochat_flash_jax.checkpoints.weights import load_weights
+from videochat_flash_jax.checkpoints.hub.hf_mapping import hub_tensors
+from videochat_flash_jax.checkpoints.hub.safetensors_files import StoredTensor
+from videochat_flash_jax.checkpoints.hub.weights import load_weights
 from videochat_flash_jax.models.config import DecoderConfig, VisionConfig
 from videochat_flash_jax.models.layer_stack import LayerStack
 
@@ -139,5 +139,5 @@ def hub_gradients(grads: nnx.State, part: str | None = None) -> dict[str, np.nda
   for name, tensor in hub_tensors({path: array.shape for path, array in arrays.items()}).items():
     array = arrays[tensor.path]
     array = array if tensor.layer is None else array[tensor.layer]
-    named[name.removeprefix(prefix)] = tensor.layout.to_hub(array)
+    named[name.removeprefix(prefix)] = tensor.conversion.to_hub(array)
   return named

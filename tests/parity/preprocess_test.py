@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import assert_close
-from videochat_flash_jax.data.preprocessing import resize
+from videochat_flash_jax.data.media.resize import resize
 from videochat_flash_jax.models.videochat_flash import normalise_pixels
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import release_facts
-from videochat_flash_jax.data.conversation import VISUAL_SLOT, inference_prompt, video_opening
-from videochat_flash_jax.data.tokenizer import load_tokenizer, stream_text
+from videochat_flash_jax.data.text.conversation import VISUAL_SLOT, inference_prompt, video_opening
+from videochat_flash_jax.data.text.tokenizer import load_tokenizer, stream_text
 
 BESIDE_THE_REPOSITORY = Path(__file__).parents[3] / "shared" / "tokenizer"
 DIRECTORY = Path(os.environ.get("VCF_TOKENIZER_DIR", BESIDE_THE_REPOSITORY))

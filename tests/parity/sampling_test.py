@@ -17,7 +17,8 @@ from tests.parity.golden_mixtures import (
   with_entry,
   without_entry,
 )
-from videochat_flash_jax.data.annotations import (
+from videochat_flash_jax.data.media.frame_sampling import clip_indices, training_indices
+from videochat_flash_jax.data.mixture.annotations import (
   annotated_clip,
   check_media,
   deal_evenly,
@@ -29,7 +30,6 @@ from videochat_flash_jax.data.annotations import (
   picture_indices,
   with_whole_paths,
 )
-from videochat_flash_jax.data.frame_sampling import clip_indices, training_indices
 from videochat_flash_jax.errors import InputError
 
 

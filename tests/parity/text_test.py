@@ -6,9 +6,9 @@ import unicodedata
 import numpy as np
 import pytest
 
-from videochat_flash_jax.data import conversation
-from videochat_flash_jax.data.conversation import PLACEHOLDER, VISUAL_SLOT, Turn
-from videochat_flash_jax.data.tokenizer import load_tokenizer, stream_text
+from videochat_flash_jax.data.text import conversation
+from videochat_flash_jax.data.text.conversation import PLACEHOLDER, VISUAL_SLOT, Turn
+from videochat_flash_jax.data.text.tokenizer import load_tokenizer, stream_text
 from videochat_flash_jax.errors import InputError
 
 

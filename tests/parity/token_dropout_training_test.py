@@ -35,7 +35,7 @@ from tests.parity.golden_flash import (
   pad_rows,
 )
 from tests.parity.golden_models import hub_gradients
-from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.models.token_dropout import asking, renumbered
 from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.train.losses import cross_entropy, sequence_loss

@@ -34,8 +34,8 @@ from tests.parity.golden_flash import (
   visual_tokens_of,
 )
 from tests.parity.golden_models import hub_gradients
-from videochat_flash_jax.data.conversation import IGNORE_LABEL, VISUAL_SLOT
-from videochat_flash_jax.data.packing import lay_out
+from videochat_flash_jax.data.text.conversation import IGNORE_LABEL, VISUAL_SLOT
+from videochat_flash_jax.data.text.visual_slots import open_slots
 from videochat_flash_jax.train.losses import cross_entropy
 
 TRAINING = [row for row in MANIFEST["train"] if row["key"].split(".")[2] == "none"]
@@ -164,7 +164,7 @@ def test_two_images_in_one_row_agree():
   crops = [int(number) for number in re.findall(r"\d+", crops_written)]
   assert len(crops) == np.count_nonzero(tensors["multi_input_ids"][0] == VISUAL_SLOT), multi
   (name,) = set(re.findall(r"(\w+)_u8", rest))
-  token_ids, index = lay_out(tensors["multi_input_ids"][0], [TILE_TOKENS] * len(crops))
+  token_ids, index = open_slots(tensors["multi_input_ids"][0], [TILE_TOKENS] * len(crops))
   assert len(token_ids) == multi["len"]
   visual_tokens = encoded(name)[1][crops].reshape(1, len(crops) * TILE_TOKENS, -1)
   _, logits = embeddings_and_logits(load_flash(), token_ids[None], visual_tokens, index[None])

@@ -9,12 +9,18 @@ import pytest
 from flax import nnx
 
 from tests.conftest import assert_close, quick_jit
-from tests.data.saved_batches import digest
-from tests.data.small_mixture import CLIP_TOKENS, config, make_tokenizer, read_rows, write_mixture
+from tests.data.batches.saved_batches import digest
+from tests.data.batches.small_mixture import (
+  CLIP_TOKENS,
+  config,
+  make_tokenizer,
+  read_rows,
+  write_mixture,
+)
 from tests.models.small_models import CONFIG, fill_randomly
-from videochat_flash_jax.data import row_media
-from videochat_flash_jax.data.sharded_rows import PER_TOKEN
-from videochat_flash_jax.data.train_batches import batch_metrics, mixture_batches
+from videochat_flash_jax.data.batches import row_media
+from videochat_flash_jax.data.batches.sharded_rows import PER_TOKEN
+from videochat_flash_jax.data.batches.train_batches import batch_metrics, mixture_batches
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.engine import Engine
 from videochat_flash_jax.inference.feature_encoding import encode_mixture, open_features

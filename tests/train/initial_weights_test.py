@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from tests.checkpoints.small_checkpoints import edit_weights, make_model, random_model
 from tests.models.small_models import CONFIG
 from videochat_flash_jax.checkpoints.convert import flat_weights, open_checkpoint, save_model
-from videochat_flash_jax.checkpoints.hf_config import read_config
-from videochat_flash_jax.checkpoints.manager import RunCheckpoints
+from videochat_flash_jax.checkpoints.hub.hf_config import read_config
+from videochat_flash_jax.checkpoints.runs.manager import RunCheckpoints
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train.initial_weights import copy_hub_files, initial_weights
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tests.train import small_config
 from tests.train.small_runs import losses, records
 from videochat_flash_jax.checkpoints.convert import open_checkpoint
-from videochat_flash_jax.checkpoints.manager import RunCheckpoints
+from videochat_flash_jax.checkpoints.runs.manager import RunCheckpoints
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train import loop, run
 

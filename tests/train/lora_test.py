@@ -12,8 +12,8 @@ from flax import nnx
 from tests.conftest import assert_close
 from tests.models.small_models import CONFIG, fill_randomly
 from tests.train.losses_test import answer_batch
-from videochat_flash_jax.checkpoints.adapters import merge_adapters
 from videochat_flash_jax.checkpoints.convert import flat_weights
+from videochat_flash_jax.checkpoints.runs.adapters import merge_adapters
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import LoraConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash

@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.conftest import assert_close, quick_jit
 from tests.models.small_models import CONFIG, DECODER, fill_randomly
-from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.data.small_mixture import read_rows, write_mixture
+from tests.data.batches.small_mixture import read_rows, write_mixture
 from tests.train import small_config
 from tests.train.small_runs import losses, records
 from videochat_flash_jax.cli.main import main

@@ -14,7 +14,7 @@ from tests.conftest import assert_close
 from tests.models.small_models import CONFIG, fill_randomly
 from tests.train.losses_test import answer_batch
 from tests.train.optimizer_test import ADAMW
-from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash

@@ -24,17 +24,17 @@ from jax.sharding import NamedSharding
 from videochat_flash_jax.benchmarks.comparison import usable_cores
 from videochat_flash_jax.benchmarks.read_files import write_film
 from videochat_flash_jax.benchmarks.timing import time_in_turns
-from videochat_flash_jax.data.data_config import DataConfig, ExampleConfig
-from videochat_flash_jax.data.mixture import read_mixture
-from videochat_flash_jax.data.rows import Rows, open_rows
-from videochat_flash_jax.data.sharded_rows import PER_TOKEN, RowLayout
-from videochat_flash_jax.data.synthetic_training import vocabulary_lines
-from videochat_flash_jax.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
-from videochat_flash_jax.data.train_batches import batch_metrics, mixture_batches
+from videochat_flash_jax.data.batches.data_config import DataConfig, ExampleConfig
+from videochat_flash_jax.data.batches.sharded_rows import PER_TOKEN, RowShape
+from videochat_flash_jax.data.batches.train_batches import batch_metrics, mixture_batches
+from videochat_flash_jax.data.mixture.mixture import read_mixture
+from videochat_flash_jax.data.mixture.rows import Rows, open_rows
+from videochat_flash_jax.data.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.synthetic.training import vocabulary_lines
 from videochat_flash_jax.train.device_batches import device_batches
 from videochat_flash_jax.train.losses import answer_loss
 from videochat_flash_jax.train.step import make_step, split_state
@@ -123,7 +123,7 @@ def summary(report: dict[str, Any]) -> str:
 def _config(load: Load, workers: int) -> DataConfig:
   return DataConfig(
     ExampleConfig(image_size=load.image_size, frames=load.frames),
-    RowLayout(load.tokens, _CLIP_TOKENS, clips_per_shard=load.tokens // _CLIP_TOKENS),
+    RowShape(load.tokens, _CLIP_TOKENS, clips_per_shard=load.tokens // _CLIP_TOKENS),
     rows=1,
     seed=0,
     workers=workers,

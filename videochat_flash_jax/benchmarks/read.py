@@ -15,9 +15,9 @@ from av.video.reformatter import VideoReformatter
 
 from videochat_flash_jax.benchmarks.comparison import usable_cores
 from videochat_flash_jax.benchmarks.read_files import frames_needed, write_film
-from videochat_flash_jax.data import video_reader
-from videochat_flash_jax.data.frame_sampling import interval_indices
-from videochat_flash_jax.data.preprocessing import resize
+from videochat_flash_jax.data.media import video_reader
+from videochat_flash_jax.data.media.frame_sampling import interval_indices
+from videochat_flash_jax.data.media.resize import resize
 
 IMAGE_SIZE = 224
 

@@ -8,7 +8,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from videochat_flash_jax.data.video_timeline import read_timeline
+from videochat_flash_jax.data.media.video_timeline import read_timeline
 
 _FPS = 30
 _SCENE_FRAMES = 250  # what is encoded; longer films repeat it

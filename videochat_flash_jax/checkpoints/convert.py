@@ -12,21 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from videochat_flash_jax.checkpoints.checkpoint import Checkpoint, with_head
-from videochat_flash_jax.checkpoints.hf_config import parse_config, read_fields, write_config
-from videochat_flash_jax.checkpoints.hf_mapping import hub_tensors
-from videochat_flash_jax.checkpoints.run_files import is_run
-from videochat_flash_jax.checkpoints.safetensors_files import (
+from videochat_flash_jax.checkpoints.hub.checkpoint import Checkpoint, with_head
+from videochat_flash_jax.checkpoints.hub.hf_config import parse_config, read_fields, write_config
+from videochat_flash_jax.checkpoints.hub.hf_mapping import hub_tensors
+from videochat_flash_jax.checkpoints.hub.safetensors_files import (
   FLOATING,
   read_directory,
   write_directory,
 )
-from videochat_flash_jax.checkpoints.weights import (
+from videochat_flash_jax.checkpoints.hub.weights import (
   ShardingOf,
   check_tensors,
   hub_arrays,
   load_weights,
 )
+from videochat_flash_jax.checkpoints.runs.run_files import is_run, refuse_stages
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.parallel.sharding import dotted_path
@@ -57,8 +57,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
   Raises:
     InputError: a file is missing, broken, or describes a model that this package does not have.
   """
+  refuse_stages(directory)
   if is_run(directory):
-    from videochat_flash_jax.checkpoints.orbax_files import open_run  # Orbax is slow to import
+    from videochat_flash_jax.checkpoints.runs.orbax_files import open_run  # Orbax is slow to import
 
     return open_run(directory)
   fields = read_fields(directory)

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
   from flax import nnx
 
   from videochat_flash_jax.checkpoints.convert import open_checkpoint, write_checkpoint
-  from videochat_flash_jax.checkpoints.hub import checkpoint_directory
-  from videochat_flash_jax.checkpoints.parts import join_parts
+  from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
+  from videochat_flash_jax.checkpoints.hub.parts import join_parts
   from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 
   directory = checkpoint_directory(args.model)

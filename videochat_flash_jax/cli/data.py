@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int | None:
 
 
 def _check(args) -> int:
-  from videochat_flash_jax.data.check_report import as_json, as_table, is_broken
-  from videochat_flash_jax.data.media_check import check_sources
-  from videochat_flash_jax.data.mixture import read_mixture
+  from videochat_flash_jax.data.check.check_report import as_json, as_table, is_broken
+  from videochat_flash_jax.data.check.media_check import check_sources
+  from videochat_flash_jax.data.mixture.mixture import read_mixture
 
   if args.sample < 0:
     raise InputError(f"--sample is {args.sample}; give 0 or more")
@@ -64,15 +64,15 @@ def _check(args) -> int:
 
 
 def _convert(args) -> None:
-  from videochat_flash_jax.data.row_conversion import convert_rows
+  from videochat_flash_jax.data.mixture.row_conversion import convert_rows
 
   print(f"{args.out}: {convert_rows(args.rows, args.out):,} row(s) written")
 
 
 def _index(args) -> int:
-  from videochat_flash_jax.data.mixture import read_mixture
-  from videochat_flash_jax.data.row_index import remove_leftovers
-  from videochat_flash_jax.data.rows import open_usable_rows, rows_cache
+  from videochat_flash_jax.data.mixture.mixture import read_mixture
+  from videochat_flash_jax.data.mixture.row_index import remove_leftovers
+  from videochat_flash_jax.data.mixture.rows import open_usable_rows, rows_cache
 
   start, mixture = time.perf_counter(), read_mixture(args.mixture)
   remove_leftovers(rows_cache())
@@ -90,11 +90,11 @@ def _index(args) -> int:
 
 
 def _encode(args) -> int:
-  from videochat_flash_jax.data.check_report import broken_lines
-  from videochat_flash_jax.data.data_config import ExampleConfig
-  from videochat_flash_jax.data.media_check import check_roots
-  from videochat_flash_jax.data.mixture import read_mixture
-  from videochat_flash_jax.data.rows import open_rows
+  from videochat_flash_jax.data.batches.data_config import ExampleConfig
+  from videochat_flash_jax.data.check.check_report import broken_lines
+  from videochat_flash_jax.data.check.media_check import check_roots
+  from videochat_flash_jax.data.mixture.mixture import read_mixture
+  from videochat_flash_jax.data.mixture.rows import open_rows
   from videochat_flash_jax.inference.chat import VideoChat
   from videochat_flash_jax.inference.feature_encoding import encode_mixture
 

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from videochat_flash_jax.data.conversation import PLACEHOLDER, turns_of_row
+from videochat_flash_jax.data.text.conversation import PLACEHOLDER, turns_of_row
 from videochat_flash_jax.errors import InputError
 
 EXAMPLE = "vcflash demo"
@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Makes the film, watches it, asks three questions; exit code 1 if an answer is wrong."""
-  from videochat_flash_jax.data.synthetic import write_dataset
   from videochat_flash_jax.evals.exact_match import read_rows
   from videochat_flash_jax.inference.chat import VideoChat
+  from videochat_flash_jax.synthetic.world import write_dataset
 
   logging.basicConfig(format="%(message)s")
   logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from videochat_flash_jax.data import synthetic
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.synthetic import world as synthetic
 
 EXAMPLE = "vcflash synth --out /tmp/synth --videos 4 --frames 8:64 --seed 7"
 

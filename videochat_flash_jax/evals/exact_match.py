@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from videochat_flash_jax.data.conversation import PLACEHOLDER, turns_of_row
+from videochat_flash_jax.data.text.conversation import PLACEHOLDER, turns_of_row
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.chat import VideoChat
 

@@ -13,19 +13,19 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from videochat_flash_jax.checkpoints.convert import load_model
-from videochat_flash_jax.checkpoints.hub import checkpoint_directory
-from videochat_flash_jax.checkpoints.run_files import hub_files
-from videochat_flash_jax.data.frame_sampling import inference_indices
-from videochat_flash_jax.data.image_reader import ImageSource, read_image
-from videochat_flash_jax.data.image_tiling import (
+from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
+from videochat_flash_jax.checkpoints.runs.run_files import hub_files
+from videochat_flash_jax.data.media.frame_sampling import inference_indices
+from videochat_flash_jax.data.media.image_reader import ImageSource, read_image
+from videochat_flash_jax.data.media.image_tiling import (
   choose_grid,
   cut_tiles,
   pad_to_square,
   sequence_order,
 )
-from videochat_flash_jax.data.preprocessing import resize
-from videochat_flash_jax.data.tokenizer import Tokenizer, load_tokenizer
-from videochat_flash_jax.data.video_reader import open_video
+from videochat_flash_jax.data.media.resize import resize
+from videochat_flash_jax.data.media.video_reader import open_video
+from videochat_flash_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.conversation import Conversation, SeenImages, WatchedVideo
 from videochat_flash_jax.inference.engine import Engine

@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from videochat_flash_jax.data.conversation import image_opening, inference_prompt, video_opening
-from videochat_flash_jax.data.packing import lay_out
-from videochat_flash_jax.data.preprocessing import resize
-from videochat_flash_jax.data.tokenizer import Tokenizer, stream_text
+from videochat_flash_jax.data.media.resize import resize
+from videochat_flash_jax.data.text.conversation import (
+  image_opening,
+  inference_prompt,
+  video_opening,
+)
+from videochat_flash_jax.data.text.tokenizer import Tokenizer, stream_text
+from videochat_flash_jax.data.text.visual_slots import open_slots
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.engine import Engine, Prompt, Reading
 from videochat_flash_jax.inference.sampler import Sampling
@@ -121,7 +125,7 @@ class Conversation:
     """Yields the token ids of an answer; keeps `_reading` and `_known` true at every yield."""
     self._check_turn(turn)
     engine = self._engine
-    sequence = np.stack(lay_out(ids, self._visual_counts))
+    sequence = np.stack(open_slots(ids, self._visual_counts))
     start = time.perf_counter()
     num_known = self._num_known(sequence)
     prompt = Prompt(*sequence[:, num_known:], self._visual_tokens)

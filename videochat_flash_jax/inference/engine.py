@@ -32,7 +32,7 @@ _log = logging.getLogger("videochat_flash_jax")
 
 
 class Prompt(NamedTuple):
-  """One row: a laid-out sequence (`data.packing.lay_out`) and its visual tokens."""
+  """One row: a laid-out sequence (`data.text.visual_slots.open_slots`) and its visual tokens."""
 
   token_ids: Int[np.ndarray, "T"]
   visual_index: Int[np.ndarray, "T"]

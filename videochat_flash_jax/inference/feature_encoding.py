@@ -13,17 +13,8 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
-from videochat_flash_jax.data.broken import BrokenRow
-from videochat_flash_jax.data.data_config import ExampleConfig
-from videochat_flash_jax.data.feature_key import (
-  FeatureKey,
-  frames_entry,
-  image_entry,
-  weights_digest,
-)
-from videochat_flash_jax.data.feature_store import CLIPS_PER_FILE, FeatureStore, FeatureWriter
-from videochat_flash_jax.data.media_check import SourceReport
-from videochat_flash_jax.data.row_media import (
+from videochat_flash_jax.data.batches.data_config import ExampleConfig
+from videochat_flash_jax.data.batches.row_media import (
   choose_frames,
   choose_grids,
   open_row_video,
@@ -32,8 +23,21 @@ from videochat_flash_jax.data.row_media import (
   read_tiles,
   row_video_path,
 )
-from videochat_flash_jax.data.rows import Rows
-from videochat_flash_jax.data.video_reader import VideoInfo, open_video
+from videochat_flash_jax.data.check.media_check import SourceReport
+from videochat_flash_jax.data.features.feature_key import (
+  FeatureKey,
+  frames_entry,
+  image_entry,
+  weights_digest,
+)
+from videochat_flash_jax.data.features.feature_store import (
+  CLIPS_PER_FILE,
+  FeatureStore,
+  FeatureWriter,
+)
+from videochat_flash_jax.data.media.video_reader import VideoInfo, open_video
+from videochat_flash_jax.data.mixture.broken import BrokenRow
+from videochat_flash_jax.data.mixture.rows import Rows
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.engine import Engine
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from videochat_flash_jax.checkpoints.convert import save_model
-from videochat_flash_jax.data.tokenizer import train_sentencepiece
+from videochat_flash_jax.data.text.tokenizer import train_sentencepiece
 from videochat_flash_jax.models.config import ConnectorConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 

@@ -17,16 +17,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from videochat_flash_jax.data.feature_key import FeatureKey, weights_digest
-from videochat_flash_jax.data.feature_store import FeatureStore
-from videochat_flash_jax.data.media_check import check_roots
-from videochat_flash_jax.data.mixture import read_mixture
-from videochat_flash_jax.data.rows import Rows, open_rows
-from videochat_flash_jax.data.synthetic_examples import patch_batches, synthetic_batches
-from videochat_flash_jax.data.tokenizer import load_tokenizer
-from videochat_flash_jax.data.train_batches import mixture_batches
+from videochat_flash_jax.data.batches.train_batches import mixture_batches
+from videochat_flash_jax.data.check.media_check import check_roots
+from videochat_flash_jax.data.features.feature_key import FeatureKey, weights_digest
+from videochat_flash_jax.data.features.feature_store import FeatureStore
+from videochat_flash_jax.data.mixture.mixture import read_mixture
+from videochat_flash_jax.data.mixture.rows import Rows, open_rows
+from videochat_flash_jax.data.text.tokenizer import load_tokenizer
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.sharding import dotted_path
+from videochat_flash_jax.synthetic.examples import patch_batches, synthetic_batches
 from videochat_flash_jax.train.device_batches import (
   device_batches,
   own_rows,

@@ -27,7 +27,7 @@ _LENGTHS = 8  # to which rows are shortened
 def with_plan(
   batch: Mapping[str, np.ndarray], dropout: DropoutConfig, layout: Layout
 ) -> dict[str, Any]:
-  """A batch of `data.sharded_rows` with the plan of its own whole rows, as `dropout`.
+  """A batch of `data.batches.sharded_rows` with the plan of its own whole rows, as `dropout`.
 
   Args:
     batch: this process's rows, on the host.

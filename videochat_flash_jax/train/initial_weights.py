@@ -15,13 +15,13 @@ from pathlib import Path
 
 import jax
 
-from videochat_flash_jax.checkpoints.checkpoint import Checkpoint
 from videochat_flash_jax.checkpoints.convert import copy_beside, open_checkpoint
-from videochat_flash_jax.checkpoints.hf_config import read_fields, write_config
-from videochat_flash_jax.checkpoints.hub import checkpoint_directory
-from videochat_flash_jax.checkpoints.parts import join_parts
-from videochat_flash_jax.checkpoints.run_files import is_run, whole_steps
-from videochat_flash_jax.checkpoints.weights import load_weights
+from videochat_flash_jax.checkpoints.hub.checkpoint import Checkpoint
+from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
+from videochat_flash_jax.checkpoints.hub.hf_config import read_fields, write_config
+from videochat_flash_jax.checkpoints.hub.parts import join_parts
+from videochat_flash_jax.checkpoints.hub.weights import load_weights
+from videochat_flash_jax.checkpoints.runs.run_files import is_run, whole_steps
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 

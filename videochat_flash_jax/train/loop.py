@@ -11,11 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from videochat_flash_jax.checkpoints.run_files import whole_steps
-from videochat_flash_jax.data.media_check import check_roots
-from videochat_flash_jax.data.media_files import is_address
-from videochat_flash_jax.data.mixture import read_mixture
-from videochat_flash_jax.data.rows import open_rows
+from videochat_flash_jax.checkpoints.runs.run_files import whole_steps
+from videochat_flash_jax.data.check.media_check import check_roots
+from videochat_flash_jax.data.media.files import is_address
+from videochat_flash_jax.data.mixture.mixture import read_mixture
+from videochat_flash_jax.data.mixture.rows import open_rows
 from videochat_flash_jax.parallel.agreement import refused_together
 from videochat_flash_jax.train.batches import check_features
 from videochat_flash_jax.train.config_checks import require

@@ -5,7 +5,7 @@
 B begins at zero, so a model with new adapters computes what it did without. The weights of the
 layer keep their paths: beside `decoder.layers.stacked.q_proj.kernel` come `..q_proj.lora_a` and
 `..q_proj.lora_b`. For inference and on the hub, A B * alpha / rank is added to W:
-`checkpoints.adapters`.
+`checkpoints.runs.adapters`.
 """
 
 import difflib

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from videochat_flash_jax.data.conversation import IGNORE_LABEL
+from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.models.qwen2 import Qwen2
 from videochat_flash_jax.models.token_merging import merge_groups, similarity_features, sum_groups
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash

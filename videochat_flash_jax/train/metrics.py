@@ -32,7 +32,7 @@ import jax
 import tensorboardX
 from tqdm import tqdm
 
-from videochat_flash_jax.data.train_batches import batch_metrics
+from videochat_flash_jax.data.batches.train_batches import batch_metrics
 from videochat_flash_jax.errors import InputError
 
 _log = logging.getLogger("videochat_flash_jax")

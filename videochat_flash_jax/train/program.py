@@ -15,15 +15,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from videochat_flash_jax.data.sharded_rows import PER_TOKEN
-from videochat_flash_jax.data.synthetic_render import COLOURS
-from videochat_flash_jax.data.synthetic_shapes import KINDS
+from videochat_flash_jax.data.batches.sharded_rows import PER_TOKEN
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import make_mesh
 from videochat_flash_jax.parallel.sharding import dotted_path, weight_shardings
+from videochat_flash_jax.synthetic.render import COLOURS
+from videochat_flash_jax.synthetic.shapes import KINDS
 from videochat_flash_jax.train.dropout_plans import ShorteningStep
 from videochat_flash_jax.train.lora import add_adapters
 from videochat_flash_jax.train.losses import add_heads, answer_loss, patch_loss
@@ -221,7 +221,7 @@ def check_sizes(settings: TrainSettings, layout: Layout):
 
 
 def _batch_shapes(settings, layout):
-  """Shapes of what `data.sharded_rows` and `data.synthetic_examples` give."""
+  """Shapes of what `data.batches.sharded_rows` and `synthetic.examples` give."""
   vision, shards = settings.model.vision, layout.sequence_shards
   picture = (vision.image_size, vision.image_size, 3)
 

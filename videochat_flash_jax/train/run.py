@@ -16,8 +16,8 @@ import jax
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from videochat_flash_jax import __version__
-from videochat_flash_jax.checkpoints.manager import RunCheckpoints
-from videochat_flash_jax.checkpoints.processes import streams_of_all
+from videochat_flash_jax.checkpoints.runs.manager import RunCheckpoints
+from videochat_flash_jax.checkpoints.runs.processes import streams_of_all
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.chips import peak_flops
 from videochat_flash_jax.train.batches import (

@@ -5,11 +5,10 @@ import re
 
 from ml_collections import ConfigDict
 
-from videochat_flash_jax.data.conversation import TEMPLATES
-from videochat_flash_jax.data.data_config import DataConfig, ExampleConfig
-from videochat_flash_jax.data.frame_sampling import CLIP_FRAMES
-from videochat_flash_jax.data.sharded_rows import RowLayout
-from videochat_flash_jax.data.synthetic import QUESTION_KINDS
+from videochat_flash_jax.data.batches.data_config import DataConfig, ExampleConfig
+from videochat_flash_jax.data.batches.sharded_rows import RowShape
+from videochat_flash_jax.data.media.frame_sampling import CLIP_FRAMES
+from videochat_flash_jax.data.text.conversation import TEMPLATES
 from videochat_flash_jax.models.config import (
   DROPOUT_KINDS,
   DropoutConfig,
@@ -20,6 +19,7 @@ from videochat_flash_jax.models.layer_stack import REMAT
 from videochat_flash_jax.models.token_dropout import check_dropout
 from videochat_flash_jax.parallel.layout import SEQUENCE_PARALLEL
 from videochat_flash_jax.parallel.mesh import MeshConfig
+from videochat_flash_jax.synthetic.world import QUESTION_KINDS
 from videochat_flash_jax.train.config_checks import Section, is_count, is_number, require
 from videochat_flash_jax.train.settings_types import (
   CheckpointSettings,
@@ -103,7 +103,7 @@ def data_config(settings: TrainSettings, num_shards: int, streams: int) -> DataC
       tiling=model.tiling,
       **{name: getattr(data, name) for name in shared},
     ),
-    layout=RowLayout(
+    layout=RowShape(
       tokens=settings.tokens_per_row,
       clip_tokens=model.connector.clip_tokens,
       clips_per_shard=settings.clips_per_shard,

@@ -32,7 +32,7 @@ class OptimizerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-  """Where examples come from, and how they are read; see `data.data_config`.
+  """Where examples come from, and how they are read; see `data.batches.data_config`.
 
   Attributes:
     mixture: file of annotations or of a mixture of them; None if it is not given.

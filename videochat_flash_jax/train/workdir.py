@@ -2,7 +2,7 @@
 
   config.json    the run's config and the version of the package
   hub/           what an export needs beside weights: config.json as on the hub, and the tokenizer
-  checkpoints/   see `checkpoints.manager`
+  checkpoints/   see `checkpoints.runs.manager`
 
 All processes of a run see the same directory.
 """
@@ -22,13 +22,13 @@ from typing import Any
 import jax
 
 from videochat_flash_jax import __version__
-from videochat_flash_jax.checkpoints.hf_config import write_config
-from videochat_flash_jax.checkpoints.run_differences import config_differences
-from videochat_flash_jax.checkpoints.run_files import stages_in, whole_steps
-from videochat_flash_jax.data.synthetic_training import vocabulary_lines
-from videochat_flash_jax.data.tokenizer import train_sentencepiece
+from videochat_flash_jax.checkpoints.hub.hf_config import write_config
+from videochat_flash_jax.checkpoints.runs.run_differences import config_differences
+from videochat_flash_jax.checkpoints.runs.run_files import stages_in, whole_steps
+from videochat_flash_jax.data.text.tokenizer import train_sentencepiece
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.agreement import refused_together, texts_of_all
+from videochat_flash_jax.synthetic.training import vocabulary_lines
 from videochat_flash_jax.train.initial_weights import RANDOM, copy_hub_files
 from videochat_flash_jax.train.settings import TrainSettings
 from videochat_flash_jax.train.step import TrainState

@@ -1,0 +1,173 @@
+"""Pictures of all kinds come as uint8 RGB as shown; what is no picture is refused in one line."""
+
+import itertools
+import os
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from videochat_flash_jax.data.features.feature_key import file_digest
+from videochat_flash_jax.data.media.image_reader import read_image
+from videochat_flash_jax.data.media.picture_folder import read_picture
+from videochat_flash_jax.errors import InputError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(PIXELS)
+
+
+@pytest.fixture
+def path(tmp_path):
+  PICTURE.save(tmp_path / "a.png")
+  return tmp_path / "a.png"
+
+
+def test_path_picture_and_array_give_the_same(path):
+  for source in (path, str(path), PICTURE, PIXELS):
+    np.testing.assert_array_equal(read_image(source), PIXELS)
+
+
+def test_a_picture_that_was_looked_at_stays_usable(path):
+  with Image.open(path) as picture:
+    read_image(picture)
+    np.testing.assert_array_equal(read_image(picture), PIXELS)
+
+
+@pytest.mark.parametrize("orientation, turns", [(3, 2), (6, 3), (8, 1)])
+def test_a_rotation_noted_by_the_camera_is_applied(tmp_path, orientation, turns):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  PICTURE.save(tmp_path / "a.png", exif=exif)
+  np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(PIXELS, turns))
+
+
+def test_transparent_parts_become_white(tmp_path):
+  opacity = np.zeros((6, 9, 1), np.uint8)
+  opacity[:, 4:] = 255
+  Image.fromarray(np.concatenate([PIXELS, opacity], axis=-1)).save(tmp_path / "a.png")
+  image = read_image(tmp_path / "a.png")
+  assert (image[:, :4] == 255).all()
+  np.testing.assert_array_equal(image[:, 4:], PIXELS[:, 4:])
+
+
+def test_a_transparent_palette_becomes_white(tmp_path):
+  picture = Image.fromarray(np.zeros((2, 2), np.uint8)).convert("P")
+  picture.save(tmp_path / "a.png", transparency=0)
+  assert (read_image(tmp_path / "a.png") == 255).all()
+
+
+def test_gray_becomes_three_equal_channels():
+  gray = PIXELS[..., 0]
+  expected = np.stack([gray] * 3, axis=-1)
+  np.testing.assert_array_equal(read_image(gray), expected)
+  np.testing.assert_array_equal(read_image(Image.fromarray(gray)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", np.int32])
+def test_gray_of_16_bits_keeps_its_upper_8(dtype):
+  gray = np.array([[0, 255, 256], [32767, 32768, 65535]], dtype)
+  np.testing.assert_array_equal(
+    read_image(Image.fromarray(gray))[..., 1], [[0, 0, 1], [127, 128, 255]]
+  )
+
+
+def test_the_first_picture_of_an_animation_counts_and_is_told(tmp_path, caplog):
+  frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+  frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+  assert (read_image(tmp_path / "a.gif") == (255, 0, 0)).all()
+  assert "only the first" in caplog.text
+
+
+def test_cmyk_and_one_bit_become_rgb(tmp_path):
+  Image.new("CMYK", (3, 2), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
+  assert read_image(tmp_path / "a.jpg")[0, 0].argmax() == 0
+  assert (read_image(Image.new("1", (3, 2), 1)) == 255).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (10, 10_000, 3)])
+def test_any_size_is_read(shape):
+  assert read_image(np.zeros(shape, np.uint8)).shape == shape
+
+
+@pytest.mark.parametrize(
+  "source, said",
+  [
+    (np.zeros((4, 4, 3), np.float32), "float32"),
+    (np.zeros((2, 4, 4, 3), np.uint8), r"\(2, 4, 4, 3\)"),
+    (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
+    (np.zeros(4, np.uint8), r"\(4,\)"),
+    (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+    (None, "None is no image"),
+    ([[0, 1]], "is no image"),
+    ("", "'' is no image"),
+    ("nothing.png", "nothing.png.*no such image file"),
+    ("nonsense://example.org/a.png", "nonsense:// is no protocol"),
+  ],
+)
+def test_what_is_no_image_is_refused(source, said):
+  with pytest.raises(InputError, match=said):
+    read_image(source)
+
+
+def test_a_folder_is_refused(tmp_path):
+  with pytest.raises(InputError, match="a folder"):
+    read_image(tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+  (tmp_path / "folder").mkdir()
+  pipes, said = [tmp_path / "a.png", tmp_path / "folder" / "1.jpg"], []
+  for path in pipes:
+    os.mkfifo(path)
+
+  def read():
+    calls = read_image, read_picture, file_digest
+    for call, path in zip(calls, (*pipes, pipes[0]), strict=True):
+      try:
+        call(path)
+      except InputError as error:
+        said.append(str(error))
+
+  thread = threading.Thread(target=read, daemon=True)
+  thread.start()
+  thread.join(20)
+  assert len(said) == 3 and all("a pipe or a device, no file; " in text for text in said)
+
+
+@pytest.mark.parametrize(
+  "broken",
+  [
+    lambda whole: whole[: len(whole) // 2],
+    lambda whole: whole[:20],
+    lambda whole: b"",
+    lambda whole: b"This is no picture.\n" * 20,
+    lambda whole: whole[:40] + bytes(20) + whole[60:],
+  ],
+  ids=["cut", "header only", "empty", "text", "zeros inside"],
+)
+def test_a_broken_file_is_refused_by_its_name(path, broken):
+  path.write_bytes(broken(path.read_bytes()))
+  with pytest.raises(InputError, match=r"a\.png: not a readable picture"):
+    read_image(path)
+
+
+def test_a_file_damaged_anywhere_is_read_or_refused(tmp_path):
+  path = tmp_path / "a.gif"
+  frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+  frames[0].save(path, save_all=True, append_images=frames[1:])
+  content = path.read_bytes()
+  refused = 0
+  for place, value in itertools.product(range(len(content)), (0, 1, 255)):
+    path.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+    try:
+      read_image(path)
+    except InputError:  # Pillow raises OSError, ValueError or IndexError
+      refused += 1
+  assert 0 < refused < 3 * len(content)
+
+
+def test_a_picture_of_too_many_pixels_is_refused(path, monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+  with pytest.raises(InputError, match="too many pixels"):
+    read_image(path)

@@ -1,0 +1,300 @@
+"""`config.json` of the released layout to our config, and back."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from videochat_flash_jax.checkpoints.hub import hf_options
+from videochat_flash_jax.checkpoints.hub.typed_fields import checked
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.models.config import (
+  ConnectorConfig,
+  DecoderConfig,
+  SamplingConfig,
+  VideoChatFlashConfig,
+  VisionConfig,
+)
+
+TOWERS = {
+  "umt-large": VideoChatFlashConfig.qwen2_7b_res224().vision,
+  "umt-hd-large": VideoChatFlashConfig.qwen2_7b_res448().vision,
+  "internvideo2": VideoChatFlashConfig.qwen2_5_7b_internvideo2_1b().vision,
+}
+_PROJECTORS = {"tome16_mlp_hd64": ConnectorConfig()}
+_OWN = "videochat_flash_jax"  # our section: sizes that upstream's fields cannot express
+
+# Upstream's field -> ours.
+_DECODER_FIELDS = {
+  "vocab_size": "vocab_size",
+  "hidden_size": "width",
+  "num_hidden_layers": "depth",
+  "num_attention_heads": "num_heads",
+  "num_key_value_heads": "num_kv_heads",
+  "intermediate_size": "mlp_width",
+  "rope_theta": "rope_theta",
+  "rms_norm_eps": "norm_eps",
+  "tie_word_embeddings": "tied_embeddings",
+  "max_position_embeddings": "max_positions",
+  "head_dim": "head_size",
+}
+_OPTIONAL = {"tie_word_embeddings", "head_dim"}
+
+# What the original's code reads besides, where a config has not been read from a file: values of
+# the released 7B model. The kind of dropout counts only where it is switched on.
+_UNMODELLED = {
+  "attention_dropout": 0.0,
+  "auto_map": {
+    "AutoConfig": "modeling_videochat_flash.VideoChatFlashQwenConfig",
+    "AutoModel": "modeling_videochat_flash.VideoChatFlashQwenForCausalLM",
+  },
+  "bos_token_id": 151643,
+  "eos_token_id": 151645,
+  "initializer_range": 0.02,
+  "llm_compress_type": "attention",
+  "llm_compress_layer_list": [24],
+  "llm_image_token_ratio_list": [1.0, 0.5],
+  "mm_pos_num_frames": 8,
+  "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter",  # the tower's weights are in the files
+  "mm_use_im_patch_token": False,
+  "mm_use_im_start_end": False,
+  "mm_vision_select_feature": "patch",
+  "pos_skipping_range": 4096,
+  "sliding_window": 131072,
+  "transformers_version": "4.40.1",
+  "use_cache": True,
+  "use_mm_proj": True,
+  "use_pos_skipping": False,
+}
+
+
+def _fixed_fields(vision: VisionConfig) -> dict:
+  """Upstream's fields that ask for what the code does in one way only, with that way."""
+  return {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "frame_aspect_ratio": "square",
+    "image_aspect_ratio": "anyres_nopad",
+    "mm_local_num_frames": vision.clip_frames,
+    "mm_vision_select_layer": -2,
+    "mm_patch_merge_type": "spatial_nopad",
+    "mm_newline_position": "nothing",
+    "vision_encode_type": "video_image",
+  }
+
+
+def read_fields(directory: Path) -> dict[str, Any]:
+  """The fields of `config.json` of a directory, as they are.
+
+  Raises:
+    InputError: the file is missing, or is not JSON.
+  """
+  path = directory / "config.json"
+  if not path.is_file():
+    raise InputError(f"{path}: no such file; a checkpoint directory needs its config.json")
+  try:
+    fields = json.loads(path.read_text())
+  except (ValueError, RecursionError, OSError) as error:
+    raise InputError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from error
+  if not isinstance(fields, dict):
+    raise InputError(f"{path}: holds no JSON object; fetch the checkpoint again")
+  return fields
+
+
+def read_config(directory: Path) -> VideoChatFlashConfig:
+  """Reads `config.json` of a checkpoint directory.
+
+  The context (`max_positions`) is `max_position_embeddings`, or what YaRN stretches it to; the
+  original cuts prompts at `tokenizer_model_max_length`, which therefore does not count here.
+
+  Raises:
+    InputError: the file is missing, is not JSON, lacks a field, holds a value that cannot be, or
+      asks for a part or a way of working that this package does not have.
+  """
+  return parse_config(directory, read_fields(directory))
+
+
+def parse_config(directory: Path, fields: Mapping[str, Any]) -> VideoChatFlashConfig:
+  """What the fields of a directory's config.json say; see `read_config`."""
+  path = directory / "config.json"
+  if fields.get("model_type") == "qwen2":
+    raise InputError(f"{path}: a language model alone; join it: vcflash convert --encoder FILE")
+  own = fields.get(_OWN, {})
+  if not isinstance(own, dict):
+    raise InputError(f"{path}: field '{_OWN}' is no JSON object; leave it out, or mend it")
+  unknown = sorted(set(own) - {"vision", "connector", "sampling", "max_positions"})
+  if unknown:
+    raise InputError(f"{path}: section '{_OWN}' has no part {', '.join(unknown)}; mend its name")
+  decoder = read_decoder_config(path, fields, own.get("max_positions"))
+  if "vision" in own:
+    vision = _own_part(path, own, "vision", VisionConfig)
+  else:
+    vision = _known_part(path, fields, "mm_vision_tower", TOWERS)
+  if "connector" in own:
+    connector = _own_part(path, own, "connector", ConnectorConfig)
+  else:
+    connector = _known_part(path, fields, "mm_projector_type", _PROJECTORS)
+  config = VideoChatFlashConfig(
+    name=_name(directory),
+    vision=vision,
+    connector=connector,
+    decoder=decoder,
+    sampling=_own_part(path, own, "sampling", SamplingConfig),
+    tiling=hf_options.read_tiling(path, fields, vision.image_size),
+    dropout=hf_options.read_dropout(path, fields, decoder.depth),
+  )
+  _check_fixed(path, fields, vision)
+  _check_multiples(path, config)
+  return config
+
+
+def _name(directory):
+  """The directory's name; of a snapshot in the hub's cache, that of its repository."""
+  if directory.parent.name == "snapshots":
+    return directory.parent.parent.name.split("--")[-1]
+  return directory.name
+
+
+def read_decoder_config(
+  path: Path, fields: Mapping[str, Any], own_positions: Any = None
+) -> DecoderConfig:
+  """The language model that the fields of a config.json describe; the rest does not matter.
+
+  Raises:
+    InputError: a field is missing, or holds a value that cannot be.
+  """
+  missing = sorted(set(_DECODER_FIELDS) - _OPTIONAL - set(fields))
+  if missing:
+    raise InputError(f"{path}: fields missing: {', '.join(missing)}; add them")
+  given = {theirs: fields[theirs] for theirs in _DECODER_FIELDS if theirs in fields}
+  if given.get("head_dim", 0) is None:  # how some write that the default counts
+    del given["head_dim"]
+  values = {_DECODER_FIELDS[theirs]: value for theirs, value in given.items()}
+  names = {ours: theirs for theirs, ours in _DECODER_FIELDS.items()}
+  values = checked(path, DecoderConfig, values, names)
+  if "head_dim" not in given:
+    if values["width"] % values["num_heads"]:
+      raise InputError(
+        f"{path}: field 'hidden_size' is no multiple of 'num_attention_heads'; "
+        "mend them, or give 'head_dim'"
+      )
+    values["head_size"] = values["width"] // values["num_heads"]
+  yarn = hf_options.read_yarn(path, fields)
+  if own_positions is not None:
+    names = {"max_positions": f"{_OWN}.max_positions"}
+    values |= checked(path, DecoderConfig, {"max_positions": own_positions}, names)
+  elif yarn is not None:
+    stretched = int(yarn.factor * yarn.original_positions)
+    values["max_positions"] = max(values["max_positions"], stretched)
+  return DecoderConfig(**values, yarn=yarn)
+
+
+def _known_part(path, fields, field, known):
+  """The encoder or connector that `field` names."""
+  name = fields.get(field)
+  if not isinstance(name, str) or name not in known:
+    raise InputError(f"{path}: field '{field}' is {name!r}; known: {', '.join(known)}")
+  return known[name]
+
+
+def _own_part(path, own, section, part):
+  """The part of the config whose sizes are in our own section."""
+  values = own.get(section, {})
+  if not isinstance(values, dict):
+    raise InputError(f"{path}: field '{_OWN}.{section}' is no JSON object; mend it")
+  names = {field.name: f"{_OWN}.{section}.{field.name}" for field in dataclasses.fields(part)}
+  values = checked(path, part, values, names)
+  try:
+    return part(**values)
+  except TypeError as error:  # a field is missing or unknown
+    raise InputError(f"{path}: section '{_OWN}.{section}' does not fit: {error}") from error
+
+
+def _check_fixed(path, fields, vision):
+  for field, fixed in _fixed_fields(vision).items():
+    value = fields.get(field, fixed)
+    if value != fixed and (value or fixed):  # null, false and {} all mean "off"
+      raise InputError(
+        f"{path}: field '{field}' is {value!r}; only {json.dumps(fixed)} is supported"
+      )
+
+
+def _check_multiples(path, config):
+  vision, decoder, merge_heads = config.vision, config.decoder, config.connector.merge_heads
+  for value, divisor, names in (
+    (decoder.head_size, 2, "'head_dim', given or by default"),
+    (decoder.num_heads, decoder.num_kv_heads, "'num_attention_heads' and 'num_key_value_heads'"),
+    (vision.image_size, vision.patch_size, "'vision.image_size' and 'vision.patch_size'"),
+    (vision.width, vision.num_heads, "'vision.width' and 'vision.num_heads'"),
+    (vision.width, merge_heads, "'vision.width' and 'connector.merge_heads'"),
+  ):
+    if value % divisor:
+      raise InputError(f"{path}: {names}: {value} has to be a multiple of {divisor}")
+
+
+def write_config(
+  config: VideoChatFlashConfig,
+  directory: Path,
+  *,
+  dtype: str,
+  base: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes `config.json` in the released layout; what upstream has no field for, beside it.
+
+  Args:
+    config: what to write.
+    directory: where to write it.
+    dtype: of the weights, `bfloat16` and so on.
+    base: fields of the config.json that this one continues. What is unknown here survives, and
+      all of it does if it says what `config` says.
+  """
+  fields = dict(base or {})
+  before = parse_config(directory, fields) if "mm_vision_tower" in fields else None
+  if before is None or dataclasses.replace(before, name=config.name) != config:
+    fields = {field: value for field, value in fields.items() if field not in (_OWN, "head_dim")}
+    changed = _upstream_fields(config)
+    unmodelled = {} if "own" in changed.values() else _UNMODELLED  # not for the original's code
+    fields = {**unmodelled, **fields, **changed, **_own_section(config)}
+    if before is None or before.decoder.max_positions != config.decoder.max_positions:
+      fields["tokenizer_model_max_length"] = config.decoder.max_positions
+  text = json.dumps(fields | {"torch_dtype": dtype}, indent=2, sort_keys=True)
+  (directory / "config.json").write_text(text + "\n")
+
+
+def _upstream_fields(config):
+  decoder = {theirs: getattr(config.decoder, ours) for theirs, ours in _DECODER_FIELDS.items()}
+  if config.decoder.head_size * config.decoder.num_heads == config.decoder.width:
+    del decoder["head_dim"]
+  return {
+    "architectures": ["VideoChatFlashQwenForCausalLM"],
+    "model_type": "videochat_flash_qwen",
+    **decoder,
+    **_fixed_fields(config.vision),
+    **hf_options.option_fields(
+      config.dropout, config.decoder.yarn, config.tiling, config.vision.image_size
+    ),
+    "max_window_layers": config.decoder.depth,
+    "mm_hidden_size": config.vision.width,
+    "mm_vision_tower": _known_name(TOWERS, config.vision),
+    "mm_projector_type": _known_name(_PROJECTORS, config.connector),
+    "tokenizer_padding_side": "right",
+  }
+
+
+def _own_section(config):
+  """What upstream's fields cannot say, if there is anything."""
+  own, yarn = {}, config.decoder.yarn
+  if config.sampling != SamplingConfig():
+    own["sampling"] = dataclasses.asdict(config.sampling)
+  if _known_name(TOWERS, config.vision) == "own":
+    own["vision"] = dataclasses.asdict(config.vision)
+  if _known_name(_PROJECTORS, config.connector) == "own":
+    own["connector"] = dataclasses.asdict(config.connector)
+  if yarn and config.decoder.max_positions < int(yarn.factor * yarn.original_positions):
+    own["max_positions"] = config.decoder.max_positions
+  return {_OWN: own} if own else {}
+
+
+def _known_name(known, part):
+  return next((name for name, config in known.items() if config == part), "own")

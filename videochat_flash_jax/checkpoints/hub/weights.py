@@ -1,0 +1,183 @@
+"""Arrays of a model out of tensors on the hub, and back; one tensor at a time is on the host."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from tqdm import tqdm
+
+from videochat_flash_jax.checkpoints.hub.hf_mapping import HubTensor, hub_tensors
+from videochat_flash_jax.checkpoints.hub.safetensors_files import (
+  BAR,
+  FLOATING,
+  StoredTensor,
+  finite_blocks,
+  floating_name,
+  fold_layers,
+  refuse_broken,
+)
+from videochat_flash_jax.errors import InputError
+
+# From the path of an array, `decoder.norm.scale` and so on, and its shape to where it goes. None is
+# JAX's default device.
+ShardingOf = Callable[[str, tuple[int, ...]], Sharding | None]
+
+_GROUP_BYTES = 64 * 2**20  # of a stack of layers, read before they go to the device together
+_TILE = (128, 512)  # copied at once where the order of axes changes: it fits into a core's cache
+
+
+def load_weights(
+  where: Path | str,
+  stored: Mapping[str, StoredTensor],
+  shapes: Mapping[str, tuple[int, ...]],
+  dtype: np.dtype | Mapping[str, np.dtype] = np.float32,
+  sharding_of: ShardingOf = lambda path, shape: None,
+) -> dict[str, jax.Array]:
+  """Reads every array of a model; every stored tensor is used exactly once.
+
+  Stacks of layers are filled on the device, so the host holds no more than one tensor, or
+  `_GROUP_BYTES` of smaller ones, in `dtype`.
+
+  Args:
+    where: the checkpoint, for messages.
+    stored: tensors by their names on the hub.
+    shapes: shape of every array of the model by its path, `decoder.norm.scale` and so on.
+    dtype: of the arrays returned; of each by its path, or of all.
+    sharding_of: where the array of a path and shape goes.
+
+  Raises:
+    InputError: names all missing, unexpected and misshapen tensors at once, and those that hold
+      no floating-point numbers; or, once all are read, those with NaN or infinity.
+  """
+  tensors = hub_tensors(dict(shapes), stored)
+  check_tensors(where, stored, tensors)
+  types = {path: np.dtype(dtype[path] if isinstance(dtype, Mapping) else dtype) for path in shapes}
+  broken, arrays = [], {}
+  total = sum(types[path].itemsize * int(np.prod(shape)) for path, shape in shapes.items())
+  with tqdm(desc="loading", total=total, **BAR) as bar:
+
+    def fill(array: np.ndarray, tensor: HubTensor):
+      rows, start = tensor.conversion.to_hub(array), 0  # a view of ours with the axes of the file
+      for block in finite_blocks(tensor.name, stored[tensor.name], types[tensor.path], broken):
+        _copy(rows[start : start + len(block)], block)
+        start += len(block)
+        bar.update(block.nbytes)
+
+    for path, parts in itertools.groupby(tensors.values(), lambda tensor: tensor.path):
+      shape = tuple(shapes[path])
+      sharding = sharding_of(path, shape)
+      arrays[path] = _read_array(list(parts), shape, types[path], sharding, fill)
+  refuse_broken(where, broken)
+  return arrays
+
+
+def _read_array(parts, shape, dtype, sharding, fill):
+  """One array on its device(s), from the one tensor or the layers that it consists of."""
+  if parts[0].layer is None:
+    whole = np.empty(shape, dtype)
+    fill(whole, parts[0])
+    return _place(whole, sharding)
+  layer_bytes = dtype.itemsize * int(np.prod(shape[1:]))
+  layers_at_once = max(1, _GROUP_BYTES // layer_bytes)
+  stack = None
+  for start in range(0, len(parts), layers_at_once):
+    group = np.empty((min(layers_at_once, len(parts) - start), *shape[1:]), dtype)
+    for layer, part in zip(group, parts[start:], strict=False):
+      fill(layer, part)
+    if len(group) == len(parts):
+      return _place(group, sharding)
+    if stack is None:
+      stack = jnp.zeros(shape, dtype, device=sharding)
+    placed = _place(group, _within_layers(sharding))
+    stack = jax.block_until_ready(_layer_writer(stack.sharding)(stack, placed, start))
+  return stack
+
+
+def _place(array, sharding):
+  """Waits, so that the next array is not read while this one is still on its way."""
+  if sharding is None:
+    return jax.block_until_ready(jax.device_put(array))
+  place = functools.partial(jax.make_array_from_callback, array.shape, sharding)
+  return jax.block_until_ready(place(lambda index: array[index]))
+
+
+def _within_layers(sharding):
+  """The sharding of a few layers of a stack: as that of the stack, but whole along the layers."""
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
+
+
+@functools.cache
+def _layer_writer(sharding):
+  """Writes layers into a stack in place; the stack stays where it is."""
+  return jax.jit(
+    lambda stack, layers, start: jax.lax.dynamic_update_slice_in_dim(stack, layers, start, 0),
+    donate_argnums=0,
+    out_shardings=sharding,
+  )
+
+
+def hub_arrays(weights: Mapping[str, jax.Array]) -> dict[str, StoredTensor]:
+  """The tensors on the hub that hold the arrays of a model, given by their paths."""
+  tensors = hub_tensors({path: array.shape for path, array in weights.items()})
+  return {
+    name: StoredTensor(
+      tensor.shape,
+      floating_name(weights[tensor.path].dtype),
+      functools.partial(_hub_blocks, weights[tensor.path], tensor),
+    )
+    for name, tensor in tensors.items()
+  }
+
+
+def _hub_blocks(array, tensor) -> Iterator[np.ndarray]:
+  ours = tensor.conversion.to_hub(
+    np.asarray(array if tensor.layer is None else array[tensor.layer])
+  )
+  theirs = np.empty(ours.shape, ours.dtype)
+  _copy(theirs, ours)
+  yield theirs
+
+
+def _copy(target, source):
+  """`target[...] = source`, several times as fast where one of them is transposed."""
+  if target.ndim != 2 or target.flags.c_contiguous == source.flags.c_contiguous:
+    target[...] = source
+    return
+  rows, columns = _TILE
+  for i in range(0, target.shape[0], rows):
+    for j in range(0, target.shape[1], columns):
+      target[i : i + rows, j : j + columns] = source[i : i + rows, j : j + columns]
+
+
+def check_tensors(
+  where: Path | str, stored: Mapping[str, StoredTensor], tensors: Mapping[str, HubTensor]
+) -> None:
+  """Raises an `InputError` that names all stored tensors that do not fit those of a model."""
+  known = {name: tensor for name, tensor in stored.items() if name in tensors}
+  found = {
+    "missing": [name for name in tensors if name not in stored],
+    "unexpected": sorted(stored.keys() - tensors.keys()),
+    "of another shape": [
+      f"{name} (is {tensor.shape}, should be {tensors[name].shape})"
+      for name, tensor in known.items()
+      if tensor.shape != tensors[name].shape
+    ],
+    f"of another dtype than {', '.join(FLOATING)}": [
+      f"{name} (is {tensor.dtype})"
+      for name, tensor in known.items()
+      if tensor.dtype not in FLOATING
+    ],
+  }
+  problems = [f"{what}: {', '.join(fold_layers(names))}" for what, names in found.items() if names]
+  if problems:
+    raise InputError(
+      f"{where}: the tensors do not fit config.json; {'; '.join(problems)}; "
+      "fetch the checkpoint again, or mend its config.json"
+    )

@@ -1,0 +1,12 @@
+"""The files of a training run.
+
+| file              | what it does                                                               |
+|-------------------|----------------------------------------------------------------------------|
+| `manager`         | writes and restores checkpoints; the entry of this folder                  |
+| `run_files`       | where the files of a run are                                               |
+| `frozen_weights`  | weights that never change: written once                                    |
+| `run_differences` | whether a checkpoint belongs to this run                                   |
+| `processes`       | what the processes of a run must agree on                                  |
+| `orbax_files`     | opens a run's checkpoint like one of the hub                               |
+| `adapters`        | adds LoRA adapters to the weights that they belong to                      |
+"""

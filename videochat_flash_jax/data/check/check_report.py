@@ -1,0 +1,81 @@
+"""What a check of a mixture found, as a table or as JSON."""
+
+from collections.abc import Sequence
+
+from videochat_flash_jax.data.check.media_check import SourceReport
+from videochat_flash_jax.data.mixture.broken import REASONS
+
+_HEADER = "rows", "video", "image", "text", "words", "opened", "frames", "seconds", "broken", "file"
+
+
+def as_json(reports: Sequence[SourceReport]) -> dict:
+  """All that was found: `rows`, `broken`, `by_reason`, and each of the `sources`."""
+  by_reason = {
+    reason: count
+    for reason in REASONS
+    if (count := sum(report.broken[reason] for report in reports))
+  }
+  return {
+    "rows": sum(report.rows for report in reports),
+    "broken": sum(by_reason.values()),
+    "by_reason": by_reason,
+    "sources": [vars(report) for report in reports],
+  }
+
+
+def as_table(reports: Sequence[SourceReport]) -> str:
+  """A line for each source and one for all, then what is broken in which, with a few names."""
+  lines = [_cells(report, report.source) for report in reports]
+  if len(reports) > 1:
+    total = SourceReport("all")
+    for report in reports:
+      total.add(report)
+    lines.append(_cells(total, "all"))
+  widths = [max(map(len, column)) for column in zip(_HEADER, *lines, strict=True)]
+  text = [
+    "  ".join(
+      [cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False)] + [line[-1]]
+    )
+    for line in (_HEADER, *lines)
+  ]
+  for report in reports:
+    if report.damaged:
+      text += ["", f"{report.damaged:,} damaged videos in {report.source}; a run uses them"]
+    if report.half_clips:
+      found = f"{report.half_clips:,} rows with only one of start and end in {report.source}"
+      text += ["", f"{found}; a run takes the whole video"]
+    text += broken_lines(report)
+  if not any(map(is_broken, reports)):
+    text += ["", "nothing is broken"]
+  return "\n".join(text)
+
+
+def is_broken(report: SourceReport) -> bool:
+  """Whether a source, or any of its rows, cannot be used."""
+  return bool(report.problem or report.broken)
+
+
+def broken_lines(report: SourceReport) -> list[str]:
+  """What is broken in a source, by reason, with a few names; a blank line before each."""
+  text = ["", f"nothing of {report.source}", f"  {report.problem}"] if report.problem else []
+  for reason in REASONS:
+    if count := report.broken[reason]:
+      named = report.offenders[reason]
+      text += ["", f"{count:,} x {reason} in {report.source}"]
+      text += [f"  {message}" for message in named]
+      text += [f"  and {count - len(named):,} more"] if count > len(named) else []
+  return text
+
+
+def _cells(report, name):
+  kinds = [f"{report.kinds[kind]:,}" for kind in ("video", "image", "text")]
+  return (
+    f"{report.rows:,}",
+    *kinds,
+    f"{report.words:,}",
+    f"{sum(report.opened.values()):,}",
+    f"{report.frames:,}",
+    f"{report.seconds:,.0f}",
+    "all" if report.problem else f"{report.broken.total():,}",
+    name,
+  )

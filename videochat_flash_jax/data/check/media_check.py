@@ -1,0 +1,257 @@
+"""Reads a whole mixture before a run does, and tells what is broken.
+
+Every row is read and checked. Of the media a sample is opened, spread evenly over each source, or
+all of them: of a video the first and the last frame are decoded, an image is decoded whole.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from videochat_flash_jax.data.batches.data_config import ExampleConfig
+from videochat_flash_jax.data.batches.row_media import (
+  choose_frames,
+  open_row_video,
+  read_row_images,
+  row_video_path,
+)
+from videochat_flash_jax.data.media.video_reader import VideoInfo
+from videochat_flash_jax.data.mixture.annotations import check_media, has_half_clip, media_paths
+from videochat_flash_jax.data.mixture.broken import BrokenRow
+from videochat_flash_jax.data.mixture.mixture import Mixture
+from videochat_flash_jax.data.mixture.rows import Rows, open_usable_rows
+from videochat_flash_jax.errors import InputError
+
+NUM_OFFENDERS = 5  # of a reason and a source that are named
+_NUM_PROBED = 16  # rows of a source whose media are looked for
+_ROWS_AT_ONCE = 2048
+_ROWS_WITH_MEDIA_AT_ONCE = 64
+_CONFIG = ExampleConfig(image_size=32)  # frames are decoded, not looked at
+_REMEMBERED_FILES = 1024  # rows about one video tend to follow one another
+
+
+@dataclasses.dataclass
+class SourceReport:
+  """What was found in the rows of one source, or in a part of them.
+
+  Attributes:
+    source: path of the annotation file.
+    rows: how many there are.
+    kinds: rows that show a video, an image or neither.
+    words: of all conversations.
+    opened: media opened: "video", "image".
+    frames: of the videos opened.
+    seconds: of the videos opened.
+    damaged: videos opened of which a frame decoded was patched up or missing; they can be used.
+    half_clips: rows that have only one of `start` and `end`, which is then not looked at.
+    broken: rows that cannot be used, by reason.
+    offenders: a few of them: what is wrong, and with which row, by reason.
+    problem: why none of its rows can be read, or "".
+  """
+
+  source: str
+  rows: int = 0
+  kinds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  words: int = 0
+  opened: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  frames: int = 0
+  seconds: float = 0.0
+  damaged: int = 0
+  half_clips: int = 0
+  broken: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  offenders: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+  problem: str = ""
+
+  def add_broken(self, label: str, error: BrokenRow) -> None:
+    """Counts a row that cannot be used, and names the first ones."""
+    self.broken[error.reason] += 1
+    named = self.offenders.setdefault(error.reason, [])
+    if len(named) < NUM_OFFENDERS:
+      named.append(_named(label, error.detail.removeprefix(f"{self.source} ")))
+
+  def add(self, other: "SourceReport") -> None:
+    """Adds what was found in further rows."""
+    for field in dataclasses.fields(self):
+      if field.name not in ("source", "offenders", "problem"):
+        setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+    for reason, messages in other.offenders.items():
+      named = self.offenders.setdefault(reason, [])
+      named.extend(messages[: NUM_OFFENDERS - len(named)])
+
+
+def check_roots(rows: Rows) -> None:
+  """Looks for some media of each source, so that a wrong `data_root` shows before a run.
+
+  Raises:
+    InputError: of a source there are none; names it and its data_root.
+  """
+  for source, (start, stop) in zip(rows.sources, rows.source_ranges, strict=True):
+    probed = []
+    for index in start + _spread(_NUM_PROBED, stop - start):
+      with contextlib.suppress(BrokenRow):
+        probed.append(rows[index])
+    try:
+      check_media(probed)
+    except InputError as error:
+      root = f"data_root {source.data_root}" if source.data_root else "which has no data_root"
+      raise InputError(f"{source.json_path}, {root}: {error}") from error
+
+
+def check_sources(
+  mixture: Mixture, num_sampled: int | None, cache_dir: str | os.PathLike | None = None
+) -> list[SourceReport]:
+  """Checks a mixture, also if some of its annotation files cannot be read; see `check_mixture`.
+
+  Raises:
+    InputError: there is only one annotation file, and it cannot be read.
+  """
+  rows, problems = open_usable_rows(mixture, cache_dir)
+  if problems and len(mixture.sources) == 1:
+    raise InputError(problems[mixture.sources[0]])
+  found = iter(check_mixture(rows, num_sampled) if rows else ())
+  return [
+    SourceReport(source.json_path, problem=problems[source]) if source in problems else next(found)
+    for source in mixture.sources
+  ]
+
+
+def check_mixture(rows: Rows, num_sampled: int | None) -> list[SourceReport]:
+  """Checks all rows of a mixture and opens media, on all cores.
+
+  Args:
+    rows: of the mixture.
+    num_sampled: rows of each source whose media are opened; None opens all.
+
+  Returns:
+    A report for each source, in their order.
+  """
+  _open_file.cache_clear()  # files may have changed since the last check
+  reports = [SourceReport(source.json_path) for source in rows.sources]
+  tasks = list(_tasks(rows, num_sampled))
+  bar = tqdm(total=len(rows), desc="checking", unit="row", leave=False, disable=None)
+  with bar:
+    for (number, _, _), report in zip(tasks, _run(rows, tasks), strict=True):
+      reports[number].add(report)
+      bar.update(report.rows)
+  return reports
+
+
+def _tasks(rows, num_sampled) -> Iterator[tuple[int, range, frozenset[int]]]:
+  """Yields (source, rows to check, those whose media are opened)."""
+  for number, (start, stop) in enumerate(rows.source_ranges):
+    count = stop - start if num_sampled is None else num_sampled
+    sampled = start + _spread(count, stop - start)
+    size = _ROWS_WITH_MEDIA_AT_ONCE if num_sampled is None else _ROWS_AT_ONCE
+    for first in range(start, stop, size):
+      checked = range(first, min(first + size, stop))
+      inside = sampled[np.searchsorted(sampled, first) : np.searchsorted(sampled, checked.stop)]
+      yield number, checked, frozenset(inside.tolist())
+
+
+def _spread(count: int, num_rows: int) -> np.ndarray:
+  """Numbers of at most `count` of `num_rows` rows, evenly spread."""
+  count = min(count, num_rows)
+  return np.arange(count) * num_rows // max(count, 1)
+
+
+def _run(rows: Rows, tasks: list) -> Iterable[SourceReport]:
+  num_processes = min(os.cpu_count() or 1, len(tasks))
+  if num_processes == 1:
+    yield from (_check_rows(rows, *task[1:]) for task in tasks)
+    return
+  # Each process gets the rows once, not with every task.
+  spawn = multiprocessing.get_context("spawn")
+  with ProcessPoolExecutor(num_processes, spawn, _keep_rows, (rows,)) as executor:
+    results = executor.map(_check_kept_rows, *list(zip(*tasks, strict=True))[1:])
+    for _, checked, _ in tasks:
+      try:
+        yield next(results)
+      except BrokenProcessPool as error:
+        source, first = rows.source(checked.start), rows.label(checked.start)
+        raise InputError(
+          f"{source}: a process that checked rows was killed, for want of memory or by a file that "
+          f"FFmpeg or Pillow cannot bear; {len(checked)} rows from {first} on are the first ones "
+          "without an answer; free some memory, or check those and the next ones alone"
+        ) from error
+
+
+def _keep_rows(rows: Rows) -> None:
+  globals()["_kept_rows"] = rows
+
+
+def _check_kept_rows(checked: range, opened: frozenset[int]) -> SourceReport:
+  return _check_rows(globals()["_kept_rows"], checked, opened)
+
+
+def _check_rows(rows: Rows, checked: range, opened: frozenset[int]) -> SourceReport:
+  report = SourceReport(rows.source(checked.start), rows=len(checked))
+  report.words = int(rows.words(checked).sum())
+  for index in checked:
+    kind = rows.kind(index)
+    report.kinds[kind] += 1
+    try:
+      row = rows[index]
+      report.half_clips += has_half_clip(row)
+      if index in opened and kind != "text":
+        _open_media(row, kind, report)
+    except BrokenRow as error:
+      report.add_broken(rows.label(index), error)
+  return report
+
+
+def _named(label, message):
+  """The message, with the row's name before it unless it begins so, or with the file's path."""
+  begins_so = re.match(rf"(.*/)?{re.escape(label)}: ", message)
+  return message if begins_so else f"{label}: {message}"
+
+
+def _open_media(row, kind, report):
+  for path in [row_video_path(row)] if kind == "video" else media_paths(row, kind):
+    found = _open_file(kind, path, row.get("video_read_type"))
+    if found.problem:
+      raise BrokenRow(*found.problem)
+    report.opened[kind] += 1
+    if found.info:
+      report.frames += found.info.num_frames
+      report.seconds += found.info.seconds
+      report.damaged += found.is_damaged
+      choose_frames(row, found.info, _CONFIG)
+
+
+class _Found(NamedTuple):
+  """What opening a file has shown: a video's facts, or what is wrong with it.
+
+  The latter are reason and detail of a `BrokenRow`, which itself would keep the file open.
+  """
+
+  info: VideoInfo | None = None
+  is_damaged: bool = False
+  problem: tuple[str, str] | None = None
+
+
+@functools.lru_cache(_REMEMBERED_FILES)
+def _open_file(kind: str, path: str, read_type: str | None) -> _Found:
+  """Decodes what shows whether a file is whole."""
+  try:
+    if kind == "image":
+      read_row_images({"image": path})
+      return _Found()
+    with open_row_video({"video": path, "video_read_type": read_type}) as video:
+      for _ in video.frames([0, video.info.num_frames - 1], _CONFIG.image_size):
+        pass
+      return _Found(video.info, video.damaged)
+  except BrokenRow as error:
+    return _Found(problem=(error.reason, error.detail))
+  except OSError as error:  # a run would try again
+    return _Found(problem=(f"unreadable {kind}", f"{path}: {error.strerror or error}"))

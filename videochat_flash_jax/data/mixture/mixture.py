@@ -1,0 +1,139 @@
+"""Mixtures: which annotation files a training run reads, and how much of each.
+
+They are written as those of the official training code, and its published ones work as they are:
+
+  datasets:
+    - json_path: longvid.jsonl          # .json or .jsonl, rows as docs/data_format.md tells
+      data_root: videos                 # folder that the rows' paths are relative to
+      sampling_strategy: first:25%      # all, first, first2..4, end, random; see annotations.py
+      media_type: video                 # by default what the file's first row has
+      video_read_type: img              # folders of pictures
+      weight: 2.0                       # ours: how often its rows are seen in an epoch
+      seed: 1                           # ours: of sampling strategy `random`
+
+Relative paths count from the mixture's folder (there from the working directory). Every path may
+be an address such as `gs://bucket/longvid.jsonl`.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from videochat_flash_jax.data.media.files import is_address, open_media
+from videochat_flash_jax.data.mixture.annotations import nearest, strategy_parts
+from videochat_flash_jax.errors import InputError
+
+ANNOTATION_SUFFIXES = (".json", ".jsonl")
+_MEDIA_TYPES = ("image", "video", "text", "mix")
+# The first ones name decoders of the original; here all are read alike. The rest are folders.
+VIDEO_READ_TYPES = ("decord", "av", "gif", "lazy", "img", "frame")
+_WORDS = {"media_type": _MEDIA_TYPES, "video_read_type": VIDEO_READ_TYPES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """An annotation file's part in a mixture; paths are whole.
+
+  Without a `data_root` the rows' paths are relative to `folder`, and may lead out of it.
+  """
+
+  json_path: str
+  sampling_strategy: str = "all"
+  data_root: str = ""
+  media_type: str | None = None
+  video_read_type: str | None = None
+  weight: float = 1.0
+  seed: int = 0
+  folder: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Annotation files that are read one after the other; `path` is for messages."""
+
+  path: str
+  sources: tuple[Source, ...]
+
+
+def read_mixture(path: str | os.PathLike) -> Mixture:
+  """Reads a mixture (.yaml), or takes one annotation file (.json, .jsonl) for a mixture of one.
+
+  Raises:
+    InputError: the file cannot be read, or an entry has an unknown field or an unusable value;
+      names file, entry and field, and the nearest right word.
+  """
+  path = str(path) if is_address(path) else os.path.abspath(path)
+  suffix = Path(path).suffix.lower()
+  if suffix in ANNOTATION_SUFFIXES:
+    return Mixture(path, (Source(path, folder=os.path.dirname(path)),))
+  if suffix not in (".yaml", ".yml"):
+    raise InputError(f"{path}: no mixture; give a .yaml file, or annotations (.json, .jsonl)")
+  content = _read_yaml(path)
+  entries = content.get("datasets") if isinstance(content, dict) else None
+  if not isinstance(entries, list) or not entries:
+    raise InputError(f"{path}: field 'datasets' is missing or empty; give a list of entries")
+  for field in content:
+    if field != "datasets":
+      raise InputError(f"{path}: unknown field {field!r}; the only one is 'datasets'")
+  return Mixture(
+    path, tuple(_source(f"{path}: datasets[{i}]", path, entry) for i, entry in enumerate(entries))
+  )
+
+
+def _read_yaml(path):
+  try:
+    opened = open_media(path)
+    with open(opened, "rb") if isinstance(opened, str) else opened as file:
+      return yaml.safe_load(file.read())
+  except OSError as error:
+    problem = error.strerror or error
+    raise InputError(f"{path}: cannot be read ({problem}); check the path") from error
+  except (yaml.YAMLError, ValueError, RecursionError) as error:
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}: {error.problem}" if mark else str(error).splitlines()[0]
+    raise InputError(f"{path}: no valid YAML ({where}); mend it") from error
+
+
+def _source(where, mixture_path, entry) -> Source:
+  if not isinstance(entry, Mapping):
+    raise InputError(f"{where} is {entry!r:.100}; give fields such as 'json_path: a.jsonl'")
+  fields = [field.name for field in dataclasses.fields(Source) if field.name != "folder"]
+  for field in entry:
+    if field not in fields:
+      raise InputError(f"{where}: unknown field {field!r}; {nearest(str(field), fields)}")
+  folder = os.path.dirname(mixture_path)
+  values = {field: value for field, value in entry.items() if value is not None}
+  for field, value in values.items():
+    _check_value(f"{where}: field {field!r}", field, value)
+  if not values.get("json_path"):
+    raise InputError(f"{where}: field 'json_path' is missing; name a .json or .jsonl file")
+  for field in ("json_path", "data_root"):
+    if values.get(field) and not is_address(values[field]):
+      values[field] = os.path.normpath(os.path.join(folder, values[field]))
+  return Source(**values, folder=folder)
+
+
+def _check_value(where, field, value):
+  """Raises an `InputError` for what a field cannot be."""
+  if field == "weight":
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+      raise InputError(f"{where} is {value!r}; give a number above 0")
+  elif field == "seed":
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+      raise InputError(f"{where} is {value!r}; give a whole number, 0 or more")
+  elif not isinstance(value, str):
+    raise InputError(f"{where} is {value!r:.100}; give a text")
+  elif field in _WORDS and value not in _WORDS[field]:
+    raise InputError(f"{where} is {value!r}; {nearest(value, _WORDS[field])}")
+  elif field == "json_path" and Path(value).suffix.lower() not in ANNOTATION_SUFFIXES:
+    raise InputError(f"{where} is {value!r}; name a .json or .jsonl file")
+  elif field == "sampling_strategy":
+    try:
+      strategy_parts(value)
+    except InputError as error:
+      raise InputError(f"{where}: {error}") from error

@@ -1,0 +1,49 @@
+"""What is wrong with a row of annotations, told without its media."""
+
+from collections.abc import Mapping
+
+from videochat_flash_jax.data.mixture.annotations import (
+  annotated_clip,
+  kind_of,
+  media_paths,
+  nearest,
+)
+from videochat_flash_jax.data.mixture.broken import BrokenRow, because
+from videochat_flash_jax.data.mixture.mixture import VIDEO_READ_TYPES
+from videochat_flash_jax.data.text.conversation import PLACEHOLDER, has_answer, turns_of_row
+
+
+def check_row(row: object) -> None:
+  """Checks all of a LLaVA row that can be told without its media and their folder.
+
+  Raises:
+    BrokenRow: it cannot be used.
+  """
+  check_object(row)
+  kind = kind_of(row)
+  num_media = 0 if kind == "text" else len(media_paths(row, kind))
+  if row.get("image") is not None and row.get("video") is not None:
+    raise BrokenRow("bad media field", "fields 'image' and 'video'; give one of them")
+  word = row.get("video_read_type")
+  if word is not None and word not in VIDEO_READ_TYPES:
+    hint = nearest(str(word), VIDEO_READ_TYPES)
+    raise BrokenRow("bad media field", f"field 'video_read_type' is {word!r:.100}; {hint}")
+  with because("bad conversations"):
+    turns = turns_of_row(row)
+  kept = turns[turns[0].role == "gpt" :]
+  if not has_answer(kept):
+    raise BrokenRow("bad conversations", "no answered question; add both")
+  num_placeholders = sum(turn.text.count(PLACEHOLDER) for turn in kept)
+  if num_placeholders != num_media:
+    found = f"{num_placeholders} {PLACEHOLDER} for {num_media} videos or images"
+    raise BrokenRow("placeholders", f"{found}; write one for each")
+  with because("bad times"):
+    clip = annotated_clip(row)
+  if clip and clip[0] < 0:
+    raise BrokenRow("bad times", f"field 'start' is {clip[0]:g}; mend the times")
+
+
+def check_object(row: object) -> None:
+  """Raises a `BrokenRow` for what is no JSON object."""
+  if not isinstance(row, Mapping):
+    raise BrokenRow("bad json", "no JSON object; mend the line, or leave it out")

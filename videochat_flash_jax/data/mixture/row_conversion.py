@@ -1,0 +1,120 @@
+r"""Tables and lists of questions become checked LLaVA rows, one on each line.
+
+A table (.csv) names its columns in the first line:
+
+  video,question,answer,start,end          {"video": "a.mp4", "start": 2.0, "end": 8.5,
+  a.mp4,What moves?,A cat.,2,8.5     ->     "conversations": [{"from": "human", "value":
+                                            "<image>\nWhat moves?"}, {"from": "gpt", ...}]}
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from videochat_flash_jax.data.mixture.annotations import has_half_clip, nearest
+from videochat_flash_jax.data.mixture.broken import BrokenRow
+from videochat_flash_jax.data.mixture.row_check import check_row
+from videochat_flash_jax.data.mixture.row_text import rows_of_file
+from videochat_flash_jax.data.text.conversation import PLACEHOLDER
+from videochat_flash_jax.errors import InputError
+
+_COLUMNS = ("id", "video", "image", "question", "answer", "start", "end")
+
+
+def convert_rows(source: Path, out: Path) -> int:
+  """Writes the rows of a .json, .jsonl or .csv file as .jsonl, all of them or none.
+
+  Paths of media stay as they are.
+
+  Returns:
+    The number of rows.
+
+  Raises:
+    InputError: a file cannot be read or written, or rows cannot be used; names the first one's
+      line.
+  """
+  if os.path.lexists(out):
+    raise InputError(f"{out}: exists already; give another --out")
+  rows = _table_rows if source.suffix.lower() == ".csv" else _json_rows
+  partial = out.with_name(out.name + ".partial")
+  try:
+    with open(partial, "w", encoding="utf-8") as file:
+      num_rows = _write_rows(rows(source), source, file)
+    partial.rename(out)
+  except OSError as error:
+    raise InputError(f"{error.filename or out}: {error.strerror}; check the path") from error
+  finally:
+    partial.unlink(missing_ok=True)
+  return num_rows
+
+
+def _write_rows(rows, source, file) -> int:
+  num_rows, broken = 0, []
+  for line, row in rows:
+    num_rows += 1
+    try:
+      check_row(row)
+      if has_half_clip(row):
+        raise BrokenRow("bad times", "only one of fields 'start' and 'end'; give both, or none")
+    except BrokenRow as error:
+      broken.append((line, error))
+      continue
+    if not broken:
+      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+  if broken:
+    others = f" and {len(broken) - 1:,} more rows" if len(broken) > 1 else ""
+    raise InputError(f"{source} line {broken[0][0]}{others}: {broken[0][1]}; nothing is written")
+  if not num_rows:
+    raise InputError(f"{source}: holds no row; nothing is written")
+  return num_rows
+
+
+def _json_rows(source) -> Iterator[tuple[int, object]]:
+  with open(source, "rb") as file, open(source, "rb") as counted:
+    line, place = 1, 0
+    for start, _, row in rows_of_file(file, str(source)):
+      line += counted.read(start - place).count(b"\n")
+      place = start
+      yield line, row
+
+
+def _table_rows(source) -> Iterator[tuple[int, dict[str, Any]]]:
+  with open(source, encoding="utf-8-sig", newline="") as file:
+    table = csv.DictReader(file, strict=True)
+    try:
+      for column in table.fieldnames or ():
+        if column not in _COLUMNS:
+          raise InputError(f"{source}: unknown column {column!r}; {nearest(column, _COLUMNS)}")
+      line = table.line_num + 1
+      for cells in table:
+        yield line, _row_of_cells(cells)
+        line = table.line_num + 1
+    except (csv.Error, UnicodeDecodeError) as error:
+      raise InputError(f"{source} line {table.line_num}: {error}; save it as CSV, UTF-8") from error
+
+
+def _row_of_cells(cells: dict[str, Any]) -> dict[str, Any] | None:
+  """A row, or None if the line has more cells than the table has columns."""
+  if None in cells:
+    return None
+  given = {column: cell.strip() for column, cell in cells.items() if cell and cell.strip()}
+  question, answer = given.pop("question", ""), given.pop("answer", None)
+  if PLACEHOLDER not in question and ("video" in given or "image" in given):
+    question = f"{PLACEHOLDER}\n{question}"
+  turns = [{"from": "human", "value": question}]
+  if answer is not None:
+    turns.append({"from": "gpt", "value": answer})
+  for column in ("start", "end"):
+    if column in given:
+      given[column] = _number(given[column])
+  return {**given, "conversations": turns}
+
+
+def _number(cell: str) -> float | str:
+  try:
+    return float(cell)
+  except ValueError:
+    return cell  # told with the rest of what is wrong

@@ -1,0 +1,177 @@
+"""Training examples drawn from the synthetic world, straight at the model's picture size.
+
+An example depends on its random generator alone, so a seed and an index name it.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from videochat_flash_jax.data.text.conversation import (
+  IGNORE_LABEL,
+  TokenizedText,
+  Turn,
+  encode_caption,
+  encode_dialog,
+  time_message,
+)
+from videochat_flash_jax.data.text.tokenizer import Tokenizer
+from videochat_flash_jax.data.text.visual_slots import open_slots
+from videochat_flash_jax.models.config import VideoChatFlashConfig
+from videochat_flash_jax.synthetic import world as synthetic
+from videochat_flash_jax.synthetic.render import COLOURS, Scene, render
+from videochat_flash_jax.synthetic.shapes import KINDS
+
+# A patch shows a thing if that covers more than the first part of it, and none if it covers less
+# than the second; patches in between teach nothing.
+_SHOWN, _BARE = 0.15, 0.03
+_COLOUR_NAMES = tuple(COLOURS)
+
+
+def draw_clips(
+  rng: np.random.Generator, config: VideoChatFlashConfig, num_clips: int
+) -> dict[str, np.ndarray]:
+  """Draws the clips of one scene, and what each patch of them shows.
+
+  Returns:
+    `frames` uint8 `[C, F, S, S, 3]`; `kinds` and `colours` int32 `[C, P]`: the index of the kind
+    and of the colour of the thing that covers a patch, one past the last for none, IGNORE_LABEL
+    where it is hard to say.
+  """
+  scene = synthetic.draw_scene(rng, num_clips * config.vision.clip_frames)
+  frames, cover = _film(rng, scene, config)
+  grid, patch = config.vision.grid_size, config.vision.patch_size
+  covered = cover.reshape(-1, grid, patch, grid, patch).mean(axis=(2, 4))
+  event_of_second = [scene.event_at(second) for second in range(scene.num_seconds)]
+  clips = {"frames": frames.reshape(num_clips, -1, *frames.shape[1:])}
+  for name, values, nothing in (
+    ("kinds", [event.kind for event in scene.events], len(KINDS)),
+    ("colours", [event.colour for event in scene.events], len(COLOURS)),
+  ):
+    shown = np.array([*values, nothing])[event_of_second][:, None, None]
+    bare = np.where(covered < _BARE, nothing, IGNORE_LABEL)
+    clips[name] = np.where(covered > _SHOWN, shown, bare).astype(np.int32).reshape(num_clips, -1)
+  return clips
+
+
+def draw_conversation(
+  rng: np.random.Generator,
+  config: VideoChatFlashConfig,
+  tokenizer: Tokenizer,
+  frames: tuple[int, int],
+  max_tokens: int,
+  question_weights: Mapping[str, float],
+  template: str = "qwen_2",
+) -> dict[str, np.ndarray]:
+  """Draws a video and a conversation about it, written as at inference.
+
+  With template "plain" it is a caption in place of a conversation: "red star, blue moon".
+
+  Args:
+    rng: what the example depends on.
+    config: gives the picture size and the number of visual tokens.
+    tokenizer: of the model.
+    frames: least and most sampled frames.
+    max_tokens: the most tokens, visual ones included; later questions are left out.
+    question_weights: how often each kind of question is asked, as far as the scene gives it.
+    template: out of `conversation.TEMPLATES`.
+
+  Returns:
+    `frames` uint8 `[C, F, S, S, 3]`, and `token_ids`, `labels`, `visual_index`, int32 `[T]`.
+  """
+  scene = synthetic.draw_scene(rng, synthetic.draw_num_frames(rng, *frames))
+  pictures, _ = _film(rng, scene, config)
+  clips = pictures.reshape(-1, config.vision.clip_frames, *pictures.shape[1:])
+  visual_tokens = len(clips) * config.connector.clip_tokens
+  if template == "plain":
+    text = _caption(scene, tokenizer)
+  else:
+    text = _dialog(rng, scene, tokenizer, max_tokens - visual_tokens, question_weights)
+  token_ids, visual_index = open_slots(text.ids, [visual_tokens])
+  labels = np.full(len(token_ids), IGNORE_LABEL, np.int32)
+  labels[visual_index < 0] = text.labels[text.ids >= 0]
+  return {
+    "frames": clips,
+    "token_ids": token_ids[:max_tokens],
+    "labels": labels[:max_tokens],
+    "visual_index": visual_index[:max_tokens],
+  }
+
+
+def _caption(scene, tokenizer) -> TokenizedText:
+  shown = [f"{_COLOUR_NAMES[event.colour]} {KINDS[event.kind]}" for event in scene.events]
+  return encode_caption([Turn("human", ""), Turn("gpt", ", ".join(shown))], tokenizer)
+
+
+def _dialog(rng, scene, tokenizer, max_tokens, question_weights) -> TokenizedText:
+  """As many of the drawn questions as fit, with the labels of `_ask_early`."""
+  questions = _deal(rng, scene, question_weights)
+  for num_questions in range(len(questions), 0, -1):
+    turns = _turns(scene, questions[:num_questions])
+    text = encode_dialog(turns, tokenizer, label_style="clean")
+    if len(text.ids) - 1 <= max_tokens:
+      break
+  return TokenizedText(text.ids, _ask_early(text.ids, text.labels, tokenizer))
+
+
+def _ask_early(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+  """Labels that ask for each answer also right behind the name of the thing it is about.
+
+      ids     What colour is the star  ?   ... assistant red <end>
+      labels  -    -      -  -   -     red ... -         red <end>
+
+  There the answer is one look-up away. Asked at the end of the question alone, a decoder needs
+  more than twice the steps before it finds the way there.
+  """
+  names = [np.array(tokenizer.encode(f" {kind}")) for kind in KINDS]
+  labels = labels.copy()
+  starts = np.flatnonzero((labels[1:] >= 0) & (labels[:-1] < 0)) + 1
+  for previous, start in zip([0, *starts[:-1]], starts, strict=True):
+    for end in range(start - 1, previous, -1):
+      if any(np.array_equal(ids[max(end - len(name), 0) : end], name) for name in names):
+        labels[end] = ids[start]
+        break
+  return labels
+
+
+def vocabulary_lines(num_scenes: int = 200, seed: int = 0) -> list[str]:
+  """Text to learn a vocabulary from: conversations of the world, and its answers alone."""
+  lines = []
+  for index in range(num_scenes):
+    rng = np.random.default_rng([seed, index])
+    scene = synthetic.draw_scene(rng, synthetic.draw_num_frames(rng, 4, 512))
+    questions = _deal(rng, scene, dict.fromkeys(synthetic.QUESTION_KINDS, 1.0))
+    for turn in _turns(scene, questions):
+      lines += [turn.text.replace("<image>", ""), "system", "user", "assistant"]
+  return [*lines, "You are a helpful assistant."]
+
+
+def _film(rng, scene: Scene, config: VideoChatFlashConfig):
+  """Renders one frame a second, around its middle, with the faults of a camera and a codec."""
+  moments = np.arange(scene.num_seconds) + rng.uniform(0.35, 0.65)
+  frames, cover = render(scene, moments, config.vision.image_size)
+  gain, offset = rng.uniform(0.94, 1.06), rng.uniform(-6, 6, 3)
+  noise = rng.standard_normal(frames.shape, np.float32) * np.float32(rng.uniform(0, 4))
+  frames = np.clip(frames * np.float32(gain) + offset.astype(np.float32) + noise, 0, 255)
+  return frames.astype(np.uint8), cover
+
+
+def _deal(rng, scene: Scene, weights: Mapping[str, float]) -> list[synthetic.Question]:
+  """Mixes questions: each next one is of a kind drawn by weight, until one kind runs out."""
+  kinds = list(weights)
+  chances = np.array([weights[kind] for kind in kinds])
+  decks = {kind: synthetic.ask(scene, rng, kind) for kind in kinds}
+  dealt: list[synthetic.Question] = []
+  while deck := decks[kinds[rng.choice(len(kinds), p=chances / chances.sum())]]:
+    dealt.append(deck.pop())
+  return dealt or synthetic.ask(scene, rng, "attribute")
+
+
+def _turns(scene: Scene, questions: list[synthetic.Question]) -> list[Turn]:
+  seconds = np.arange(scene.num_seconds) + 0.5
+  opening = f"<image>{time_message('short', scene.num_seconds, seconds)}"
+  turns = []
+  for question in questions:
+    turns += [Turn("human", opening + question.text), Turn("gpt", question.answer)]
+    opening = ""
+  return turns
