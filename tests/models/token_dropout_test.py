@@ -17,7 +17,7 @@ from videochat_flash_jax.models.token_dropout import (
   asking,
   drop_tokens,
   every_token,
-  renumbered,
+  segment_positions,
 )
 
 TOLERANCE = 2e-5
@@ -34,7 +34,7 @@ def test_answers_are_asked_for_by_the_token_before_them():
 
 def test_positions_begin_anew_in_each_segment():
   np.testing.assert_array_equal(
-    renumbered(jnp.array([[1, 1, 1, 2, 2, 0], [4, 4, 4, 4, 4, 4]])),
+    segment_positions(jnp.array([[1, 1, 1, 2, 2, 0], [4, 4, 4, 4, 4, 4]])),
     [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]],
   )
 

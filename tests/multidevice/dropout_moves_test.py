@@ -58,15 +58,16 @@ def test_tokens_and_gradients_arrive_as_if_picked_on_one_device(sizes, zigzag):
   x, weights = random(BATCH, LENGTH, WIDTH, seed=1), random(BATCH, NUM_KEPT, WIDTH, seed=2)
   expected, pull_back = jax.vjp(lambda x: gather_tokens(x, kept_places()), x)
   layout = layout_of(sizes, zigzag)
-  spread = [layout.put(layout.spread(array), "batch", "sequence") for array in (x, weights)]
+  arrays = (layout.to_zigzag(array) for array in (x, weights))
+  spread = [layout.device_put(array, "batch", "sequence") for array in arrays]
   kept, gradient = jax.jit(functools.partial(moved, layout))(*spread)
-  np.testing.assert_array_equal(layout.in_order(kept), expected)
-  np.testing.assert_array_equal(layout.in_order(gradient), *pull_back(weights))
+  np.testing.assert_array_equal(layout.from_zigzag(kept), expected)
+  np.testing.assert_array_equal(layout.from_zigzag(gradient), *pull_back(weights))
 
 
 def test_tokens_that_stay_are_spread_evenly():
   layout = layout_of({"sequence": 8}, zigzag=True)
-  x = layout.put(random(BATCH, LENGTH, WIDTH, seed=1), "batch", "sequence")
+  x = layout.device_put(random(BATCH, LENGTH, WIDTH, seed=1), "batch", "sequence")
   kept = jax.jit(functools.partial(sharded_gather, layout=layout))(x, kept_places())
   shapes = {shard.data.shape for shard in kept.addressable_shards}
   assert shapes == {(BATCH, NUM_KEPT // 8, WIDTH)}
@@ -76,7 +77,7 @@ def test_a_move_and_its_gradient_send_blocks_from_device_to_device():
   """No row is ever gathered, and no block is kept for each hop."""
   layout, width = layout_of({"sequence": 4, "tensor": 2}, zigzag=True), 512
   tokens, weights = (
-    layout.put(random(BATCH, length, width, seed=length), "batch", "sequence")
+    layout.device_put(random(BATCH, length, width, seed=length), "batch", "sequence")
     for length in (LENGTH, NUM_KEPT)
   )
   compiled = jax.jit(functools.partial(moved, layout)).lower(tokens, weights).compile()
@@ -100,7 +101,7 @@ def test_tokens_are_ranked_as_on_one_device(sizes, zigzag, training):
   q, k, segment_ids, learnt = ranked_tokens()
   learnt = learnt if training else None
   layout = layout_of(sizes, zigzag)
-  spread = [layout.put(layout.spread(x), "batch", "sequence", "heads") for x in (q, k)]
+  spread = [layout.device_put(layout.to_zigzag(x), "batch", "sequence", "heads") for x in (q, k)]
   scores = jax.jit(functools.partial(visual_scores, layout=layout))(*spread, segment_ids, learnt)
   assert_close(scores, visual_scores(q, k, segment_ids, learnt), relative=1e-6)
   assert (scores > 0).sum() > LENGTH
@@ -110,10 +111,10 @@ def test_only_a_few_queries_leave_their_device():
   layout = layout_of({"sequence": 8}, zigzag=True)
   q, k, segment_ids, learnt = ranked_tokens()
   heads = ("batch", "sequence", "heads")
-  asks = layout.put(learnt, "batch")
+  asks = layout.device_put(learnt, "batch")
   rank = jax.jit(functools.partial(received_attention, layout=layout))
-  keys = layout.put(k, *heads)
-  text = rank.lower(layout.put(q, *heads), keys, asks, segment_ids).compile().as_text()
+  keys = layout.device_put(k, *heads)
+  text = rank.lower(layout.device_put(q, *heads), keys, asks, segment_ids).compile().as_text()
   shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", text)]
   assert keys.sharding.shard_shape(k.shape) in shapes
   assert not [shape for shape in shapes if LENGTH in shape and math.prod(shape) > BATCH * LENGTH]

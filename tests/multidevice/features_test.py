@@ -15,7 +15,10 @@ def pictures(*shape):
 
 def test_an_engine_on_a_mesh_gives_and_takes_features_as_one_on_a_device():
   mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-  one, spread = Engine(dummy_model(), [0]), Engine(dummy_model(), [0], Layout(mesh, gathered=True))
+  one, spread = (
+    Engine(dummy_model(), [0]),
+    Engine(dummy_model(), [0], Layout(mesh, replicate_weights=True)),
+  )
   clips = pictures(9, 4)
   features, same = (np.stack(list(engine.encode_features(clips))) for engine in (one, spread))
   assert_close(same, features, relative=2**-8)
@@ -32,6 +35,6 @@ def test_rows_split_over_a_mesh_are_projected_as_they_are_encoded():
     projected = model.project_rows(features, layout, tile_features)
     return projected, model.encode_rows(clips, layout, tiles)
 
-  split = layout.put((clips, tiles), "batch", "clips")
+  split = layout.device_put((clips, tiles), "batch", "clips")
   projected, encoded = quick_jit(both)(model, *split)
   assert_close(projected, encoded, relative=1e-5)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.conftest import assert_close
-from tests.data.batches.spread_batch import spread_rows
+from tests.data.batches.sharded_batch import shard_rows
 from tests.models.small_models import fill_randomly
 from tests.multidevice.train_step_test import MESHES, on_mesh, packed_batch, small_config
 from videochat_flash_jax.models.config import LoraConfig
@@ -51,7 +51,7 @@ def expected():
 def test_adapters_on_a_mesh_learn_what_they_do_on_one_device(name):
   mesh = make_mesh(MeshConfig(**MESHES[name]))
   shards = mesh.shape["sequence"]
-  batch = spread_rows(
+  batch = shard_rows(
     packed_batch(small_config()),
     num_shards=shards,
     zigzag=shards > 1,

@@ -50,7 +50,7 @@ def run_ring(zigzag, backwards):
   layout = Layout(make_mesh(MeshConfig(fsdp=1, sequence=SHARDS)), "ring", zigzag)
   q = k = v = jnp.ones((1, LENGTH, 1, 8))
   axes = ("batch", "sequence", "heads")
-  attend = layout.per_device(
+  attend = layout.shard_map(
     lambda *arrays: ring_attention.ring_attention(*arrays, "sequence", zigzag),
     (axes, axes, axes, ("batch", "sequence")),
     axes,

@@ -11,7 +11,7 @@ import pytest
 from numpy.linalg import norm
 
 from tests.conftest import assert_close
-from tests.data.batches.spread_batch import spread_rows
+from tests.data.batches.sharded_batch import shard_rows
 from videochat_flash_jax.benchmarks.hlo_costs import program_costs
 from videochat_flash_jax.cli.config_file import read_config
 from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
@@ -132,7 +132,7 @@ def stepped(overrides, num_devices):
   trained, frozen = (jax.tree_util.tree_map_with_path(drawn, part) for part in program.state[:2])
   optimizer = jax.tree.map(lambda shape: put(np.zeros(shape.shape), shape), program.state.optimizer)
   state = program.state._replace(trained=trained, frozen=frozen, optimizer=optimizer)
-  batch = spread_rows(
+  batch = shard_rows(
     row_of_two_clips(rng),
     num_shards=settings.mesh.sequence,
     zigzag=settings.mesh.sequence > 1,

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from tests.conftest import assert_close
-from tests.data.batches.spread_batch import spread_rows
+from tests.data.batches.sharded_batch import shard_rows
 from tests.models.small_models import CONFIG, fill_randomly
 from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.models.config import DropoutConfig
@@ -159,7 +159,7 @@ def step_on_mesh(name, dropout, sequence_parallel="ring", zigzag=True):
   layout = Layout(mesh, sequence_parallel, zigzag=zigzag and shards > 1)
   batch = packed_batch(small_config())
   plan = with_dropout(batch, lambda length: -(-length // (2 * shards)) * 2 * shards)
-  batch = spread_rows(
+  batch = shard_rows(
     batch,
     num_shards=shards,
     zigzag=layout.zigzag,

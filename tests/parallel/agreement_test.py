@@ -4,7 +4,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.agreement import refused_together, texts_of_all
+from videochat_flash_jax.parallel.agreement import allgather_text, raise_together
 
 
 @pytest.fixture
@@ -23,21 +23,21 @@ def second(monkeypatch):
 
 
 def test_texts_are_those_of_all_processes_cut_off_where_they_are_too_long(second):
-  assert texts_of_all("\u00e9" * 3000) == ["\u00e9" * 3000]
+  assert allgather_text("\u00e9" * 3000) == ["\u00e9" * 3000]
   second("first")
-  assert texts_of_all("second") == ["first", "second"]
-  first, own = texts_of_all("e" + "\u00e9" * 3000)
+  assert allgather_text("second") == ["first", "second"]
+  first, own = allgather_text("e" + "\u00e9" * 3000)
   assert first == "first" and own == "e" + "\u00e9" * 1999
 
 
 def test_the_first_refusal_is_that_of_all_but_each_says_its_own(second):
   second("")
-  with refused_together():
+  with raise_together():
     pass
-  with pytest.raises(InputError, match=r"^own$"), refused_together():
+  with pytest.raises(InputError, match=r"^own$"), raise_together():
     raise InputError("own")
   second("of the first")
-  with pytest.raises(InputError, match=r"^process 0: of the first$"), refused_together():
+  with pytest.raises(InputError, match=r"^process 0: of the first$"), raise_together():
     pass
-  with pytest.raises(InputError, match=r"^own$"), refused_together():
+  with pytest.raises(InputError, match=r"^own$"), raise_together():
     raise InputError("own")

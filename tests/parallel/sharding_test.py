@@ -55,7 +55,7 @@ def test_a_gathered_weight_is_split_over_tensor_alone():
     ("decoder.layers.stacked.up_proj.kernel", (None, None, "tensor")),
     ("decoder.layers.stacked.down_proj.kernel", (None, "tensor", None)),
   ]:
-    assert weight_spec(path, 3, gathered=True) == PartitionSpec(*spec)
+    assert weight_spec(path, 3, replicated=True) == PartitionSpec(*spec)
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -36,7 +36,7 @@ from tests.parity.golden_flash import (
 )
 from tests.parity.golden_models import hub_gradients
 from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
-from videochat_flash_jax.models.token_dropout import asking, renumbered
+from videochat_flash_jax.models.token_dropout import asking, segment_positions
 from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.train.losses import cross_entropy, sequence_loss
 
@@ -157,7 +157,9 @@ def test_a_padded_batch_loses_the_same_tokens_and_has_the_same_loss(run):
     left = left[:, : mask.shape[1]]
     np.testing.assert_array_equal(left < lengths, mask == 1)
     np.testing.assert_array_equal(labels_at(rows, left), labels)
-    np.testing.assert_array_equal(renumbered(jnp.asarray(mask))[mask == 1], positions[mask == 1])
+    np.testing.assert_array_equal(
+      segment_positions(jnp.asarray(mask))[mask == 1], positions[mask == 1]
+    )
   loss = loss_of(rows, logits[numbers], kept[numbers])
   assert_close(loss[None], BATCHED[f"{run['key']}.loss"], absolute=LOSS_TOLERANCE)
 

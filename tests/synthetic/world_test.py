@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.synthetic import synthetic_render
+from videochat_flash_jax.synthetic import render as rendering
 from videochat_flash_jax.synthetic import world as synthetic
 from videochat_flash_jax.synthetic.render import COLOURS, render
 from videochat_flash_jax.synthetic.shapes import KINDS, signed_distance
@@ -77,7 +77,7 @@ def test_things_are_drawn_where_they_are_as_if_everywhere(monkeypatch):
   moments = np.sort(np.random.default_rng(0).uniform(0, 16, 9)), 5 + (np.arange(8) + 0.5) / 8
   several = [(scene, seconds) for scene in scenes(16, count=4) for seconds in moments]
   windowed = [render(*about, 48) for about in several]
-  monkeypatch.setattr(synthetic_render, "_window", lambda *_: (slice(None), slice(None)))
+  monkeypatch.setattr(rendering, "_window", lambda *_: (slice(None), slice(None)))
   for about, (frames, cover) in zip(several, windowed, strict=True):
     whole_frames, whole_cover = render(*about, 48)
     np.testing.assert_array_equal(frames, whole_frames)

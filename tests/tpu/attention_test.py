@@ -104,5 +104,5 @@ def test_blocks_fit_the_fast_memory_of_every_chip(topology, options, case):
     "encoder": [(4, 4 * 14 * 14, 16, 64)] * 3,
   }[case]
   attend = functools.partial(attention, causal=case == "decoder")
-  spread = layout.per_device(attend, [("clips",)] * 3, ("clips",))
+  spread = layout.shard_map(attend, [("clips",)] * 3, ("clips",))
   assert kernels(compiled(layout, spread, shapes, ("clips",))) == KERNELS

@@ -58,7 +58,7 @@ def test_gathered_hidden_states_would_be_seen_on_a_torus(torus):
   tokens = NamedSharding(layout.mesh, layout.spec("batch", "sequence"))
   width = small_settings().model.decoder.width
   x = jax.ShapeDtypeStruct((1, LENGTH, width), jnp.bfloat16, sharding=tokens)
-  in_order = jax.jit(layout.in_order, out_shardings=tokens)
+  in_order = jax.jit(layout.from_zigzag, out_shardings=tokens)
   text = in_order.lower(x).compile().as_text()
   assert strangers(text, torus[0])
   assert max(gathered_along_the_sequence(text)) >= LENGTH * width

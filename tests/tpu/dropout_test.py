@@ -108,7 +108,7 @@ def test_nothing_as_large_as_hidden_states_is_gathered(gradients):
 def test_gathered_hidden_states_would_be_seen():
   layout = layout_of_a_row()
   for length in LENGTHS:
-    in_order = jax.jit(layout.in_order, out_shardings=tokens_of(layout).sharding)
+    in_order = jax.jit(layout.from_zigzag, out_shardings=tokens_of(layout).sharding)
     instructions = instructions_of(in_order.lower(tokens_of(layout, length)))
     assert whole_rows(instructions)
     assert largest_gathered(instructions) >= length * WIDTH

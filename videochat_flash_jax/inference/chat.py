@@ -118,7 +118,7 @@ class VideoChat:
     if dtype is None:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     tokenizer = load_tokenizer(hub_files(directory))
-    layout = ONE_DEVICE if mesh is None else Layout(make_mesh(mesh), gathered=True)
+    layout = ONE_DEVICE if mesh is None else Layout(make_mesh(mesh), replicate_weights=True)
 
     def make_model(config):
       config = _with_settings(config, context, yarn, dropout)
@@ -128,7 +128,7 @@ class VideoChat:
     def sharding_of(path, shape):
       if layout.mesh is None:
         return None
-      return NamedSharding(layout.mesh, weight_spec(path, len(shape), gathered=True))
+      return NamedSharding(layout.mesh, weight_spec(path, len(shape), replicated=True))
 
     return cls(load_model(make_model, directory, dtype, sharding_of), tokenizer, layout, features)
 

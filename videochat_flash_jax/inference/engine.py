@@ -83,14 +83,14 @@ class Engine:
       InputError: the model cannot be split over the mesh.
     """
     check_mesh(model.config, layout)
-    self.config, self._layout = model.config, dataclasses.replace(layout, gathered=True)
+    self.config, self._layout = model.config, dataclasses.replace(layout, replicate_weights=True)
     if layout.mesh is None and jax.default_backend() == "cpu":
       # XLA on the CPU copies scanned weights at every step (models/layer_stack.py).
       model.decoder.layers = model.decoder.layers.unstack()
     graph, weights = nnx.split(model)
     weights = nnx.to_pure_dict(weights)
     if layout.mesh is not None:
-      weights = jax.device_put(weights, weight_shardings(layout.mesh, weights, gathered=True))
+      weights = jax.device_put(weights, weight_shardings(layout.mesh, weights, replicated=True))
     self._model = graph, self._layout, weights
     self.dtype = jax.tree.leaves(weights)[0].dtype
     self._stop_ids = jnp.asarray(stop_ids, jnp.int32)
@@ -154,14 +154,14 @@ class Engine:
       plan = programs.plan_prompts(self.config, visual_index >= 0, length)
       widths = [] if plan is None else [drop.slots.shape[1] for drop in plan.drops.values()]
       self._announce("prefill", *shape, num_slots, *widths)
-      arguments = self._layout.put((*arguments, plan), "batch")
+      arguments = self._layout.device_put((*arguments, plan), "batch")
       return Reading(*programs.prefill(*self._model, *arguments, num_slots), num_rows)
     if self.config.dropout is not None and (visual_index >= 0).any():
       raise ValueError("with dropout, all visual tokens of a row are read at once")
     caches = tuple(_with_room(cache, num_tokens + max_new_tokens) for cache in after.caches)
     check_length(self._layout, num_tokens, caches[0].num_slots)
     self._announce("extend", *shape, *(cache.num_slots for cache in caches))
-    arguments = self._layout.put(arguments, "batch")
+    arguments = self._layout.device_put(arguments, "batch")
     return Reading(*programs.extend(*self._model, caches, *arguments), num_rows)
 
   def write(
@@ -179,7 +179,7 @@ class Engine:
     """
     key = jax.random.key(sampling.check().seed)
     caches, logits, num_rows = reading
-    finished = self._layout.put(np.arange(len(logits)) >= num_rows, "batch")
+    finished = self._layout.device_put(np.arange(len(logits)) >= num_rows, "batch")
     for start in range(0, max_new_tokens, DECODE_STEPS):
       self._announce("decode", len(finished), *(cache.num_slots for cache in caches))
       num_steps = min(DECODE_STEPS, max_new_tokens - start)
@@ -229,7 +229,7 @@ class Engine:
       group = np.stack(group + group[-1:] * (self._clips_at_once - num_clips))
       self._announce(program.__name__, *group.shape[:3])
       group = group.reshape(self._layout.row_shards, -1, *group.shape[1:])
-      yield program(*self._model, self._layout.put(group, "batch", "clips")), num_clips
+      yield program(*self._model, self._layout.device_put(group, "batch", "clips")), num_clips
 
   def _check_context(self, num_tokens, max_new_tokens):
     available = self.config.decoder.max_positions

@@ -36,7 +36,7 @@ def encode(
 ) -> Float[Array, "V D"]:
   """Visual tokens of clips, whole on every device; see `VideoChatFlash.encode_rows`."""
   tokens = nnx.merge(graph, weights).encode_rows(clips, layout)
-  return layout.place(tokens.reshape(-1, tokens.shape[-1]))
+  return layout.constrain(tokens.reshape(-1, tokens.shape[-1]))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "layout"))
@@ -46,7 +46,7 @@ def encode_features(
   """What a feature store keeps of clips, whole on every device; N = R C."""
   features = nnx.merge(graph, weights).encode_features(clips, layout)
   features = features.reshape(-1, *features.shape[2:])
-  return layout.place(features.astype(jnp.bfloat16))
+  return layout.constrain(features.astype(jnp.bfloat16))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "layout"))
@@ -55,7 +55,7 @@ def project(
 ) -> Float[Array, "W D"]:
   """Visual tokens of clips from their features, as `encode`."""
   tokens = nnx.merge(graph, weights).project_rows(features, layout)
-  return layout.place(tokens.reshape(-1, tokens.shape[-1]))
+  return layout.constrain(tokens.reshape(-1, tokens.shape[-1]))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "layout", "num_slots"))
@@ -140,7 +140,7 @@ def _last_logits(decoder, hidden, length, layout):
 
 
 def _logits(decoder: Qwen2, hidden, layout):
-  return layout.place(decoder.logits(hidden), "batch", "vocabulary")
+  return layout.constrain(decoder.logits(hidden), "batch", "vocabulary")
 
 
 def bucket(size: int, smallest: int = 64) -> int:
@@ -252,7 +252,7 @@ def decode_program(
 
 
 def _layout(config, mesh, rows):
-  layout = Layout(mesh, gathered=True)
+  layout = Layout(mesh, replicate_weights=True)
   check_mesh(config, layout)
   if rows % layout.row_shards:
     raise InputError(
@@ -266,7 +266,7 @@ def _model(config, layout):
   model = nnx.eval_shape(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
   graph, weights = nnx.split(model)
   weights = nnx.to_pure_dict(weights)
-  shardings = weight_shardings(layout.mesh, weights, gathered=True)
+  shardings = weight_shardings(layout.mesh, weights, replicated=True)
   return graph, layout, jax.tree.map(_shape, weights, shardings)
 
 

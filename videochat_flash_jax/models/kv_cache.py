@@ -98,7 +98,7 @@ class KVCache(NamedTuple):
 
     heads, slots = ("batch", "sequence", "heads"), ("layer", "batch", "heads")
     cache_axes = KVCache(slots, slots, ("batch",))
-    local = layout.per_device(attend, ((), heads, heads, heads, cache_axes), (heads, cache_axes))
+    local = layout.shard_map(attend, ((), heads, heads, heads, cache_axes), (heads, cache_axes))
     return local(layer, q, k, v, self)
 
   def write(

@@ -13,7 +13,7 @@ from videochat_flash_jax.models.token_dropout import (
   DropoutPlan,
   drop_tokens,
   every_token,
-  renumbered,
+  segment_positions,
 )
 from videochat_flash_jax.ops.embedding import embed
 from videochat_flash_jax.ops.gather import gather_tokens
@@ -68,7 +68,7 @@ class Qwen2(nnx.Module):
       layout: how rows, tokens and weights lie on a mesh.
     """
     if positions is None:
-      positions = layout.spread(jnp.arange(x.shape[1])[None])
+      positions = layout.to_zigzag(jnp.arange(x.shape[1])[None])
     (x,) = self.layers.run(self._reader(positions, segment_ids, layout), (x,))
     return self.norm(x)
 
@@ -91,27 +91,27 @@ class Qwen2(nnx.Module):
       if drop is not None:
         x, kept = self._drop(plan, drop, part.start, x, kept, layout)
       segment_ids = gather_tokens(plan.segment_ids, kept)
-      positions = layout.spread(renumbered(segment_ids))
-      apply = self._reader(positions, layout.spread(segment_ids), layout)
+      positions = layout.to_zigzag(segment_positions(segment_ids))
+      apply = self._reader(positions, layout.to_zigzag(segment_ids), layout)
       (x,), layers = layers.run_part(apply, (x,), part)
-    return self.norm(x), layout.spread(kept)
+    return self.norm(x), layout.to_zigzag(kept)
 
   def _reader(self, positions, segment_ids, layout):
     rope = self._rope(positions)
 
     def apply(layer, _, carry):
       layer = layout.gather_layer(layer, "decoder.layers.stacked")
-      x = layout.place(carry[0], "batch", "sequence")
+      x = layout.constrain(carry[0], "batch", "sequence")
       return (layer(x, rope, lambda q, k, v: self_attention(q, k, v, segment_ids, layout)),)
 
     return apply
 
   def _drop(self, plan, drop, before_layer, x, kept, layout):
     def queries_and_keys(x):
-      positions = renumbered(gather_tokens(plan.segment_ids, kept))
+      positions = segment_positions(gather_tokens(plan.segment_ids, kept))
       layer = layout.gather_layer(self.layers.layer(before_layer), "decoder.layers.stacked")
-      x = layout.place(x, "batch", "sequence")
-      return layer.project(x, self._rope(layout.spread(positions)))[:2]
+      x = layout.constrain(x, "batch", "sequence")
+      return layer.project(x, self._rope(layout.to_zigzag(positions)))[:2]
 
     return drop_tokens(plan, drop, x, kept, queries_and_keys, layout)
 
@@ -188,7 +188,7 @@ class Qwen2(nnx.Module):
         mixed, cache = cache.attend(in_part, q, k, v, is_empty=is_empty, layout=layout)
         return mixed
 
-      return layer(layout.place(x, "batch", "sequence"), rope, attend), cache
+      return layer(layout.constrain(x, "batch", "sequence"), rope, attend), cache
 
     if len(part) == self.config.depth:
       return self.layers.run(apply, (x, cache))

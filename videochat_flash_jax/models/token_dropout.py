@@ -250,8 +250,8 @@ def visual_scores(
   of the text.
   """
   q, k = jax.lax.stop_gradient((q, k))
-  asks, segment_ids = (layout.spread(x) for x in (asking(segment_ids, learnt), segment_ids))
-  return layout.in_order(received_attention(q, k, asks, segment_ids, layout))
+  asks, segment_ids = (layout.to_zigzag(x) for x in (asking(segment_ids, learnt), segment_ids))
+  return layout.from_zigzag(received_attention(q, k, asks, segment_ids, layout))
 
 
 def asking(segment_ids: Int[Array, "B T"], learnt: Bool[Array, "B T"] | None) -> Bool[Array, "B T"]:
@@ -267,7 +267,7 @@ def asking(segment_ids: Int[Array, "B T"], learnt: Bool[Array, "B T"] | None) ->
   return ~learnt & jnp.pad(learnt[:, 1:], ((0, 0), (0, 1))) & ~last
 
 
-def renumbered(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   """Positions from 0 in each segment: [1 1 1 2 2 0] gives [0 1 2 0 1 0]."""
   return jnp.arange(segment_ids.shape[1]) - _segment_starts(segment_ids)
 

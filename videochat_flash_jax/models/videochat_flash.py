@@ -98,15 +98,15 @@ class VideoChatFlash(nnx.Module):
   def _row_tokens(self, function, parts, layout, clips, tiles):
     """The tokens that a function makes of the clips of each row, then of its tiles."""
     tokens = ("batch", "sequence")
-    of_clips = layout.place(self._each_clip(function, parts, layout, clips), *tokens)
+    of_clips = layout.constrain(self._each_clip(function, parts, layout, clips), *tokens)
     if tiles is None:
       return of_clips
-    of_tiles = layout.place(self._each_clip(function, parts, layout, tiles), *tokens)
+    of_tiles = layout.constrain(self._each_clip(function, parts, layout, tiles), *tokens)
 
     def join(*kinds):
       return jnp.concatenate(kinds, axis=1)
 
-    return layout.per_device(join, (tokens, tokens), tokens)(of_clips, of_tiles)
+    return layout.shard_map(join, (tokens, tokens), tokens)(of_clips, of_tiles)
 
   def _each_clip(self, function, parts, layout, clips):
     """The tokens `[B, V, D]` of clips `[B, C, ...]`: `function(parts, group)` of each group."""
@@ -124,7 +124,7 @@ class VideoChatFlash(nnx.Module):
         output = jax.lax.map(jax.checkpoint(lambda group: function(parts, group)), groups)
       return output.reshape(rows, -1, output.shape[-1])
 
-    split = layout.per_device(run, (weights, ("batch", "clips")), ("batch", "clips"))
+    split = layout.shard_map(run, (weights, ("batch", "clips")), ("batch", "clips"))
     return split(weights, clips)
 
   def _clips_at_once(self, num_clips):
@@ -151,7 +151,7 @@ class VideoChatFlash(nnx.Module):
     """
     text = self.decoder.embed(token_ids, layout)
     tokens = ("batch", "sequence")
-    return layout.per_device(splice, (tokens,) * 3, tokens)(text, visual_tokens, visual_index)
+    return layout.shard_map(splice, (tokens,) * 3, tokens)(text, visual_tokens, visual_index)
 
   def __call__(
     self,

@@ -26,17 +26,17 @@ def embed(
   sharers = layout.axes["width"]
 
   def look_up(table, token_ids):
-    words = layout.words(len(table))
+    words = layout.vocab_ids(len(table))
     place = token_ids - words[0]
     if sharers is not None:
       place = jax.lax.all_gather(place, sharers)  # [devices, B, T]
     is_here = (place >= 0) & (place < len(table))
     columns = jnp.where(is_here[..., None], table[jnp.where(is_here, place, 0)], 0)
-    columns = layout.across(jax.lax.psum, columns, "vocabulary")
+    columns = layout.reduce_over(jax.lax.psum, columns, "vocabulary")
     if sharers is None:
       return columns
     columns = jax.lax.all_to_all(columns, sharers, split_axis=0, concat_axis=0)
     return jnp.moveaxis(columns, 0, 2).reshape(*token_ids.shape, -1)
 
   tokens = ("batch", "sequence")
-  return layout.per_device(look_up, (("vocabulary", "width"), tokens), tokens)(table, token_ids)
+  return layout.shard_map(look_up, (("vocabulary", "width"), tokens), tokens)(table, token_ids)

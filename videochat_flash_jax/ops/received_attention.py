@@ -43,7 +43,7 @@ def received_attention(
     The means, in float32 as the softmax is; 0 in segments where nobody asks.
   """
   length = q.shape[1]
-  places = jnp.broadcast_to(layout.spread(jnp.arange(length)[None]), asks.shape)
+  places = jnp.broadcast_to(layout.to_zigzag(jnp.arange(length)[None]), asks.shape)
   # Indices of those that ask; behind them the length, which stands for nobody.
   rows = jnp.sort(jnp.where(asks, jnp.arange(length), length), axis=1)
   rows = jnp.pad(rows, ((0, 0), (0, _BLOCK_QUERIES)), constant_values=length)
@@ -51,7 +51,7 @@ def received_attention(
   # Over all rows, so that all devices go through their blocks together.
   num_blocks = -(-asks.sum(axis=1).max() // _BLOCK_QUERIES)
   tokens, heads = ("batch", "sequence"), ("batch", "sequence", "heads")
-  local = layout.per_device(
+  local = layout.shard_map(
     functools.partial(_received_on_device, length=length, layout=layout),
     (heads, heads, tokens, tokens, (("batch",),) * 3, ()),
     tokens,
@@ -61,7 +61,7 @@ def received_attention(
 
 def _received_on_device(q, k, segment_ids, places, asking, num_blocks, length, layout):
   (batch, num_keys, _, head_size), num_kv_heads = q.shape, k.shape[2]
-  start = layout.index_along("sequence") * num_keys
+  start = layout.axis_index("sequence") * num_keys
   k = k.transpose(0, 2, 1, 3)
 
   def add_block(block, sums):
@@ -73,7 +73,7 @@ def _received_on_device(q, k, segment_ids, places, asking, num_blocks, length, l
     is_asking = (rows < length)[..., None]
     same = row_segments[..., None] == segment_ids[:, None]  # [B, rows, T]
     visible = same & (row_places[..., None] >= places[:, None])
-    queries = layout.across(jax.lax.psum, gather_from_block(q, rows, start), "sequence")
+    queries = layout.reduce_over(jax.lax.psum, gather_from_block(q, rows, start), "sequence")
     queries = queries * jnp.asarray(head_size**-0.5, q.dtype)
     queries = queries.reshape(batch, _BLOCK_QUERIES, num_kv_heads, -1, head_size)
     scores = jnp.einsum("bqkgh,bksh->bkgqs", queries, k, preferred_element_type=jnp.float32)
@@ -84,11 +84,11 @@ def _received_on_device(q, k, segment_ids, places, asking, num_blocks, length, l
 
   nothing = jnp.zeros((batch, num_keys)), jnp.zeros((batch, num_keys), jnp.int32)
   total, count = jax.lax.fori_loop(0, num_blocks, add_block, nothing)
-  return layout.across(jax.lax.pmean, total, "heads") / jnp.maximum(count, 1)
+  return layout.reduce_over(jax.lax.pmean, total, "heads") / jnp.maximum(count, 1)
 
 
 def _softmax(scores, layout):
   """Over the keys, the last axis, of all devices that share a row."""
-  highest = layout.across(jax.lax.pmax, scores.max(axis=-1, keepdims=True), "sequence")
+  highest = layout.reduce_over(jax.lax.pmax, scores.max(axis=-1, keepdims=True), "sequence")
   weights = jnp.exp(scores - highest)
-  return weights / layout.across(jax.lax.psum, weights.sum(axis=-1, keepdims=True), "sequence")
+  return weights / layout.reduce_over(jax.lax.psum, weights.sum(axis=-1, keepdims=True), "sequence")

@@ -51,7 +51,7 @@ def self_attention(
   else:
     local = functools.partial(_gathered, shards=shards, zigzag=layout.zigzag)
   heads, tokens = ("batch", "sequence", "heads"), ("batch", "sequence")
-  return layout.per_device(local, (heads, heads, heads, tokens), heads)(q, k, v, segment_ids)
+  return layout.shard_map(local, (heads, heads, heads, tokens), heads)(q, k, v, segment_ids)
 
 
 def _one_shard(q, k, v, segment_ids):

@@ -30,13 +30,13 @@ def sharded_gather(
     layout: how tokens lie on a mesh, before and after.
   """
   length = x.shape[1]
-  stored_at = layout.in_order(jnp.arange(length)[None])[0]  # by place in the text
-  index = layout.spread(jnp.take(stored_at, places, mode="fill", fill_value=length))
+  stored_at = layout.from_zigzag(jnp.arange(length)[None])[0]  # by place in the text
+  index = layout.to_zigzag(jnp.take(stored_at, places, mode="fill", fill_value=length))
   local = gather_tokens
   if layout.sequence_shards > 1:
     local = functools.partial(_ring_gather, shards=layout.sequence_shards)
   tokens = ("batch", "sequence")
-  return layout.per_device(local, (tokens, tokens), tokens)(x, index)
+  return layout.shard_map(local, (tokens, tokens), tokens)(x, index)
 
 
 def _forward(x, places, layout):

@@ -12,7 +12,7 @@ from videochat_flash_jax.errors import InputError
 _MOST_BYTES = 4000  # of a text; the rest is cut off
 
 
-def texts_of_all(text: str) -> list[str]:
+def allgather_text(text: str) -> list[str]:
   """What each process says, in their order; to be called by all of them, who wait for each other.
 
   Args:
@@ -28,7 +28,7 @@ def texts_of_all(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def refused_together() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
   """What one process refuses in this block, all refuse; they leave it together.
 
   Raises:
@@ -39,7 +39,7 @@ def refused_together() -> Iterator[None]:
     yield
   except InputError as error:
     own = error
-  refusals = texts_of_all(str(own or ""))
+  refusals = allgather_text(str(own or ""))
   if own is not None:
     raise own
   for number, refusal in enumerate(refusals):

@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.sharding import (
-  GATHERED_AXES,
   MESH_AXES,
+  REPLICATED_AXES,
   dotted_path,
   weight_spec,
 )
@@ -36,14 +36,14 @@ class Layout:
       row are gathered for each layer; "ring": they travel, and no device ever holds them all. The
       latter two are read only when `sequence` is split.
     zigzag: every array with a value per token is in the order of `zigzag_order`.
-    gathered: weights are split over `tensor` alone and copied over the other axes, as inference
-      keeps them; else they are gathered when their layer's turn comes.
+    replicate_weights: weights are split over `tensor` alone and replicated over the other axes,
+      as inference keeps them. Otherwise each layer's weights are gathered when it is computed.
   """
 
   mesh: Mesh | None = None
   sequence_parallel: str = "ring"
   zigzag: bool = False
-  gathered: bool = False
+  replicate_weights: bool = False
 
   def __post_init__(self):
     kind, shards = self.sequence_parallel, self.sequence_shards
@@ -58,7 +58,7 @@ class Layout:
   @property
   def axes(self) -> Mapping[str, str | tuple[str, ...] | None]:
     """The axis of the mesh along which a named axis is split, or several, or None."""
-    return GATHERED_AXES if self.gathered else MESH_AXES
+    return REPLICATED_AXES if self.replicate_weights else MESH_AXES
 
   @property
   def row_shards(self) -> int:
@@ -74,19 +74,19 @@ class Layout:
     """How an array with these named axes (keys of MESH_AXES) is split."""
     return PartitionSpec(*(self.axes[axis] for axis in axes))
 
-  def place(self, x: jax.Array, *axes: str) -> jax.Array:
+  def constrain(self, x: jax.Array, *axes: str) -> jax.Array:
     """Says how an activation is split; axes that are not named are whole."""
     if self.mesh is None:
       return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*axes)))
 
-  def put(self, arrays: Any, *axes: str) -> Any:
+  def device_put(self, arrays: Any, *axes: str) -> Any:
     """Spreads a tree of arrays, which need not be on the mesh yet, over its devices."""
     if self.mesh is None:
       return arrays
     return jax.device_put(arrays, NamedSharding(self.mesh, self.spec(*axes)))
 
-  def per_device(self, function: Callable, inputs: Sequence[Any], output: Any) -> Callable:
+  def shard_map(self, function: Callable, inputs: Sequence[Any], output: Any) -> Callable:
     """Makes `function` run on every device with that device's shards alone.
 
     Args:
@@ -112,7 +112,10 @@ class Layout:
 
   def _weight_specs(self, weights):
     return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: weight_spec(dotted_path(path), leaf.ndim, gathered=self.gathered), weights
+      lambda path, leaf: weight_spec(
+        dotted_path(path), leaf.ndim, replicated=self.replicate_weights
+      ),
+      weights,
     )
 
   def gather_layer(self, layer: nnx.Module, prefix: str) -> nnx.Module:
@@ -124,13 +127,13 @@ class Layout:
       layer: cut out of the stack.
       prefix: path of the stack, such as "decoder.layers.stacked".
     """
-    if self.mesh is None or self.gathered:
+    if self.mesh is None or self.replicate_weights:
       return layer
 
     def gather(path, leaf):
       path = f"{prefix}.{dotted_path(path)}"
       split, gathered = (
-        NamedSharding(self.mesh, PartitionSpec(*weight_spec(path, leaf.ndim + 1, gathered=g)[1:]))
+        NamedSharding(self.mesh, PartitionSpec(*weight_spec(path, leaf.ndim + 1, replicated=g)[1:]))
         for g in (False, True)
       )
       return _gather(leaf, split, gathered)
@@ -139,17 +142,17 @@ class Layout:
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(gather, nnx.to_pure_dict(weights)))
 
   def gather_shards(self, weights: dict) -> dict:
-    """As `gather_layer`, for whole parts of a model, inside of `per_device`.
+    """As `gather_layer`, for whole parts of a model, inside of `shard_map`.
 
     Args:
       weights: nested dicts of this device's shards, with paths as in `parallel.sharding`.
     """
-    if self.mesh is None or self.gathered:
+    if self.mesh is None or self.replicate_weights:
       return weights
 
     def gather(path, shard):
       dotted = dotted_path(path)
-      split, gathered = (weight_spec(dotted, shard.ndim, gathered=g) for g in (False, True))
+      split, gathered = (weight_spec(dotted, shard.ndim, replicated=g) for g in (False, True))
       for axis, (before, after) in enumerate(zip(split, gathered, strict=True)):
         if before != after:
           shard = jax.lax.all_gather(shard, MESH_AXES["width"], axis=axis, tiled=True)
@@ -157,26 +160,26 @@ class Layout:
 
     return jax.tree_util.tree_map_with_path(gather, weights)
 
-  def words(self, num_words: int) -> jax.Array:
-    """Inside of `per_device`: ids of this device's share of the vocabulary, of so many words."""
-    return jax.numpy.arange(num_words) + num_words * self.index_along("vocabulary")
+  def vocab_ids(self, num_words: int) -> jax.Array:
+    """Inside of `shard_map`: ids of this device's share of the vocabulary, of so many words."""
+    return jax.numpy.arange(num_words) + num_words * self.axis_index("vocabulary")
 
-  def index_along(self, axis: str) -> int | jax.Array:
-    """Inside of `per_device`: which shard of a named axis this device has."""
+  def axis_index(self, axis: str) -> int | jax.Array:
+    """Inside of `shard_map`: which shard of a named axis this device has."""
     return 0 if self.mesh is None else jax.lax.axis_index(self.axes[axis])
 
-  def across(self, collective: Callable, x: jax.Array, axis: str) -> jax.Array:
-    """Inside of `per_device`: `jax.lax.psum`, `pmax` or `pmean` over the shards of a named axis."""
+  def reduce_over(self, collective: Callable, x: jax.Array, axis: str) -> jax.Array:
+    """Inside of `shard_map`: `jax.lax.psum`, `pmax` or `pmean` over the shards of a named axis."""
     return x if self.mesh is None else collective(x, self.axes[axis])
 
-  def in_order(self, x: jax.Array) -> jax.Array:
+  def from_zigzag(self, x: jax.Array) -> jax.Array:
     """An array with a value per token [B, T, ...] in the order of the text."""
     if not self.zigzag:
       return x
     return x[:, unzigzag_order(x.shape[1], self.sequence_shards)]
 
-  def spread(self, x: jax.Array) -> jax.Array:
-    """The inverse of `in_order`: as this layout keeps the tokens."""
+  def to_zigzag(self, x: jax.Array) -> jax.Array:
+    """The inverse of `from_zigzag`: as this layout keeps the tokens."""
     if not self.zigzag:
       return x
     return x[:, zigzag_order(x.shape[1], self.sequence_shards)]

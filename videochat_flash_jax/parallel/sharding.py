@@ -21,7 +21,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
   "width": ("fsdp", "sequence"),  # gathered when the layer's turn comes
   "heads": "tensor",
   "mlp": "tensor",
-  "summed": ("tensor", "fsdp", "sequence"),  # heads or MLP; once gathered, over `tensor` alone
+  "contracting": ("tensor", "fsdp", "sequence"),  # heads or MLP; once gathered, over `tensor` alone
   "vocabulary": "tensor",
   "whole": None,
   "batch": ("data", "fsdp"),
@@ -29,7 +29,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
   "clips": ("sequence", "tensor"),  # of a row; with the rows, over all axes
 }
 # Of a layer whose turn has come; and always at inference, lest weights travel for every token.
-GATHERED_AXES = {**MESH_AXES, "width": None, "summed": "tensor"}
+REPLICATED_AXES = {**MESH_AXES, "width": None, "contracting": "tensor"}
 
 # End of a path -> named axes of one layer's array; behind `stacked`, "layer" comes before them.
 # Clips are split along all axes, so the encoder and the connector split no product over `tensor`.
@@ -38,44 +38,45 @@ WEIGHTS: tuple[tuple[str, tuple[str, ...]], ...] = (
   (r"lm_head\.kernel", ("width", "vocabulary")),
   (r"decoder\..*\.[qkv]_proj\.kernel", ("width", "heads")),
   (r"decoder\..*\.[qkv]_proj\.bias", ("heads",)),
-  (r"decoder\..*\.o_proj\.kernel", ("summed", "whole")),
+  (r"decoder\..*\.o_proj\.kernel", ("contracting", "whole")),
   (r"decoder\..*\.(gate|up)_proj\.kernel", ("width", "mlp")),
-  (r"decoder\..*\.down_proj\.kernel", ("summed", "whole")),
+  (r"decoder\..*\.down_proj\.kernel", ("contracting", "whole")),
   (r"(vision|connector)\..*\.kernel", ("whole", "width")),
   # Adapters [in, rank] and [rank, out] are split as the kernel beside them; never along their rank.
   (r"decoder\..*\.([qkv]|gate|up)_proj\.lora_a", ("width", "whole")),
   (r"decoder\..*\.[qkv]_proj\.lora_b", ("whole", "heads")),
   (r"decoder\..*\.(gate|up)_proj\.lora_b", ("whole", "mlp")),
-  (r"decoder\..*\.(o|down)_proj\.lora_a", ("summed", "whole")),
+  (r"decoder\..*\.(o|down)_proj\.lora_a", ("contracting", "whole")),
   (r".*\.lora_b", ("whole", "width")),
   (r".*", ()),  # norms, biases, positions: small, and whole on every device
 )
 
 
-def weight_spec(path: str, ndim: int, *, gathered: bool = False) -> PartitionSpec:
+def weight_spec(path: str, ndim: int, *, replicated: bool = False) -> PartitionSpec:
   """How the array of a path is split, as a spec over the mesh's axes.
 
   Args:
     path: such as `decoder.layers.stacked.up_proj.kernel`.
     ndim: number of axes of the array.
-    gathered: how it is split while its layer is computed, and at inference: over `tensor` alone.
+    replicated: as inference keeps it, and training while its layer is computed: split over
+      `tensor` alone, and replicated over the other axes.
   """
   names = next(names for ending, names in WEIGHTS if re.search(rf"(^|\.){ending}$", path))
   if ".stacked." in path and names:
     names = ("layer", *names)
   if names and len(names) != ndim:
     raise ValueError(f"{path} has {ndim} axes, but its rule names {len(names)}")
-  axes = GATHERED_AXES if gathered else MESH_AXES
+  axes = REPLICATED_AXES if replicated else MESH_AXES
   return PartitionSpec(*(axes[name] for name in names))
 
 
-def weight_shardings(mesh: Mesh, weights: Any, *, gathered: bool = False) -> Any:
+def weight_shardings(mesh: Mesh, weights: Any, *, replicated: bool = False) -> Any:
   """A sharding for every array of a tree whose paths end in those of weights.
 
   Args:
     mesh: from `make_mesh`.
     weights: nested dicts (or an optimiser's state) of arrays or their shapes.
-    gathered: see `weight_spec`.
+    replicated: see `weight_spec`.
 
   Raises:
     InputError: an axis that cannot be split into as many parts, with its path.
@@ -83,7 +84,7 @@ def weight_shardings(mesh: Mesh, weights: Any, *, gathered: bool = False) -> Any
 
   def sharding(path, leaf):
     dotted = dotted_path(path)
-    spec = weight_spec(dotted, leaf.ndim, gathered=gathered) if leaf.ndim else PartitionSpec()
+    spec = weight_spec(dotted, leaf.ndim, replicated=replicated) if leaf.ndim else PartitionSpec()
     check_divides(mesh, spec, leaf.shape, dotted)
     return NamedSharding(mesh, spec)
 

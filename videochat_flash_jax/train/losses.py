@@ -135,7 +135,7 @@ def next_token_loss(
     return jax.tree.map(lambda x: x[None, None], sums)
 
   tokens = ("batch", "sequence")
-  sums = layout.per_device(sums_of_shard, (head, tokens, tokens), tokens)(head, hidden, targets)
+  sums = layout.shard_map(sums_of_shard, (head, tokens, tokens), tokens)(head, hidden, targets)
   loss, right, learnt = sums[0].sum(), sums[1].sum(), (targets >= 0).sum()
   return Sums(loss, learnt.astype(jnp.float32), {"answer_tokens": right.astype(jnp.float32)})
 
@@ -154,13 +154,13 @@ def _block_sums(kernel, hidden, targets, layout):
   """Sum of the losses, and number of right answers, of a block of tokens."""
   logits = jnp.einsum("td,dv->tv", hidden, kernel, preferred_element_type=jnp.float32)
   highest = jax.lax.stop_gradient(logits).max(axis=-1)
-  highest = layout.across(jax.lax.pmax, highest, "vocabulary")
+  highest = layout.reduce_over(jax.lax.pmax, highest, "vocabulary")
   total = jnp.exp(logits - highest[:, None]).sum(axis=-1)
-  total = layout.across(jax.lax.psum, total, "vocabulary")
+  total = layout.reduce_over(jax.lax.psum, total, "vocabulary")
   # A sum over all words and no look-up, which would bring the words of all devices together.
-  is_target = layout.words(kernel.shape[1]) == targets[:, None]
+  is_target = layout.vocab_ids(kernel.shape[1]) == targets[:, None]
   chosen = jnp.where(is_target, logits, 0).sum(axis=-1)
-  chosen = layout.across(jax.lax.psum, chosen, "vocabulary")
+  chosen = layout.reduce_over(jax.lax.psum, chosen, "vocabulary")
   learnt = targets >= 0
   losses = jnp.where(learnt, highest + jnp.log(total) - chosen, 0)
   return losses.sum(), (learnt & (chosen >= highest)).sum()
@@ -198,14 +198,14 @@ def sequence_loss(
   labels, segment_ids = batch["labels"], batch["segment_ids"]
   if "dropout" in batch:
     hidden, kept = model.read_and_drop(*sequence, batch["dropout"], layout)
-    kept = layout.in_order(kept)
-    labels = gather_tokens(layout.in_order(labels), kept, fill=IGNORE_LABEL)
-    segment_ids = gather_tokens(layout.in_order(segment_ids), kept)
+    kept = layout.from_zigzag(kept)
+    labels = gather_tokens(layout.from_zigzag(labels), kept, fill=IGNORE_LABEL)
+    segment_ids = gather_tokens(layout.from_zigzag(segment_ids), kept)
   else:
     hidden = model(*sequence, positions=batch["positions"], segment_ids=segment_ids, layout=layout)
-    labels, segment_ids = layout.in_order(labels), layout.in_order(segment_ids)
+    labels, segment_ids = layout.from_zigzag(labels), layout.from_zigzag(segment_ids)
   # The token before the first one of a segment knows nothing of it.
   follows = segment_ids[:, 1:] == segment_ids[:, :-1]
   targets = jnp.where(follows, labels[:, 1:], IGNORE_LABEL)
   targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORE_LABEL)
-  return next_token_loss(model.decoder, hidden, layout.spread(targets), layout)
+  return next_token_loss(model.decoder, hidden, layout.to_zigzag(targets), layout)

@@ -17,7 +17,7 @@ from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from videochat_flash_jax import __version__
 from videochat_flash_jax.checkpoints.runs.manager import RunCheckpoints
-from videochat_flash_jax.checkpoints.runs.processes import streams_of_all
+from videochat_flash_jax.checkpoints.runs.processes import allgather_streams
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.chips import peak_flops
 from videochat_flash_jax.train.batches import (
@@ -163,7 +163,7 @@ class _Steps:
     self._meter = StepMeter(
       step_flops(settings, self.program.layout.sequence_shards),
       peak and peak * jax.device_count(),
-      streams_of_all(self.iterator.get_state()),
+      allgather_streams(self.iterator.get_state()),
     )
     self._running: _Running | None = None
     self._wait = 0.0, 0.0  # when waiting for the last batch began, and ended
@@ -228,7 +228,7 @@ class _Steps:
   def _write_line(self, step, data):
     """Writes what was counted since the last line, if anything was; every process calls this."""
     if self._meter.num_steps:
-      line = self._meter.line(streams_of_all(data))
+      line = self._meter.line(allgather_streams(data))
       self.log.write(step, learning_rate=float(self._rate(step - 1)), **line)
 
   def _not_finite(self, step, values, data):

@@ -27,7 +27,7 @@ from videochat_flash_jax.checkpoints.runs.run_differences import config_differen
 from videochat_flash_jax.checkpoints.runs.run_files import stages_in, whole_steps
 from videochat_flash_jax.data.text.tokenizer import train_sentencepiece
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.agreement import refused_together, texts_of_all
+from videochat_flash_jax.parallel.agreement import allgather_text, raise_together
 from videochat_flash_jax.synthetic.training import vocabulary_lines
 from videochat_flash_jax.train.initial_weights import RANDOM, copy_hub_files
 from videochat_flash_jax.train.settings import TrainSettings
@@ -75,20 +75,20 @@ def check_shared(workdir: Path, configs: Sequence[Mapping[str, Any]]):
   """
   if jax.process_count() == 1:
     return
-  digests = texts_of_all(hashlib.blake2b(json.dumps(configs).encode()).hexdigest())
+  digests = allgather_text(hashlib.blake2b(json.dumps(configs).encode()).hexdigest())
   for number, digest in enumerate(digests):
     if digest != digests[0]:
       raise InputError(
         f"process {number} has another config than process 0: give the same --config with the "
         "same changes on all hosts"
       )
-  token = workdir / f".seen_by_all_{texts_of_all(secrets.token_hex(8))[0]}"
+  token = workdir / f".seen_by_all_{allgather_text(secrets.token_hex(8))[0]}"
   is_first = jax.process_index() == 0
   try:
-    with refused_together(), _told(workdir):
+    with raise_together(), _told(workdir):
       if is_first:
         token.touch()
-    with refused_together():
+    with raise_together():
       if not token.exists():
         raise InputError(
           f"--workdir {workdir}: what process 0 writes there is not seen here: give {_SHARED}"
@@ -186,7 +186,7 @@ def prepare(workdir: Path, settings: TrainSettings, config: Mapping[str, Any]):
   Raises:
     InputError: `init_from` is no model, or lacks a part; or nothing can be written.
   """
-  with refused_together():
+  with raise_together():
     if jax.process_index() == 0:
       with _told(workdir):
         if is_begun(workdir):

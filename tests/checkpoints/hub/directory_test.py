@@ -30,14 +30,6 @@ def test_a_name_of_nothing_is_refused_in_one_short_line(name):
   assert len(str(caught.value)) < 600
 
 
-def test_the_directory_of_stages_is_refused_with_the_last_of_them(tmp_path):
-  for stage in ("stage0", "stage1"):
-    (tmp_path / stage / "checkpoints").mkdir(parents=True)
-  assert checkpoint_directory(tmp_path / "stage1") == tmp_path / "stage1"
-  with pytest.raises(InputError, match=r"stages of a training; give one of them, .*/stage1$"):
-    checkpoint_directory(tmp_path)
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
   """An empty cache of the hub, on a machine without a network."""

@@ -21,7 +21,7 @@ from videochat_flash_jax.checkpoints.hub.hf_config import write_config
 from videochat_flash_jax.checkpoints.hub.hf_mapping import hub_tensors
 from videochat_flash_jax.checkpoints.hub.safetensors_files import StoredTensor, write_directory
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 DECODER = dataclasses.replace(CONFIG.decoder, num_heads=16, num_kv_heads=4, head_size=64)
 PATTERN = np.random.default_rng(0).standard_normal(65_537).astype(jnp.bfloat16)
 

@@ -167,7 +167,7 @@ def test_another_process_that_is_gone_is_not_taken_for_a_broken_disk(tmp_path, m
   def gone(_):
     raise jax.errors.JaxRuntimeError("Gloo all-gather failed: Connection closed by peer")
 
-  monkeypatch.setattr(manager, "streams_of_all", gone)
+  monkeypatch.setattr(manager, "allgather_streams", gone)
   with RunCheckpoints(tmp_path) as checkpoints:
     with pytest.raises(InputError, match="could not be written"):  # one process has no others
       checkpoints.save(5, state(), DATA, RUN)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = {"model": "tiny", "lora": {"rank": 0, "alpha": 16.0}, "optimizer": {"name": "adamw"}}
 RUN = {"config": CONFIG}
 BALLAST = 3_000_000

@@ -26,7 +26,7 @@ from videochat_flash_jax.data.batches.row_packer import RowPacker
 from videochat_flash_jax.data.batches.train_batches import mixture_batches
 from videochat_flash_jax.errors import InputError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from videochat_flash_jax.models.config import TilingConfig
 from videochat_flash_jax.parallel.zigzag import unzigzag_order
 from videochat_flash_jax.train.settings import data_config, train_settings
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 # As configs/stage3_long.py has it, and with the paper's shares of images, short and long videos.
 STAGE3 = {

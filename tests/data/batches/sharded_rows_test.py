@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.data.batches.spread_batch import spread_rows
+from tests.data.batches.sharded_batch import shard_rows
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.zigzag import unzigzag_order
 
@@ -36,7 +36,7 @@ def seen(batch, num_shards):
 @pytest.mark.parametrize("zigzag", [False, True])
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
 def test_every_place_sees_the_same_token_of_the_same_clip(num_shards, zigzag):
-  spread = spread_rows(
+  spread = shard_rows(
     batch(),
     num_shards=num_shards,
     zigzag=zigzag,
@@ -60,4 +60,4 @@ def test_every_place_sees_the_same_token_of_the_same_clip(num_shards, zigzag):
 def test_rows_that_do_not_fit_are_refused(change, said):
   arguments = {"num_shards": 1, "zigzag": False, "clip_tokens": 3, "clips_per_shard": 4, **change}
   with pytest.raises(InputError, match=said):
-    spread_rows(batch(), **arguments)
+    shard_rows(batch(), **arguments)

@@ -18,8 +18,8 @@ from videochat_flash_jax.data.mixture.mixture import read_mixture
 from videochat_flash_jax.data.mixture.rows import open_rows
 from videochat_flash_jax.data.text.tokenizer import BPETokenizer
 
-ROOT = Path(__file__).parents[2]
-VOCABULARY = Path(__file__).parents[1] / "golden" / "08_text"
+ROOT = Path(__file__).parents[3]
+VOCABULARY = Path(__file__).parents[2] / "golden" / "08_text"
 make_tokenizer = functools.partial(BPETokenizer, VOCABULARY)
 SIZE, CLIP_TOKENS = 32, 4
 

@@ -28,7 +28,7 @@ from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.data.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from videochat_flash_jax.errors import InputError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NUM_STOPS, NUM_FOLLOWING = 20, 10
 
 

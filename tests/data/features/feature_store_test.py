@@ -27,7 +27,7 @@ from videochat_flash_jax.data.media.video_reader import VideoInfo
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VisionConfig
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VISION = VisionConfig(
   kind="umt", image_size=32, patch_size=8, width=8, depth=2, num_heads=2, mlp_width=24
 )

@@ -29,7 +29,10 @@ from videochat_flash_jax.checkpoints.runs.frozen_weights import (
   restore_frozen,
   save_frozen,
 )
-from videochat_flash_jax.checkpoints.runs.processes import newest_of_all, streams_of_all
+from videochat_flash_jax.checkpoints.runs.processes import (
+  allgather_streams,
+  newest_on_all_processes,
+)
 from videochat_flash_jax.checkpoints.runs.run_differences import check_arrays, check_config
 from videochat_flash_jax.checkpoints.runs.run_files import FROZEN, is_whole, whole_steps
 from videochat_flash_jax.errors import InputError
@@ -136,7 +139,7 @@ class RunCheckpoints:
         written[FROZEN] = self._id_of(frozen)
       args = ocp.args.Composite(
         state=_standard_save(changing),
-        data=ocp.args.JsonSave(streams_of_all(data_state)),
+        data=ocp.args.JsonSave(allgather_streams(data_state)),
         run=ocp.args.JsonSave(run | written),
       )
       self._manager.save(step, args=args, force=True)
@@ -177,7 +180,7 @@ class RunCheckpoints:
         differs; or its files are damaged.
     """
     self.wait()
-    step = newest_of_all(self._directory)
+    step = newest_on_all_processes(self._directory)
     if step is None:
       return None
     where, wanted = self._directory / str(step), _by_path(shapes)
@@ -210,7 +213,7 @@ class RunCheckpoints:
   def _id_of(self, frozen: dict[str, Any]) -> str:
     """The id of the frozen weights, which are written if no checkpoint needs them yet."""
     if self._frozen_id is None:
-      newest = newest_of_all(self._directory)
+      newest = newest_on_all_processes(self._directory)
       if newest is not None:
         saved = ocp.JsonCheckpointHandler().restore(self._directory / str(newest) / "run")
         self._frozen_id = saved.get(FROZEN)

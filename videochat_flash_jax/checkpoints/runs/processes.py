@@ -12,7 +12,7 @@ from videochat_flash_jax.checkpoints.runs.run_files import is_whole, whole_steps
 from videochat_flash_jax.errors import InputError
 
 
-def newest_of_all(directory: Path) -> int | None:
+def newest_on_all_processes(directory: Path) -> int | None:
   """The newest whole checkpoint as process 0 sees it, or None; every process calls this.
 
   Args:
@@ -38,7 +38,7 @@ def newest_of_all(directory: Path) -> int | None:
   return None if first < 0 else first
 
 
-def streams_of_all(state: dict) -> dict:
+def allgather_streams(state: dict) -> dict:
   """A state of batches with the `streams` of all processes, each of which calls this with its own.
 
   Any process, of any number of them, finds those that it reads under their names.

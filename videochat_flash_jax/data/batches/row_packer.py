@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from videochat_flash_jax.data.batches.examples import Example
-from videochat_flash_jax.data.batches.sharded_rows import RowShape, spread_row
+from videochat_flash_jax.data.batches.sharded_rows import RowShape, shard_row
 from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.errors import InputError
 
@@ -134,4 +134,4 @@ def write_row(packed: Sequence[Packed], layout: RowShape, into: dict, number: in
     offset = place.stop
     clips_before += len(example.frames)
     tiles_before += len(example.tiles)
-  spread_row(row, clips, tiles, layout, into, number)
+  shard_row(row, clips, tiles, layout, into, number)

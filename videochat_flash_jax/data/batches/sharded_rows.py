@@ -98,7 +98,7 @@ def empty_rows(
   tile_shape: Sequence[int],
   dtype: np.dtype = np.uint8,
 ) -> dict:
-  """Arrays for `spread_row` to fill.
+  """Arrays for `shard_row` to fill.
 
   Args:
     layout: of each row.
@@ -119,7 +119,7 @@ def empty_rows(
   return rows
 
 
-def spread_row(
+def shard_row(
   row: Mapping[str, np.ndarray],
   clips: Sequence[np.ndarray],
   tiles: Sequence[np.ndarray],

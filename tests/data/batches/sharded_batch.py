@@ -8,11 +8,11 @@ from videochat_flash_jax.data.batches.sharded_rows import (
   PER_TOKEN,
   RowShape,
   empty_rows,
-  spread_row,
+  shard_row,
 )
 
 
-def spread_rows(batch: Mapping[str, np.ndarray], **layout) -> dict[str, np.ndarray]:
+def shard_rows(batch: Mapping[str, np.ndarray], **layout) -> dict[str, np.ndarray]:
   """Lays out a batch for `parallel.layout.Layout`.
 
   Args:
@@ -33,5 +33,5 @@ def spread_rows(batch: Mapping[str, np.ndarray], **layout) -> dict[str, np.ndarr
   tiles = batch.get("tiles", np.empty((num_rows, 0)))
   for number in range(num_rows):
     row = {name: batch[name][number] for name in PER_TOKEN}
-    spread_row(row, batch["frames"][number], tiles[number], layout, spread, number)
+    shard_row(row, batch["frames"][number], tiles[number], layout, spread, number)
   return spread

@@ -1,0 +1,14 @@
+import pytest
+
+from videochat_flash_jax.checkpoints.convert import open_checkpoint
+from videochat_flash_jax.checkpoints.runs.run_files import hub_files
+from videochat_flash_jax.errors import InputError
+
+
+@pytest.mark.parametrize("opened", [open_checkpoint, hub_files])
+def test_the_directory_of_stages_is_refused_with_the_last_of_them(tmp_path, opened):
+  for stage in ("stage0", "stage1"):
+    (tmp_path / stage / "checkpoints").mkdir(parents=True)
+  assert hub_files(tmp_path / "stage1") == tmp_path / "stage1" / "hub"
+  with pytest.raises(InputError, match=r"stages of a training; give one of them, .*/stage1$"):
+    opened(tmp_path)
