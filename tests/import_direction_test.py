@@ -24,6 +24,7 @@ MAY_IMPORT = {
   "shapes": set(),
   "parallel": LEAVES,
   "parallel.zigzag": LEAVES,
+  "parallel.mesh_config": LEAVES,
   "ops": {"parallel", *LEAVES},
   "models.config": LEAVES,
   "models": {"ops", "parallel", "lazy_names", *LEAVES},
@@ -53,7 +54,15 @@ MAY_IMPORT = {
   "cli": {"", "benchmarks", "evals", "inference", "testing", "train", *MACHINERY},
 }
 # Host code: the readers of videos and rows run in worker processes that must not start a device.
-WITHOUT_JAX = {"lazy_names", "errors", "models.config", "parallel.zigzag", "data", "synthetic"}
+WITHOUT_JAX = {
+  "lazy_names",
+  "errors",
+  "models.config",
+  "parallel.mesh_config",
+  "parallel.zigzag",
+  "data",
+  "synthetic",
+}
 
 
 def broken_rules(root: Path) -> list[str]:

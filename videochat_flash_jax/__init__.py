@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     "VideoChatFlashConfig": "models.config",
     "DropoutConfig": "models.config",
     "YarnConfig": "models.config",
-    "MeshConfig": "parallel.mesh",
+    "MeshConfig": "parallel.mesh_config",
     "models": "models",
     "InputError": "errors",
   },

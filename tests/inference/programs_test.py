@@ -14,7 +14,8 @@ from videochat_flash_jax.inference.engine import Engine, Prompt
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
 TOKENS, VISUAL, NEW = 100, 70, 40
 DROPOUT = {

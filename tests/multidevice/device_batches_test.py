@@ -26,7 +26,8 @@ from tests.multidevice.two_processes_test import free_port
 from videochat_flash_jax.data.batches.train_batches import mixture_batches
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.train.device_batches import (
   device_batches,
   own_rows,

@@ -15,7 +15,8 @@ from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.ops.received_attention import received_attention
 from videochat_flash_jax.ops.sharded_gather import sharded_gather
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
 BATCH, LENGTH, NUM_KEPT, WIDTH = 2, 16 * 5, 16 * 3, 3
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4, 2, 8

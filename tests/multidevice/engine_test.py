@@ -16,7 +16,8 @@ from videochat_flash_jax.inference.engine import Engine, Prompt
 from videochat_flash_jax.inference.sampler import Sampling
 from videochat_flash_jax.models.config import DropoutConfig
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.testing.dummy import (
   dummy_config,
   dummy_model,

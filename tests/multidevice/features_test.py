@@ -5,7 +5,8 @@ import numpy as np
 from tests.conftest import assert_close, quick_jit
 from videochat_flash_jax.inference.engine import Engine
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.testing.dummy import dummy_model
 
 

@@ -15,7 +15,8 @@ from tests.multidevice.train_step_test import MESHES, on_mesh, packed_batch, sma
 from videochat_flash_jax.models.config import LoraConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.parallel.sharding import weight_shardings
 from videochat_flash_jax.train.lora import add_adapters
 from videochat_flash_jax.train.losses import answer_loss

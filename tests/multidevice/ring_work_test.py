@@ -10,7 +10,8 @@ import pytest
 
 from videochat_flash_jax.ops import partial_attention, ring_attention
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
 SHARDS, LENGTH = 8, 16 * 8
 

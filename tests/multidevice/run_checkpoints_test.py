@@ -14,7 +14,8 @@ from tests.fake_devices import fake_devices
 from tests.multidevice.two_processes_test import free_port
 from videochat_flash_jax.checkpoints.runs.manager import RunCheckpoints
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.parallel.sharding import weight_shardings
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,8 @@ from videochat_flash_jax.ops import ring_attention, splash
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.sharded_attention import self_attention
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.parallel.zigzag import unzigzag_order, zigzag_order
 
 DEVICES, LENGTH, HEAD_SIZE = 4, 8 * 21, 8  # chunks are no multiple of the kernel's blocks

@@ -20,7 +20,8 @@ from videochat_flash_jax.models.config import DropoutConfig
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.parallel.sharding import weight_shardings
 from videochat_flash_jax.train.losses import answer_loss
 from videochat_flash_jax.train.optimizer import make_optimizer

@@ -10,7 +10,8 @@ from videochat_flash_jax.ops import sharded_attention as module
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.sharded_attention import self_attention
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
 BATCH, LENGTH = 2, 6
 LAYOUTS = {

@@ -7,7 +7,8 @@ import pytest
 from jax.experimental import mesh_utils
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
 # Slices, and chips of a ring.
 RINGS = [

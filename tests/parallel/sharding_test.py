@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
-from videochat_flash_jax.parallel.mesh import AXES
+from videochat_flash_jax.parallel.mesh_config import AXES
 from videochat_flash_jax.parallel.sharding import weight_shardings, weight_spec
 
 RELEASED = [

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.sharded_attention import self_attention
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
 pytestmark = pytest.mark.tpu
 

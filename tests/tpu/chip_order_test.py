@@ -4,7 +4,8 @@ import pytest
 
 from tests.parallel.chip_order_test import RINGS, links_between
 from videochat_flash_jax.benchmarks import ahead_of_time
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
 pytestmark = pytest.mark.tpu
 

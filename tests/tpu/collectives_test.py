@@ -20,7 +20,8 @@ from videochat_flash_jax.benchmarks import ahead_of_time
 from videochat_flash_jax.benchmarks.hlo_costs import program_costs
 from videochat_flash_jax.benchmarks.hlo_text import parse
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.train.program import train_program
 
 pytestmark = [pytest.mark.tpu, pytest.mark.usefixtures("in_haste")]

@@ -12,7 +12,8 @@ import pytest
 from videochat_flash_jax.benchmarks import ahead_of_time
 from videochat_flash_jax.cli.main import main
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
 pytestmark = pytest.mark.tpu
 

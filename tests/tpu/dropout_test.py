@@ -16,7 +16,8 @@ from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfi
 from videochat_flash_jax.models.qwen2 import Qwen2
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.parallel.sharding import weight_shardings
 
 pytestmark = [pytest.mark.tpu, pytest.mark.usefixtures("in_haste")]

@@ -12,7 +12,8 @@ from videochat_flash_jax.benchmarks.hlo_text import parse
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.programs import decode_program, prefill_program
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
 pytestmark = pytest.mark.tpu
 

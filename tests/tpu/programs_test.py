@@ -18,7 +18,8 @@ from videochat_flash_jax.cli.config_file import read_config
 from videochat_flash_jax.models.qwen2 import Qwen2
 from videochat_flash_jax.ops.sharded_attention import self_attention
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.parallel.sharding import weight_shardings
 from videochat_flash_jax.train.program import train_program
 from videochat_flash_jax.train.settings import train_settings

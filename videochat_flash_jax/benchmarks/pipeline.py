@@ -33,7 +33,8 @@ from videochat_flash_jax.data.text.tokenizer import SentencePieceTokenizer, trai
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.synthetic.training import vocabulary_lines
 from videochat_flash_jax.train.device_batches import device_batches
 from videochat_flash_jax.train.losses import answer_loss

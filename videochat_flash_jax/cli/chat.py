@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
   from videochat_flash_jax.inference.chat import VideoChat
   from videochat_flash_jax.inference.sampler import Sampling
   from videochat_flash_jax.models.config import DropoutConfig
-  from videochat_flash_jax.parallel.mesh import MeshConfig
+  from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
   Sampling(args.temperature, args.top_p, args.seed).check()  # before a long video is watched
 

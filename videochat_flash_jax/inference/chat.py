@@ -38,7 +38,8 @@ from videochat_flash_jax.inference.limits import check_mesh
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig, YarnConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.parallel.mesh import make_mesh
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.parallel.sharding import weight_spec
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel.mesh_config import SEQUENCE_PARALLEL
 from videochat_flash_jax.parallel.sharding import (
   MESH_AXES,
   REPLICATED_AXES,
@@ -21,8 +22,6 @@ from videochat_flash_jax.parallel.sharding import (
   weight_spec,
 )
 from videochat_flash_jax.parallel.zigzag import unzigzag_order, zigzag_order
-
-SEQUENCE_PARALLEL = ("none", "all_gather", "ring")
 
 
 @jax.tree_util.register_static

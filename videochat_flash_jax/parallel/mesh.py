@@ -10,9 +10,7 @@
 Clips are independent until they are spliced, and split along all four.
 """
 
-import dataclasses
 import logging
-import math
 import os
 from collections.abc import Sequence
 
@@ -22,6 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.chip_order import chip_grid
+from videochat_flash_jax.parallel.mesh_config import AXES, MeshConfig, mesh_shape
 
 _log = logging.getLogger("videochat_flash_jax")
 
@@ -34,51 +33,6 @@ CPU_FLAGS = (
   "--xla_cpu_multi_thread_eigen=false",
   "--xla_cpu_experimental_ynn_fusion_type=",  # none
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """How many devices stand along each axis; -1 takes those that are left, once.
-
-  With several slices (pods joined by the data-centre network), `data` counts them first: its
-  neighbours are the only ones that talk over the slow network.
-  """
-
-  data: int = 1
-  fsdp: int = -1
-  sequence: int = 1
-  tensor: int = 1
-  num_slices: int = 1
-
-
-AXES = ("data", "fsdp", "sequence", "tensor")
-
-
-def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
-  """Sizes of the four axes for so many devices.
-
-  Raises:
-    InputError: the sizes do not multiply to the number of devices.
-  """
-  sizes = [getattr(config, axis) for axis in AXES]
-  for axis, size in zip(AXES, sizes, strict=True):
-    if size != -1 and size < 1:
-      raise InputError(f"mesh.{axis} is {size}: give a positive number, or -1 for what is left")
-  if sizes.count(-1) > 1:
-    raise InputError(f"mesh: {' and '.join(_free_axes(sizes))} are -1: leave only one axis free")
-  given = math.prod(size for size in sizes if size != -1)
-  if -1 in sizes and num_devices % given == 0:
-    sizes[sizes.index(-1)] = num_devices // given
-  if math.prod(sizes) != num_devices:
-    shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    remedy = "change a size" if -1 in sizes else "change a size, or give -1 to one axis"
-    raise InputError(f"mesh: {shape} do not make the {num_devices} devices; {remedy}")
-  if config.num_slices < 1 or sizes[0] % config.num_slices:
-    raise InputError(
-      f"mesh.num_slices is {config.num_slices}, but mesh.data is {sizes[0]}: "
-      "give data a multiple of the slices"
-    )
-  return tuple(sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -131,7 +85,3 @@ def _check_slices(config, devices):
       f"mesh.num_slices is {config.num_slices}, but the {len(devices)} devices are in "
       f"{num_slices}: set mesh.num_slices to {num_slices}"
     )
-
-
-def _free_axes(sizes):
-  return [axis for axis, size in zip(AXES, sizes, strict=True) if size == -1]

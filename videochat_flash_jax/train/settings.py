@@ -17,8 +17,7 @@ from videochat_flash_jax.models.config import (
 )
 from videochat_flash_jax.models.layer_stack import REMAT
 from videochat_flash_jax.models.token_dropout import check_dropout
-from videochat_flash_jax.parallel.layout import SEQUENCE_PARALLEL
-from videochat_flash_jax.parallel.mesh import MeshConfig
+from videochat_flash_jax.parallel.mesh_config import SEQUENCE_PARALLEL, MeshConfig
 from videochat_flash_jax.synthetic.world import QUESTION_KINDS
 from videochat_flash_jax.train.config_checks import Section, is_count, is_number, require
 from videochat_flash_jax.train.settings_types import (

@@ -3,7 +3,7 @@
 import dataclasses
 
 from videochat_flash_jax.models.config import DropoutConfig, LoraConfig, VideoChatFlashConfig
-from videochat_flash_jax.parallel.mesh import MeshConfig
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
