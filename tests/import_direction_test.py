@@ -9,7 +9,7 @@ import pytest
 import videochat_flash_jax
 
 PACKAGE = "videochat_flash_jax"
-LEAVES = {"errors", "shapes"}
+LEAVES = {"errors", "fields", "shapes"}
 BELOW_MODELS = {"models.config", *LEAVES}
 MODELS = {"models", "ops", *LEAVES}
 MACHINERY = {"checkpoints", "data", "parallel", "synthetic", *MODELS}
@@ -21,6 +21,7 @@ MAY_IMPORT = {
   "": {"lazy_names"},
   "lazy_names": set(),
   "errors": set(),
+  "fields": set(),
   "shapes": set(),
   "parallel": LEAVES,
   "parallel.zigzag": LEAVES,
@@ -34,7 +35,7 @@ MAY_IMPORT = {
   "data.text": {"errors"},
   "data.mixture": {"data.media", "data.text", "errors"},
   "data.features": {"data.media", "models.config", "", "errors"},
-  "data.batches": {*_LEVELS_BELOW_BATCHES, "models.config", "parallel.zigzag", "errors"},
+  "data.batches": {*_LEVELS_BELOW_BATCHES, "models.config", "parallel.zigzag", "errors", "fields"},
   "data.check": {"data.media", "data.mixture", "data.batches", "errors"},
   "synthetic": {"data", "models.config", "errors"},
   "checkpoints": {"models.config", "parallel.processes", "parallel.sharding", "errors"},
@@ -57,6 +58,7 @@ MAY_IMPORT = {
 WITHOUT_JAX = {
   "lazy_names",
   "errors",
+  "fields",
   "models.config",
   "parallel.mesh_config",
   "parallel.zigzag",

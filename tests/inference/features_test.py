@@ -27,7 +27,7 @@ from videochat_flash_jax.inference.feature_encoding import encode_mixture, open_
 from videochat_flash_jax.testing.dummy import write_dummy_checkpoint, write_dummy_video
 
 QUESTION = "What colour is the star?"
-CONFIG = ExampleConfig(32, (4, 32))
+CONFIG = ExampleConfig((4, 32), image_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_features_of_another_model_are_refused(chat, tmp_path):
 def test_a_mixture_is_encoded_once_and_a_second_run_goes_on(chat, tmp_path, no_encoder):
   mixture = write_mixture(tmp_path, num_videos=4, num_images=3, num_texts=2)
   (tmp_path / "1.mp4").write_bytes(b"no video")
-  rows, config = read_rows(mixture), ExampleConfig(32, (4, 32))
+  rows, config = read_rows(mixture), ExampleConfig((4, 32), image_size=32)
   store = open_features(tmp_path / "features", chat.engine)
   report = encode_mixture(rows, config, chat.engine, store)
   assert (report.rows, report.broken) == (len(rows), 1)

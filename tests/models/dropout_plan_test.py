@@ -12,7 +12,6 @@ from videochat_flash_jax.models.config import DROPOUT_KINDS, DropoutConfig
 from videochat_flash_jax.models.token_dropout import (
   EvenDrop,
   RankedDrop,
-  check_dropout,
   evenly_spaced,
 )
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
@@ -100,7 +99,7 @@ def test_a_config_that_cannot_be_used_names_the_field(field, value):
   config = config_of("attention")
   object.__setattr__(config, field, value)  # past the checks of types that tests have
   with pytest.raises(InputError, match=rf"^dropout\.{field} is .*: give [^\n]+$"):
-    check_dropout(config, DECODER.depth)
+    config.check(DECODER.depth)
 
 
 def test_a_model_is_not_built_with_a_dropout_beyond_its_depth():
@@ -111,8 +110,8 @@ def test_a_model_is_not_built_with_a_dropout_beyond_its_depth():
 
 def test_usable_configs_pass():
   for kind in DROPOUT_KINDS:
-    check_dropout(config_of(kind, (1, 2), (1.0, 1.0, 0.01)), 3)
-  check_dropout(DropoutConfig.model_card(), 28)
+    config_of(kind, (1, 2), (1.0, 1.0, 0.01)).check(3)
+  DropoutConfig.model_card().check(28)
 
 
 def test_even_spacing_takes_both_ends():

@@ -16,8 +16,8 @@ from videochat_flash_jax.benchmarks.hlo_costs import program_costs
 from videochat_flash_jax.cli.config_file import read_config
 from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.train.config import train_settings
 from videochat_flash_jax.train.program import train_program
-from videochat_flash_jax.train.settings import train_settings
 
 STAGE_3 = Path(__file__).parents[2] / "configs" / "stage3_long.py"
 STAGE_1 = STAGE_3.with_name("stage1_align.py")

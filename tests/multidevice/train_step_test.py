@@ -25,7 +25,7 @@ from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.parallel.sharding import weight_shardings
 from videochat_flash_jax.train.losses import answer_loss
 from videochat_flash_jax.train.optimizer import make_optimizer
-from videochat_flash_jax.train.settings_types import OptimizerSettings
+from videochat_flash_jax.train.settings import OptimizerSettings
 from videochat_flash_jax.train.step import make_step, split_state
 
 MESHES = {

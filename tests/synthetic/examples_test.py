@@ -34,7 +34,7 @@ def make_tokenizer(tmp_path_factory):
 def batches(make_tokenizer, workers=0, streams=1, questions=QUESTIONS, layout=None, **example):
   sizes = {"tokens": 512, "clip_tokens": CLIP_TOKENS, "clips_per_shard": 12}
   layout = RowShape(**sizes | (layout or {}))
-  example = ExampleConfig(SIZE, **{"frames": (4, 16)} | example)
+  example = ExampleConfig(image_size=SIZE, **{"frames": (4, 16)} | example)
   config = DataConfig(example, layout, rows=2, seed=5, streams=streams, workers=workers)
   return iter(synthetic_batches(config, MODEL, make_tokenizer, questions))
 

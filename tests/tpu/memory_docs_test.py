@@ -10,8 +10,8 @@ import pytest
 from videochat_flash_jax.benchmarks import ahead_of_time
 from videochat_flash_jax.cli.config_file import read_config
 from videochat_flash_jax.cli.main import main
+from videochat_flash_jax.train.config import train_settings
 from videochat_flash_jax.train.program import train_program
-from videochat_flash_jax.train.settings import train_settings
 
 pytestmark = pytest.mark.tpu
 

@@ -21,8 +21,8 @@ from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import make_mesh
 from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.parallel.sharding import weight_shardings
+from videochat_flash_jax.train.config import train_settings
 from videochat_flash_jax.train.program import train_program
-from videochat_flash_jax.train.settings import train_settings
 
 pytestmark = pytest.mark.tpu
 

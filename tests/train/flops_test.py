@@ -8,9 +8,9 @@ import jax
 import pytest
 
 from videochat_flash_jax.cli.config_file import read_config
+from videochat_flash_jax.train.config import train_settings
 from videochat_flash_jax.train.flops import step_flops
 from videochat_flash_jax.train.program import train_program
-from videochat_flash_jax.train.settings import train_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = {"rows": 1, "tokens_per_row": 128, "clips_per_shard": 2, "tiles_per_shard": 2}

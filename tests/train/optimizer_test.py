@@ -13,7 +13,7 @@ from videochat_flash_jax.train.optimizer import (
   scale_of,
   trained_paths,
 )
-from videochat_flash_jax.train.settings_types import OptimizerSettings
+from videochat_flash_jax.train.settings import OptimizerSettings
 
 ADAMW = OptimizerSettings(
   name="adamw",

@@ -12,9 +12,9 @@ from tests.models.small_models import CONFIG
 from videochat_flash_jax.cli.config_file import read_config
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import DropoutConfig
+from videochat_flash_jax.train.config import run_configs, train_settings
 from videochat_flash_jax.train.dropout_plans import with_plan
 from videochat_flash_jax.train.program import train_program
-from videochat_flash_jax.train.settings import run_configs, train_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(path.name for path in CONFIGS.glob("*.py") if path.stem not in ("common", "tiny"))

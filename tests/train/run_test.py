@@ -14,9 +14,9 @@ from tests.train import small_config
 from tests.train.small_runs import records
 from videochat_flash_jax.train import loop, run
 from videochat_flash_jax.train.batches import held_out_batches, run_batches
+from videochat_flash_jax.train.config import train_settings
 from videochat_flash_jax.train.preemption import Preemption
 from videochat_flash_jax.train.program import train_program
-from videochat_flash_jax.train.settings import train_settings
 
 
 def small(**changes):

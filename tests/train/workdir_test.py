@@ -10,7 +10,7 @@ import pytest
 from tests.train.loop_test import as_if_begun, small
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train import loop
-from videochat_flash_jax.train.settings import train_settings
+from videochat_flash_jax.train.config import train_settings
 from videochat_flash_jax.train.step import TrainState
 from videochat_flash_jax.train.workdir import warn_of_room
 

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
   config = read_config(args.config, args.overrides, example="configs/stage3_long.py")
 
   from videochat_flash_jax.benchmarks import ahead_of_time  # imports JAX: not for a typing error
-  from videochat_flash_jax.train.settings import run_configs, train_settings
+  from videochat_flash_jax.train.config import run_configs, train_settings
 
   runs = {stage: train_settings(run) for stage, run in run_configs(config).items()}
   ahead_of_time.prepare()

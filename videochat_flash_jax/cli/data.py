@@ -100,10 +100,12 @@ def _encode(args) -> int:
 
   rows = open_rows(read_mixture(args.mixture))
   check_roots(rows)
-  ExampleConfig(1, tuple(args.frames), args.sampling)  # refused before many gigabytes are read
+  ExampleConfig(
+    tuple(args.frames), args.sampling, image_size=1
+  )  # refused before many gigabytes are read
   chat = VideoChat.from_pretrained(args.model, features=args.out)
   size, tiling = chat.config.vision.image_size, chat.config.tiling
-  config = ExampleConfig(size, tuple(args.frames), args.sampling, tiling=tiling)
+  config = ExampleConfig(tuple(args.frames), args.sampling, image_size=size, tiling=tiling)
   report = encode_mixture(rows, config, chat.engine, chat.features)
   for source in report.sources:
     for line in broken_lines(source):

@@ -10,9 +10,27 @@ EXAMPLE = "vcflash train --config configs/tiny.py --config.seed=1 --workdir /tmp
 TAKES_OVERRIDES = True
 
 
+class _HelpConfig(argparse.Action):
+  """Prints the table of all config fields and exits, as --help does with the options."""
+
+  def __init__(self, option_strings, dest, help):
+    super().__init__(option_strings, dest, nargs=0, help=help)
+
+  def __call__(self, parser, *_):
+    from videochat_flash_jax.train.config import config_table
+
+    print(config_table())
+    parser.exit()
+
+
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the verb's options to its parser."""
   add_config_argument(parser)
+  parser.add_argument(
+    "--help-config",
+    action=_HelpConfig,
+    help="show all fields of a config with their meaning, and exit",
+  )
   parser.add_argument(
     "--workdir", type=Path, required=True, help="directory to write; a run in it goes on"
   )

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.fields import REQUIRED, choice, count, field, number, pattern, sequence
+
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
@@ -71,6 +74,9 @@ class DecoderConfig:
   yarn: YarnConfig | None = None
 
 
+# What the backward pass computes again; see `models.layer_stack.LayerStack`.
+REMAT = ("full", "dots", "none")
+
 DROPOUT_KINDS = ("uniform", "attention", "uniform0_attention", "uniform1_attention")
 
 
@@ -85,23 +91,63 @@ class DropoutConfig:
   attention afterwards.
   """
 
-  kind: str  # one of DROPOUT_KINDS
-  layers: tuple[int, ...]  # tokens are dropped before these layers, counted from 0
-  ratios: tuple[float, ...]  # of the visual tokens seen by each segment of layers; starts with 1
+  kind: str = field(REQUIRED, choice("", *DROPOUT_KINDS), "How the kept tokens are chosen.")
+  layers: tuple[int, ...] = field(
+    REQUIRED,
+    sequence(),
+    "Tokens are dropped before these layers, counted from 0.",
+    convert=tuple,
+  )
+  ratios: tuple[float, ...] = field(
+    REQUIRED,
+    sequence(),
+    "The share of the visual tokens that each segment of layers sees; the first is 1.",
+    convert=tuple,
+  )
 
   @classmethod
   def model_card(cls) -> "DropoutConfig":
     """The preset of the released model cards."""
     return cls("uniform0_attention", layers=(4, 18), ratios=(1.0, 0.75, 0.25))
 
+  def check(self, depth: int) -> None:
+    """Checks the config against the number of layers of its decoder.
+
+    Raises:
+      InputError: names the first field that cannot be used, and what to give.
+    """
+    layers, ratios = self.layers, self.ratios
+    _require(self.kind in DROPOUT_KINDS, "kind", self.kind, f"one of {', '.join(DROPOUT_KINDS)}")
+    usable = isinstance(layers, tuple) and len(layers) > 0 and all(type(n) is int for n in layers)
+    usable = usable and min(layers) > 0 and max(layers) < depth and _rises(layers)
+    _require(usable, "layers", layers, f"a tuple of rising layers from 1 to {depth - 1}")
+    usable = isinstance(ratios, tuple) and len(ratios) == len(layers) + 1
+    usable = usable and all(type(ratio) in (int, float) for ratio in ratios)
+    usable = usable and ratios[0] == 1 and min(ratios) > 0 and list(ratios) == sorted(ratios)[::-1]
+    remedy = f"a tuple of {len(layers) + 1} numbers above 0 that start with 1 and never rise"
+    _require(usable, "ratios", ratios, remedy)
+
+
+def _rises(numbers):
+  return list(numbers) == sorted(set(numbers))
+
+
+def _require(usable, name, value, remedy):
+  if not usable:
+    raise InputError(f"dropout.{name} is {value!r}: give {remedy}")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
   """Adapters of low rank (Hu et al. 2021) beside linear layers: y = W x + B A x * alpha / rank."""
 
-  rank: int
-  alpha: float = 16.0
-  targets: str = r"decoder\..*\.(q|k|v|o)_proj"  # regex, searched in paths of linear layers
+  rank: int = field(0, count(0), "The width of the adapters; 0 means that there are none.")
+  alpha: float = field(16.0, number(above=0), "Their output is scaled by alpha / rank.")
+  targets: str = field(
+    r"decoder\..*\.(q|k|v|o)_proj",
+    pattern(),
+    "A regular expression that is searched in the paths of linear layers.",
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,6 @@ from flax import nnx
 from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.shapes import Array
 
-REMAT = ("full", "dots", "none")
-
 
 class LayerStack(nnx.Module):
   """`depth` layers whose weights are stacked along a leading axis.

@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.models.config import DROPOUT_KINDS, DropoutConfig
+from videochat_flash_jax.models.config import DropoutConfig
 from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.ops.received_attention import received_attention
 from videochat_flash_jax.ops.sharded_gather import sharded_gather
@@ -68,33 +67,6 @@ class DropoutPlan(NamedTuple):
   is_visual: Bool[Array | np.ndarray, "B T"]
   learnt: Bool[Array | np.ndarray, "B T"] | None
   drops: dict[int, EvenDrop | RankedDrop]
-
-
-def check_dropout(config: DropoutConfig, depth: int) -> None:
-  """Checks a config against the number of layers of its decoder.
-
-  Raises:
-    InputError: names the first field that cannot be used, and what to give.
-  """
-  kind, layers, ratios = config.kind, config.layers, config.ratios
-  _require(kind in DROPOUT_KINDS, "kind", kind, "one of " + ", ".join(DROPOUT_KINDS))
-  usable = isinstance(layers, tuple) and len(layers) > 0 and all(type(n) is int for n in layers)
-  usable = usable and min(layers) > 0 and max(layers) < depth and _rises(layers)
-  _require(usable, "layers", layers, f"a tuple of rising layers from 1 to {depth - 1}")
-  usable = isinstance(ratios, tuple) and len(ratios) == len(layers) + 1
-  usable = usable and all(type(ratio) in (int, float) for ratio in ratios)
-  usable = usable and ratios[0] == 1 and min(ratios) > 0 and list(ratios) == sorted(ratios)[::-1]
-  remedy = f"a tuple of {len(layers) + 1} numbers above 0 that start with 1 and never rise"
-  _require(usable, "ratios", ratios, remedy)
-
-
-def _rises(numbers):
-  return list(numbers) == sorted(set(numbers))
-
-
-def _require(usable, field, value, remedy):
-  if not usable:
-    raise InputError(f"dropout.{field} is {value!r}: give {remedy}")
 
 
 def evenly_spaced(num_tokens: int, num_kept: int) -> np.ndarray:

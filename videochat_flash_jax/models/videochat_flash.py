@@ -10,7 +10,7 @@ from videochat_flash_jax.models.connector import Connector
 from videochat_flash_jax.models.internvideo2 import InternVideo2
 from videochat_flash_jax.models.qwen2 import Qwen2
 from videochat_flash_jax.models.splice import splice
-from videochat_flash_jax.models.token_dropout import DropoutPlan, check_dropout
+from videochat_flash_jax.models.token_dropout import DropoutPlan
 from videochat_flash_jax.models.umt import UMT
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int, UInt8
@@ -34,7 +34,7 @@ class VideoChatFlash(nnx.Module):
         f"known: {', '.join(_ENCODERS)}"
       )
     if config.dropout is not None:
-      check_dropout(config.dropout, config.decoder.depth)
+      config.dropout.check(config.decoder.depth)
     self.config = config
     self.vision = _ENCODERS[config.vision.kind](config.vision, rngs=rngs, param_dtype=param_dtype)
     self.connector = Connector(

@@ -7,9 +7,11 @@ import dataclasses
 import math
 
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.fields import field, integer
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 SEQUENCE_PARALLEL = ("none", "all_gather", "ring")
+_SIZES = integer("a positive integer, or -1 for what is left")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +22,11 @@ class MeshConfig:
   neighbours are the only ones that talk over the slow network.
   """
 
-  data: int = 1
-  fsdp: int = -1
-  sequence: int = 1
-  tensor: int = 1
-  num_slices: int = 1
+  data: int = field(1, _SIZES, "Devices among which rows are split; each has all weights.")
+  fsdp: int = field(-1, _SIZES, "Devices among which rows, and weights, are split.")
+  sequence: int = field(1, _SIZES, "Devices among which the tokens of a row are split.")
+  tensor: int = field(1, _SIZES, "Devices among which heads, MLPs and the vocabulary are split.")
+  num_slices: int = field(1, integer(), "Slices of TPUs; they stand along `data`.")
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:

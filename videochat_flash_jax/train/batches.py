@@ -27,6 +27,7 @@ from videochat_flash_jax.data.text.tokenizer import load_tokenizer
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.synthetic.examples import patch_batches, synthetic_batches
+from videochat_flash_jax.train.config import data_config
 from videochat_flash_jax.train.device_batches import (
   device_batches,
   own_rows,
@@ -35,7 +36,7 @@ from videochat_flash_jax.train.device_batches import (
 )
 from videochat_flash_jax.train.dropout_plans import with_plan
 from videochat_flash_jax.train.program import TrainProgram
-from videochat_flash_jax.train.settings import TrainSettings, data_config
+from videochat_flash_jax.train.settings import TrainSettings
 
 _HELD_OUT = 90_210  # what is added to the seed where held-out examples are drawn, not read
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from videochat_flash_jax.models.config import DecoderConfig, VideoChatFlashConfig, VisionConfig
 from videochat_flash_jax.train.optimizer import scale_of
-from videochat_flash_jax.train.settings_types import TrainSettings
+from videochat_flash_jax.train.settings import TrainSettings
 
 
 def step_flops(settings: TrainSettings, sequence_shards: int) -> float:

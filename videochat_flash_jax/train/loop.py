@@ -18,12 +18,12 @@ from videochat_flash_jax.data.mixture.mixture import read_mixture
 from videochat_flash_jax.data.mixture.rows import open_rows
 from videochat_flash_jax.parallel.agreement import raise_together
 from videochat_flash_jax.train.batches import check_features
-from videochat_flash_jax.train.config_checks import require
+from videochat_flash_jax.train.config import require, run_configs, train_settings
 from videochat_flash_jax.train.initial_weights import check_init_from
 from videochat_flash_jax.train.preemption import Preemption
 from videochat_flash_jax.train.program import train_program
 from videochat_flash_jax.train.run import train_run
-from videochat_flash_jax.train.settings import TrainSettings, run_configs, train_settings
+from videochat_flash_jax.train.settings import TrainSettings
 from videochat_flash_jax.train.workdir import (
   check_config,
   check_shared,

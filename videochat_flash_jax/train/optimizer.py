@@ -9,7 +9,7 @@ import optax
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.sharding import dotted_path
-from videochat_flash_jax.train.settings_types import OptimizerSettings
+from videochat_flash_jax.train.settings import OptimizerSettings
 
 _BATCHED_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 

@@ -28,7 +28,7 @@ from videochat_flash_jax.train.dropout_plans import ShorteningStep
 from videochat_flash_jax.train.lora import add_adapters
 from videochat_flash_jax.train.losses import add_heads, answer_loss, patch_loss
 from videochat_flash_jax.train.optimizer import make_optimizer, trained_paths
-from videochat_flash_jax.train.settings_types import TrainSettings
+from videochat_flash_jax.train.settings import TrainSettings
 from videochat_flash_jax.train.step import TrainState, make_evaluation, make_step, split_state
 
 _CLASSES = {"kinds": len(KINDS) + 1, "colours": len(COLOURS) + 1}  # one more for "nothing"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -35,7 +36,7 @@ from videochat_flash_jax.train.profile import Profile
 from videochat_flash_jax.train.program import TrainProgram, train_program
 from videochat_flash_jax.train.settings import TrainSettings
 from videochat_flash_jax.train.step import TrainState
-from videochat_flash_jax.train.workdir import warn_of_room
+from videochat_flash_jax.train.workdir import check_checkpoint, warn_of_room
 
 _log = logging.getLogger("videochat_flash_jax")
 _LONGEST_COMPILING = 3_600_000  # milliseconds
@@ -62,7 +63,7 @@ def train_run(
   program = train_program(settings, jax.devices())
   with RunCheckpoints(workdir / "checkpoints", kept.keep, kept.keep_every) as checkpoints:
     warn_of_room(workdir, program.state, kept.keep)
-    restored = checkpoints.restore(program.state, run)
+    restored = checkpoints.restore(program.state, functools.partial(check_checkpoint, config))
     if restored is None:
       weights = initial_weights(settings.init_from, settings.model, program.weights, settings.seed)
       step, state, data = 0, program.begin(weights), None

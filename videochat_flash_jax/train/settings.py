@@ -1,253 +1,285 @@
-"""A training config, checked and typed (see `settings_types`), and what batches it asks for."""
+"""Every field of a run's config, defined once: its default, which values it takes, what it means.
+
+`train/config.py` makes all else from these classes: the ml_collections config, the checks, the
+table of `vcflash train --help-config`, and what may change when a run goes on. To add a field, add
+it here; `fields.py` says how.
+"""
 
 import dataclasses
-import re
 
-from ml_collections import ConfigDict
-
-from videochat_flash_jax.data.batches.data_config import DataConfig, ExampleConfig
-from videochat_flash_jax.data.batches.sharded_rows import RowShape
-from videochat_flash_jax.data.media.frame_sampling import CLIP_FRAMES
-from videochat_flash_jax.data.text.conversation import TEMPLATES
+from videochat_flash_jax.data.batches.data_config import ReadingConfig
+from videochat_flash_jax.fields import (
+  OnResume,
+  Rule,
+  choice,
+  count,
+  field,
+  flag,
+  is_integer,
+  is_number,
+  is_pair,
+  is_pattern,
+  is_sequence,
+  number,
+  section,
+  text,
+  weights,
+)
 from videochat_flash_jax.models.config import (
-  DROPOUT_KINDS,
+  REMAT,
   DropoutConfig,
   LoraConfig,
   VideoChatFlashConfig,
 )
-from videochat_flash_jax.models.layer_stack import REMAT
-from videochat_flash_jax.models.token_dropout import check_dropout
 from videochat_flash_jax.parallel.mesh_config import SEQUENCE_PARALLEL, MeshConfig
 from videochat_flash_jax.synthetic.world import QUESTION_KINDS
-from videochat_flash_jax.train.config_checks import Section, is_count, is_number, require
-from videochat_flash_jax.train.settings_types import (
-  CheckpointSettings,
-  DataSettings,
-  EvalSettings,
-  OptimizerSettings,
-  TrainSettings,
-)
 
 MODELS = tuple(
   name for name, member in vars(VideoChatFlashConfig).items() if isinstance(member, classmethod)
 )
 OBJECTIVES = ("answers", "patches")
-OPTIMIZERS = ("adamw", "muon")
 
-
-def run_configs(config: ConfigDict) -> dict[str, ConfigDict]:
-  """The config of each stage by its name; of a config without `stages` itself, by "".
-
-  Raises:
-    InputError: there are no stages in `stages`.
-  """
-  if "stages" not in config:
-    return {"": config}
-  require(bool(config.stages), "stages", config.stages, "a ConfigDict of configs of runs")
-  return {name: stage.copy_and_resolve_references() for name, stage in config.stages.items()}
-
-
-def train_settings(config: ConfigDict) -> TrainSettings:
-  """Checks a config such as configs/stage3_long.py, field by field.
-
-  What only a run needs, `init_from` and `data.mixture`, may be missing.
-
-  Raises:
-    InputError: names the first field that is missing, unknown or cannot be used, and what to give.
-  """
-  fields = ["image_size", *_names(TrainSettings)]
-  top = Section(config, "", fields)
-  counts = ("num_steps", "rows", "tokens_per_row", "clips_per_shard", "accumulate", "log_every")
-  seed = top.value("seed", lambda n: is_count(n, 0) and n < 2**32, "an integer below 2**32")
-  model = _model(top)
-  settings = TrainSettings(
-    seed=seed,
-    objective=top.choice("objective", OBJECTIVES),
-    model=model,
-    init_from=top.text("init_from", may_be_missing=True),
-    tiles_per_shard=top.count("tiles_per_shard", 0),
-    compute_dtype=top.choice("compute_dtype", ("bfloat16", "float32")),
-    remat=top.choice("remat", REMAT),
-    mesh=_mesh(config),
-    sequence_parallel=top.choice("sequence_parallel", SEQUENCE_PARALLEL),
-    zigzag=top.flag("zigzag"),
-    optimizer=_optimizer(config),
-    lora=_lora(config),
-    dropout=_dropout(config, model.decoder.depth),
-    data=_data(config),
-    eval=_eval(config),
-    checkpoint=_checkpoint(config),
-    profile=tuple(top.value("profile", _is_profile, "() or the first and the last step")),
-    heartbeat_seconds=top.count("heartbeat_seconds"),
-    **{name: top.count(name) for name in counts},
-  )
-  even = settings.rows % settings.accumulate == 0
-  require(even, "accumulate", settings.accumulate, f"a divisor of rows, which is {settings.rows}")
-  return settings
-
-
-def data_config(settings: TrainSettings, num_shards: int, streams: int) -> DataConfig:
-  """What batches of a run are made of.
-
-  Args:
-    settings: of the run.
-    num_shards: devices over which the tokens of a row are spread (`Layout.sequence_shards`).
-    streams: independent packers, of all processes together.
-  """
-  data, model = settings.data, settings.model
-  shared = ("frames", "sampling", "template", "time_message", "label_style", "position_skip")
-  return DataConfig(
-    example=ExampleConfig(
-      image_size=model.vision.image_size,
-      tiling=model.tiling,
-      **{name: getattr(data, name) for name in shared},
-    ),
-    layout=RowShape(
-      tokens=settings.tokens_per_row,
-      clip_tokens=model.connector.clip_tokens,
-      clips_per_shard=settings.clips_per_shard,
-      tiles_per_shard=settings.tiles_per_shard,
-      num_shards=num_shards,
-      zigzag=settings.zigzag and num_shards > 1,
-    ),
-    rows=settings.rows,
-    seed=settings.seed,
-    streams=streams,
-    workers=data.workers,
-    max_broken_share=data.max_broken_share,
-  )
-
-
-def _names(kind):
-  return [field.name for field in dataclasses.fields(kind)]
-
-
-def _model(top):
-  known = ", ".join(MODELS)
-  name = top.value("model", lambda name: name in MODELS, f"one of {known}")
-  model = getattr(VideoChatFlashConfig, name)()
-  patch = model.vision.patch_size
-  image_size = top.value(
-    "image_size",
-    lambda size: is_count(size) and size % patch == 0,
-    f"pixels, a multiple of {patch} for {name}",
-  )
-  vision = dataclasses.replace(model.vision, image_size=image_size)
-  return dataclasses.replace(model, vision=vision)
-
-
-def _mesh(config):
-  mesh = Section(config, "mesh", _names(MeshConfig))
-
-  def axis(name):
-    remedy = "a positive integer, or -1 for what is left"
-    return mesh.value(name, lambda size: type(size) is int, remedy)
-
-  return MeshConfig(**{name: axis(name) for name in _names(MeshConfig)})
-
-
-def _optimizer(config):
-  optimizer = Section(config, "optimizer", _names(OptimizerSettings))
-  remedy = 'pairs of a regular expression and a factor from 0, such as (("vision", 0.2), ("", 1.0))'
-  scales = optimizer.value("scales", _are_scales, remedy)
-  return OptimizerSettings(
-    name=optimizer.choice("name", OPTIMIZERS),
-    learning_rate=optimizer.number("learning_rate", above=0),
-    scales=tuple((pattern, float(factor)) for pattern, factor in scales),
-    warm_up=optimizer.number("warm_up", most=1),
-    final=optimizer.number("final", most=1),
-    weight_decay=optimizer.number("weight_decay"),
-    clip_norm=optimizer.number("clip_norm", above=0),
-  )
-
-
-def _are_scales(value):
-  some = isinstance(value, tuple | list) and len(value) > 0
-  return some and all(_is_scale(pair) for pair in value)
+_MAY_CHANGE = OnResume.MAY_CHANGE
+_BY_WEIGHTS = OnResume.FIXED_BY_WEIGHTS
+_SEEDS = Rule(lambda n: is_integer(n) and 0 <= n < 2**32, "an integer below 2**32, from 0")
+_SCALES = Rule(
+  lambda value: is_sequence(value) and len(value) > 0 and all(map(_is_scale, value)),
+  'pairs of a regular expression and a factor from 0, such as (("vision", 0.2), ("", 1.0))',
+)
+_STEPS = Rule(
+  lambda value: (
+    is_sequence(value)
+    and all(is_integer(step) and step > 0 for step in value)
+    and (not value or (len(value) == 2 and value[0] <= value[1]))
+  ),
+  "() or the first and the last step",
+)
 
 
 def _is_scale(pair):
-  if not isinstance(pair, tuple | list) or len(pair) != 2:
-    return False
-  return _is_pattern(pair[0]) and is_number(pair[1]) and pair[1] >= 0
+  return is_pair(pair) and is_pattern(pair[0]) and is_number(pair[1]) and pair[1] >= 0
 
 
-def _is_pattern(value):
-  try:
-    return isinstance(value, str) and re.compile(value) is not None
-  except re.error:
-    return False
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+  """How weights follow their gradients."""
 
-
-def _lora(config):
-  lora = Section(config, "lora", _names(LoraConfig))
-  return LoraConfig(
-    rank=lora.count("rank", 0),
-    alpha=lora.number("alpha", above=0),
-    targets=lora.value("targets", _is_pattern, "a regular expression"),
+  name: str = field(
+    "adamw",
+    choice("adamw", "muon"),
+    "The optimizer. Muon is used for matrices, and AdamW beside it for all else.",
+    on_resume=_BY_WEIGHTS,
+  )
+  learning_rate: float = field(
+    1e-5, number(above=0), "The highest learning rate.", on_resume=_MAY_CHANGE
+  )
+  scales: tuple[tuple[str, float], ...] = field(
+    (("vision", 0.2), ("", 1.0)),
+    _SCALES,
+    "Pairs of a regular expression and a factor of the learning rate. The first expression that is "
+    "found in the path of a weight counts; 0 freezes the weight. Paths are such as "
+    "vision.blocks.stacked.fc1.kernel, connector.fc1.kernel, decoder.layers.stacked.q_proj.kernel; "
+    "those of adapters end in q_proj.lora_a and q_proj.lora_b.",
+    on_resume=_BY_WEIGHTS,
+    convert=lambda pairs: tuple((pattern, float(factor)) for pattern, factor in pairs),
+  )
+  warm_up: float = field(
+    0.03,
+    number(most=1),
+    "The share of the steps in which the learning rate rises. Then it falls along a cosine.",
+  )
+  final: float = field(
+    0.0, number(most=1), "The learning rate of the last step, as a share of the highest one."
+  )
+  weight_decay: float = field(
+    0.0, number(), "The share of a weight that a step with a learning rate of 1 takes away."
+  )
+  clip_norm: float = field(
+    1.0,
+    number(above=0),
+    "Gradients whose norm, over all weights together, is larger are scaled down to it.",
+    on_resume=_MAY_CHANGE,
   )
 
 
-def _dropout(config, depth):
-  dropout = Section(config, "dropout", _names(DropoutConfig))
-  kind = dropout.choice("kind", ("", *DROPOUT_KINDS))
-  if not kind:
-    return None
-  chosen = DropoutConfig(kind, tuple(config.dropout.layers), tuple(config.dropout.ratios))
-  check_dropout(chosen, depth)
-  return chosen
+@dataclasses.dataclass(frozen=True)
+class DataSettings(ReadingConfig):
+  """Where examples come from, and how they are read."""
 
-
-def _data(config):
-  data = Section(config, "data", _names(DataSettings))
-  remedy = "the least and the most frames, multiples of 4, such as (64, 512)"
-  return DataSettings(
-    mixture=data.text("mixture", may_be_missing=True),
-    synthetic=_synthetic(data),
-    frames=tuple(data.value("frames", _are_frames, remedy)),
-    sampling=data.choice("sampling", ("dynamic_fps1", "middle")),
-    template=data.choice("template", TEMPLATES),
-    time_message=data.choice("time_message", ("short", "long", "")) or None,
-    label_style=data.choice("label_style", ("qwen", "clean")),
-    position_skip=data.count("position_skip", 0),
-    workers=data.count("workers", 0),
-    streams=data.count("streams", 0),
-    max_broken_share=data.number("max_broken_share", most=1),
-    features=data.text("features"),
+  mixture: str | None = field(
+    None,
+    text(optional=True),
+    "The file of annotations, or of a mixture of them; see docs/data_format.md.",
+    on_resume=_MAY_CHANGE,
+  )
+  synthetic: tuple[tuple[str, float], ...] = field(
+    {},
+    weights(*QUESTION_KINDS),
+    "Instead of a mixture: weights of the kinds of questions about the synthetic world, such as "
+    '{"attribute": 0.8, "absence": 0.2}. Empty: there is a mixture.',
+    convert=lambda section: tuple(section.items()),
+  )
+  workers: int = field(
+    2, count(0), "Processes that read examples, for each stream.", on_resume=_MAY_CHANGE
+  )
+  streams: int = field(
+    0,
+    count(0),
+    "Streams of examples that are packed independently. 0: one for each group of hosts.",
+  )
+  max_broken_share: float = field(
+    0.01,
+    number(most=1),
+    "The run stops when a larger share of the examples could not be read.",
+    on_resume=_MAY_CHANGE,
+  )
+  features: str = field(
+    "",
+    text(),
+    "A directory of `vcflash data encode`, whose features are read instead of pixels; or ''.",
+    on_resume=_MAY_CHANGE,
   )
 
 
-def _synthetic(data):
-  """Weights of kinds of questions; an empty part means that there is a mixture."""
-  kinds = " and ".join(QUESTION_KINDS)
-  remedy = f"a ConfigDict with weights from 0 for {kinds}, not all 0; or an empty one"
-  return tuple(data.value("synthetic", _are_weights, remedy).items())
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+  """What is measured on held-out examples. Without a mixture and a synthetic world: nothing."""
+
+  mixture: str = field(
+    "", text(), "The file of held-out examples. With data.synthetic: '', another seed is used."
+  )
+  every: int = field(1000, count(), "Steps between two evaluations.")
+  batches: int = field(8, count(), "Batches of an evaluation.")
 
 
-def _are_weights(value):
-  if not isinstance(value, ConfigDict) or not set(value) <= set(QUESTION_KINDS):
-    return False
-  weights = list(value.values())
-  usable = all(is_number(weight) and weight >= 0 for weight in weights)
-  return usable and (not weights or sum(weights) > 0)
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+  """Which checkpoints are written and kept."""
+
+  every: int = field(500, count(), "Steps between two checkpoints.")
+  keep: int = field(3, count(), "How many of the newest checkpoints are kept.")
+  keep_every: int = field(
+    0, count(0), "Checkpoints of steps that are a multiple of this are kept, too. 0: no others."
+  )
 
 
-def _are_frames(value):
-  pair = isinstance(value, tuple | list) and len(value) == 2 and all(map(is_count, value))
-  return pair and value[0] <= value[1] and not any(number % CLIP_FRAMES for number in value)
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """All that a run is made of."""
 
-
-def _eval(config):
-  section = Section(config, "eval", _names(EvalSettings))
-  return EvalSettings(section.text("mixture"), section.count("every"), section.count("batches"))
-
-
-def _checkpoint(config):
-  checkpoint = Section(config, "checkpoint", _names(CheckpointSettings))
-  every, keep = (checkpoint.count(name) for name in ("every", "keep"))
-  return CheckpointSettings(every, keep, checkpoint.count("keep_every", 0))
-
-
-def _is_profile(value):
-  steps = isinstance(value, tuple | list) and all(map(is_count, value))
-  return steps and (not value or (len(value) == 2 and value[0] <= value[1]))
+  seed: int = field(0, _SEEDS, "Of the order of examples, and of weights that are drawn at random.")
+  objective: str = field(
+    "answers",
+    choice(*OBJECTIVES),
+    "What is learnt: the answers, or what each patch of synthetic videos shows, which trains the "
+    "encoder alone.",
+    on_resume=_BY_WEIGHTS,
+  )
+  model: VideoChatFlashConfig = field(
+    "qwen2_7b_res448",
+    Rule(lambda name: name in MODELS, f"one of {', '.join(MODELS)}"),
+    "A constructor of VideoChatFlashConfig.",
+    on_resume=_BY_WEIGHTS,
+    convert=lambda name: getattr(VideoChatFlashConfig, name)(),
+  )
+  image_size: int = field(
+    224,
+    count(),
+    "The side of a picture in pixels, a multiple of the encoder's patch size. The weights of UMT "
+    "fit any size.",
+  )
+  init_from: str | None = field(
+    None,
+    text(optional=True),
+    "The weights to begin with: a checkpoint (an id on the hub, or a directory), the --workdir of "
+    'another run or one of its checkpoints/STEP, "LANGUAGE_MODEL + ENCODER", "LANGUAGE_MODEL + '
+    'ENCODER + PROJECTOR", or "random"; see docs/checkpoints.md.',
+    on_resume=_MAY_CHANGE,
+  )
+  num_steps: int = field(10_000, count(), "Steps of the run.")
+  rows: int = field(16, count(), "Packed rows of a step, on all devices together.")
+  tokens_per_row: int = field(32_768, count(), "Conversations are packed into rows of this length.")
+  clips_per_shard: int = field(
+    128,
+    count(),
+    "Room for clips of 4 frames, in each part of a row that a device has.",
+    on_resume=_MAY_CHANGE,
+  )
+  tiles_per_shard: int = field(
+    40,
+    count(0),
+    "Room for image tiles in each part of a row. An image has up to 6 x 6 tiles and a base view. "
+    "0: nothing but videos is read.",
+    on_resume=_MAY_CHANGE,
+  )
+  accumulate: int = field(
+    1,
+    count(),
+    "Parts into which the rows of a step are cut. They are computed one after another, which takes "
+    "less memory and gives the same result.",
+    on_resume=_MAY_CHANGE,
+  )
+  compute_dtype: str = field(
+    "bfloat16",
+    choice("bfloat16", "float32"),
+    "The type of products, and of what devices send to each other. Trained weights and the "
+    "optimizer's state are float32 in any case.",
+  )
+  remat: str = field(
+    "full",
+    choice(*REMAT),
+    'What the backward pass computes again, layer by layer. "full": all but the input of a layer, '
+    'which takes the least memory; "dots": all but products of matrices; "none": nothing.',
+    on_resume=_MAY_CHANGE,
+  )
+  mesh: MeshConfig = section(
+    MeshConfig(sequence=4),
+    "How many devices stand along each axis of the mesh; see docs/sharding.md.",
+    on_resume=_MAY_CHANGE,
+  )
+  sequence_parallel: str = field(
+    "ring",
+    choice(*SEQUENCE_PARALLEL),
+    "How attention reaches the tokens of other devices. A row of 8,192 tokens fits one chip: "
+    '"none", with mesh.sequence = 1. Longer ones are split: with "ring" no device holds a whole '
+    'row, whatever its length; or "all_gather". See docs/sharding.md.',
+    on_resume=_MAY_CHANGE,
+  )
+  zigzag: bool = field(
+    True,
+    flag(),
+    "Whether tokens are dealt to the devices of a split row so that all have equal work.",
+    on_resume=_MAY_CHANGE,
+  )
+  optimizer: OptimizerSettings = section(OptimizerSettings(), "How weights follow their gradients.")
+  lora: LoraConfig = section(
+    LoraConfig(), "Adapters of low rank; a rank of 0 means none.", on_resume=_BY_WEIGHTS
+  )
+  dropout: DropoutConfig | None = section(
+    DropoutConfig("", (4, 18), (1.0, 0.75, 0.25)),
+    "Which visual tokens are dropped between layers in training. The kind '' means none, as in the "
+    "released models; layers and ratios are those of the released model cards.",
+    on_resume=OnResume.FIXED,
+    convert=lambda dropout: dropout if dropout.kind else None,
+  )
+  data: DataSettings = section(DataSettings(), "Where examples come from, and how they are read.")
+  eval: EvalSettings = section(
+    EvalSettings(), "What is measured on held-out examples.", on_resume=_MAY_CHANGE
+  )
+  checkpoint: CheckpointSettings = section(
+    CheckpointSettings(), "Which checkpoints are written and kept.", on_resume=_MAY_CHANGE
+  )
+  log_every: int = field(10, count(), "Steps between two lines of metrics.", on_resume=_MAY_CHANGE)
+  profile: tuple[int, ...] = field(
+    (),
+    _STEPS,
+    "The first and the last step to profile; () for none.",
+    on_resume=_MAY_CHANGE,
+    convert=tuple,
+  )
+  heartbeat_seconds: int = field(
+    100,
+    count(),
+    "A host that is silent for so many seconds counts as lost.",
+    on_resume=_MAY_CHANGE,
+  )

@@ -23,26 +23,18 @@ import jax
 
 from videochat_flash_jax import __version__
 from videochat_flash_jax.checkpoints.hub.hf_config import write_config
-from videochat_flash_jax.checkpoints.runs.run_differences import config_differences
 from videochat_flash_jax.checkpoints.runs.run_files import stages_in, whole_steps
 from videochat_flash_jax.data.text.tokenizer import train_sentencepiece
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.fields import OnResume
 from videochat_flash_jax.parallel.agreement import allgather_text, raise_together
 from videochat_flash_jax.synthetic.training import vocabulary_lines
+from videochat_flash_jax.train.config import Change, config_changes
 from videochat_flash_jax.train.initial_weights import RANDOM, copy_hub_files
 from videochat_flash_jax.train.settings import TrainSettings
 from videochat_flash_jax.train.step import TrainState
 
 _log = logging.getLogger("videochat_flash_jax")
-# Fields that may be others when a run goes on. The numbers of most change nothing but by rounding.
-# What else decides a batch is among the facts that are saved with the batches: files are known by
-# what is in them, wherever they lie, and rows of another layout are packed anew.
-_FREE = (
-  "accumulate", "checkpoint", "clips_per_shard", "data.features", "data.max_broken_share",
-  "data.mixture", "data.workers", "eval", "heartbeat_seconds", "init_from", "log_every", "mesh",
-  "optimizer.clip_norm", "optimizer.learning_rate", "profile", "remat", "sequence_parallel",
-  "tiles_per_shard", "zigzag",
-)  # fmt: skip
 _SHARED = (
   "a directory on a file system that all hosts see, such as Filestore, or a bucket with "
   "hierarchical namespace, mounted with Cloud Storage FUSE"
@@ -126,25 +118,44 @@ def check_config(workdir: Path, config: Mapping[str, Any]):
   if not begun and not (workdir / "config.json").exists():
     return
   changes = _changes(workdir, config)  # refuses what is no run's
-  for field, before, now in changes if begun else ():
-    is_free = any(field == free or field.startswith(f"{free}.") for free in _FREE)
-    if not is_free or (field == "clips_per_shard" and config["objective"] == "patches"):
+  for change in changes if begun else ():
+    is_free = change.on_resume == OnResume.MAY_CHANGE
+    if not is_free or (change.path == "clips_per_shard" and config["objective"] == "patches"):
       raise InputError(
-        f"{workdir} holds a run with config.{field} {before!r}, now it is {now!r}; "
-        f"give {before!r}, or another --workdir"
+        f"{workdir} holds a run with config.{change.path} {change.before!r}, now it is "
+        f"{change.now!r}; give {change.before!r}, or another --workdir"
       )
 
 
-def _changes(workdir, config) -> list[tuple[str, Any, Any]]:
-  """Fields of a run's config that are others now, each with both values."""
+def _changes(workdir, config) -> list[Change]:
+  """Fields of a run's config that have other values now."""
   path = workdir / "config.json"
   try:
     saved = json.loads(path.read_text())["config"]
-    return list(config_differences("", saved, dict(config)))
+    return config_changes(saved, config)
   except (OSError, ValueError, KeyError, AttributeError) as error:
     raise InputError(
       f"{path}: not of a run of this package, or damaged; give another --workdir"
     ) from error
+
+
+def check_checkpoint(config: Mapping[str, Any], where: Path, saved: Mapping[str, Any]):
+  """Refuses a checkpoint whose config gives its arrays another meaning.
+
+  Args:
+    config: of this run, as JSON has it.
+    where: the checkpoint, for messages.
+    saved: what the checkpoint says of the run that wrote it, with its `config`.
+
+  Raises:
+    InputError: names the first field that differs.
+  """
+  for change in config_changes(saved.get("config", {}), config):
+    if change.on_resume == OnResume.FIXED_BY_WEIGHTS:
+      raise InputError(
+        f"{where}: this checkpoint was trained with config.{change.path} {change.before!r}, now it "
+        f"is {change.now!r}; give {change.before!r}, or another --workdir"
+      )
 
 
 def is_begun(workdir: Path) -> bool:
@@ -190,8 +201,8 @@ def prepare(workdir: Path, settings: TrainSettings, config: Mapping[str, Any]):
     if jax.process_index() == 0:
       with _told(workdir):
         if is_begun(workdir):
-          for field, before, now in _changes(workdir, config):
-            _log.info("config.%s was %r, now %r", field, before, now)
+          for change in _changes(workdir, config):
+            _log.info("config.%s was %r, now %r", change.path, change.before, change.now)
         else:
           _write_hub(workdir / "hub", settings)
         _write_config(workdir, config)

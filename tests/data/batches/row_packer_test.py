@@ -12,7 +12,7 @@ from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import TilingConfig
 from videochat_flash_jax.parallel.zigzag import unzigzag_order
-from videochat_flash_jax.train.settings import data_config, train_settings
+from videochat_flash_jax.train.config import data_config, train_settings
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

@@ -109,7 +109,7 @@ def test_a_check_agrees_with_a_run_about_each_row(tmp_path):
   failed = collections.Counter()
   for number in range(len(rows)):
     try:
-      read_row_video(opened[number], ExampleConfig(32))
+      read_row_video(opened[number], ExampleConfig(image_size=32))
     except BrokenRow as error:
       failed[error.reason] += 1
   assert report.broken == failed == {"bad media field": 1, "bad times": 2, "unreadable video": 1}

@@ -134,7 +134,7 @@ def test_bad_input_is_one_line_that_names_the_file_and_a_remedy(tmp_path, capfd,
 def test_a_video_without_a_frame_breaks_its_row_for_that_reason(tmp_path, write):
   write(tmp_path / "bad.mp4")
   with pytest.raises(BrokenRow) as error:
-    read_row_video({"video": str(tmp_path / "bad.mp4")}, ExampleConfig(32))
+    read_row_video({"video": str(tmp_path / "bad.mp4")}, ExampleConfig(image_size=32))
   assert error.value.reason == "no frames"
 
 
@@ -143,8 +143,8 @@ def test_a_clip_that_ends_far_beyond_its_video_is_refused(tmp_path, end, message
   path = write_video(tmp_path / "v.mp4", pictures(100), codec="mpeg4")  # 10 s
   row = {"video": str(path), "start": 8}
   with pytest.raises(BrokenRow, match=f"^bad times: .*{message}"):
-    read_row_video(row | {"end": end}, ExampleConfig(32))
-  video = read_row_video(row | {"end": 10.9}, ExampleConfig(32))
+    read_row_video(row | {"end": end}, ExampleConfig(image_size=32))
+  video = read_row_video(row | {"end": 10.9}, ExampleConfig(image_size=32))
   assert video.seconds == pytest.approx(2.9) and max(video.frame_seconds) < 2
 
 

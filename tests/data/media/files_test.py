@@ -160,7 +160,7 @@ def test_a_server_that_is_not_there_is_an_error_that_may_pass(server):
 
 def row_failure(address):
   with pytest.raises(BrokenRow) as raised:
-    read_row_video({"video": address}, ExampleConfig(32))
+    read_row_video({"video": address}, ExampleConfig(image_size=32))
   return raised.value.reason, may_pass(raised.value)
 
 
@@ -207,7 +207,7 @@ def test_an_annotation_file_that_changed_at_its_address_is_read_again(tmp_path, 
 def test_a_folder_of_pictures_at_an_address_is_refused_with_what_to_do(server):
   row = {"video": f"{server.address}/pictures", "video_read_type": "img"}
   with pytest.raises(BrokenRow, match=r"^unreadable video: .* this machine only; copy it here"):
-    read_row_video(row, ExampleConfig(32))
+    read_row_video(row, ExampleConfig(image_size=32))
 
 
 def test_a_missing_package_is_named(monkeypatch):

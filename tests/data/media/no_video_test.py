@@ -51,7 +51,7 @@ def test_what_only_names_other_files_is_refused_at_once(tmp_path, name, write):
   def read():
     for row in ({"video": str(path)}, {"video": str(path), "start": 0, "end": 2}):
       try:
-        read_row_video(row, ExampleConfig(32))
+        read_row_video(row, ExampleConfig(image_size=32))
       except BrokenRow as error:
         errors.append(error)
 

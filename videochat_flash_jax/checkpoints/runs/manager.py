@@ -15,7 +15,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from videochat_flash_jax import __version__
+from videochat_flash_jax.checkpoints.runs.array_check import check_arrays
 from videochat_flash_jax.checkpoints.runs.frozen_weights import (
   find_frozen,
   frozen_shapes,
@@ -33,7 +34,6 @@ from videochat_flash_jax.checkpoints.runs.processes import (
   allgather_streams,
   newest_on_all_processes,
 )
-from videochat_flash_jax.checkpoints.runs.run_differences import check_arrays, check_config
 from videochat_flash_jax.checkpoints.runs.run_files import FROZEN, is_whole, whole_steps
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.processes import is_of_others
@@ -165,12 +165,14 @@ class RunCheckpoints:
     finally:
       self._saving = None
 
-  def restore(self, shapes: Any, run: dict | None = None) -> Restored | None:
+  def restore(
+    self, shapes: Any, check_run: Callable[[Path, Mapping[str, Any]], None] | None = None
+  ) -> Restored | None:
     """Reads the newest whole checkpoint, on any mesh and any number of processes.
 
     Args:
       shapes: a tree of `jax.ShapeDtypeStruct` with shardings, as the state that was saved.
-      run: of this run, to be compared with that of the checkpoint.
+      check_run: called with the checkpoint and what `save` wrote of its run; it may refuse it.
 
     Returns:
       None if there is no checkpoint.
@@ -187,8 +189,8 @@ class RunCheckpoints:
     with _told_as_damaged(where):
       read = {name: ocp.args.JsonRestore() for name in ("data", "run")}
       saved = self._manager.restore(step, args=ocp.args.Composite(**read))
-      if run is not None:
-        check_config(where, saved["run"].get("config"), run.get("config"))
+      if check_run is not None:
+        check_run(where, saved["run"])
       held = dict(self._manager.item_metadata(step)["state"])
       beside = find_frozen(where, saved["run"])
       check_arrays(where, held | (frozen_shapes(beside) if beside else {}), wanted)

@@ -6,50 +6,67 @@ from videochat_flash_jax.data.batches.sharded_rows import RowShape
 from videochat_flash_jax.data.media.frame_sampling import CLIP_FRAMES
 from videochat_flash_jax.data.text.conversation import TEMPLATES
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.fields import Rule, choice, count, field, is_integer, is_pair
 from videochat_flash_jax.models.config import TilingConfig
 
-_WORDS = {
-  "sampling": ("dynamic_fps1", "middle"),
-  "template": TEMPLATES,
-  "time_message": ("short", "long", None),
-  "label_style": ("qwen", "clean"),
-}
+
+def _are_frames(value):
+  usable = is_pair(value) and all(is_integer(number) and number > 0 for number in value)
+  return usable and value[0] <= value[1] and not any(number % CLIP_FRAMES for number in value)
 
 
 @dataclasses.dataclass(frozen=True)
-class ExampleConfig:
+class ReadingConfig:
+  """How a row of annotations is read: the part that a user chooses."""
+
+  frames: tuple[int, int] = field(
+    (64, 512),
+    Rule(_are_frames, "the least and the most frames, multiples of 4, such as (64, 512)"),
+    "The least and the most frames of a video; `middle` takes the most.",
+    convert=tuple,
+  )
+  sampling: str = field(
+    "dynamic_fps1",
+    choice("dynamic_fps1", "middle"),
+    "Which frames of a video are read: one a second within `frames`, or the middle of equal parts.",
+  )
+  template: str = field("qwen_2", choice(*TEMPLATES), "The template of conversations.")
+  time_message: str | None = field(
+    "short",
+    choice("short", "long", ""),
+    "The sentence about a video's length and frames; '' for none.",
+    convert=lambda kind: kind or None,
+  )
+  label_style: str = field(
+    "qwen",
+    choice("qwen", "clean"),
+    "Which tokens of an answer are learnt; see `data.text.conversation.encode_dialog`.",
+  )
+  position_skip: int = field(
+    0,
+    count(0),
+    "Rotary positions of an example jump ahead by up to so many, twice; see `skipped_positions`.",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleConfig(ReadingConfig):
   """How a row of annotations becomes an example.
 
   Attributes:
     image_size: side of a frame, and of an image tile, in pixels.
-    frames: the least and the most of a video, multiples of 4; `middle` takes the most.
-    sampling: `dynamic_fps1`, one frame a second within `frames`, or `middle`.
-    template: of conversations, out of `conversation.TEMPLATES`.
-    time_message: what is said of a video's length: "short", "long" or None.
-    label_style: "qwen" or "clean"; see `conversation.encode_dialog`.
     tiling: of an image that is alone in its conversation.
-    position_skip: positions of an example jump by up to so many, twice; see `skipped_positions`.
+    time_message: as in `ReadingConfig`, or None for none.
   """
 
-  image_size: int
-  frames: tuple[int, int] = (64, 512)
-  sampling: str = "dynamic_fps1"
-  template: str = "qwen_2"
-  time_message: str | None = "short"
-  label_style: str = "qwen"
-  tiling: TilingConfig = dataclasses.field(default_factory=TilingConfig)
-  position_skip: int = 0
+  image_size: int = dataclasses.field(kw_only=True)
+  tiling: TilingConfig = dataclasses.field(default_factory=TilingConfig, kw_only=True)
 
   def __post_init__(self):
-    for field, words in _WORDS.items():
-      if getattr(self, field) not in words:
-        known = ", ".join(map(str, words))
-        raise InputError(f"{field} is {getattr(self, field)!r}; use one of {known}")
-    least, most = self.frames
-    if not 0 < least <= most or least % CLIP_FRAMES or most % CLIP_FRAMES:
-      raise InputError(
-        f"frames is {self.frames}; give the least and the most, multiples of {CLIP_FRAMES}"
-      )
+    for each in dataclasses.fields(ReadingConfig):
+      value, rule = getattr(self, each.name), each.metadata["rule"]
+      if not rule.accepts("" if value is None else value):
+        raise InputError(f"{each.name} is {value!r}; give {rule.remedy}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +102,8 @@ class DataConfig:
   def facts(self) -> dict:
     """All that decides what is in a batch, flat and fit for JSON."""
     facts = dataclasses.asdict(self)
-    for field in ("workers", "max_broken_share"):
-      del facts[field]
+    for name in ("workers", "max_broken_share"):
+      del facts[name]
     for part in ("example", "layout"):
       facts |= facts.pop(part)
     tiling, frames = facts.pop("tiling"), facts.pop("frames")

@@ -1,5 +1,7 @@
-"""The stages' configs: typed, checked, and as published."""
+"""Configs of runs: typed, checked, documented, and the stages' as published."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,19 @@ from ml_collections import ConfigDict
 
 from videochat_flash_jax.cli.config_file import load_config, read_config
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.fields import OnResume, count, field
 from videochat_flash_jax.models.config import DropoutConfig
+from videochat_flash_jax.train.config import (
+  config_changes,
+  config_fields,
+  config_table,
+  data_config,
+  default_config,
+  train_settings,
+)
 from videochat_flash_jax.train.optimizer import scale_of
-from videochat_flash_jax.train.settings import data_config, train_settings
+from videochat_flash_jax.train.settings import TrainSettings
+from videochat_flash_jax.train.workdir import check_checkpoint
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGES = sorted(path.name for path in CONFIGS.glob("stage*.py"))
@@ -155,3 +167,96 @@ def test_weights_of_questions_that_cannot_be_used_are_refused(weights):
   config.data.synthetic = ConfigDict(weights)
   with pytest.raises(InputError, match=r"^config\.data\.synthetic is .* weights from 0 for"):
     train_settings(config)
+
+
+def as_json(config):
+  return json.loads(config.to_json_best_effort())
+
+
+def leaves(config, prefix=""):
+  for name, value in config.items():
+    if isinstance(value, ConfigDict) and len(value):
+      yield from leaves(value, f"{prefix}{name}.")
+    else:
+      yield f"{prefix}{name}"
+
+
+def test_every_field_of_a_config_is_in_the_table_with_its_meaning():
+  table = config_table()
+  assert sorted(each.path for each in config_fields()) == sorted(leaves(default_config()))
+  for each in config_fields():
+    assert f"\n{each.path} " in table and each.meaning.endswith(".")
+  assert max(map(len, table.splitlines())) <= 100
+
+
+def test_defaults_are_values_that_their_fields_take():
+  config = default_config()
+  config.init_from, config.data.mixture = "tiny", "rows.json"
+  settings = train_settings(config)
+  assert settings.mesh.sequence == 4 and settings.dropout is None and settings.lora.rank == 0
+  assert settings.data.time_message == "short" and settings.data.synthetic == ()
+
+
+def test_a_field_is_added_in_one_place(monkeypatch):
+  extended = dataclasses.make_dataclass(
+    "Extended",
+    [("patience", int, field(3, count(), "Steps to wait.", on_resume=OnResume.MAY_CHANGE))],
+    bases=(TrainSettings,),
+    frozen=True,
+  )
+  monkeypatch.setattr("videochat_flash_jax.train.config.TrainSettings", extended)
+  config = default_config()
+  assert train_settings(config).patience == 3 and "\npatience " in config_table()
+  config.patience = 0
+  with pytest.raises(InputError, match=r"config\.patience is 0: give a positive integer"):
+    train_settings(config)
+  without = as_json(default_config())
+  del without["patience"]
+  config.patience = 4
+  (change,) = config_changes(without, as_json(config))
+  assert change == ("patience", 3, 4, OnResume.MAY_CHANGE)
+
+
+def test_what_changes_is_found_with_what_that_means_for_a_resumed_run():
+  before, now = default_config(), default_config()
+  now.seed, now.log_every, now.lora.rank, now.mesh.fsdp = 1, 2, 8, 4
+  now.data.synthetic = ConfigDict({"absence": 1.0})
+  changes = {change.path: change for change in config_changes(as_json(before), as_json(now))}
+  assert {path: change.on_resume for path, change in changes.items()} == {
+    "seed": OnResume.FIXED,
+    "log_every": OnResume.MAY_CHANGE,
+    "lora.rank": OnResume.FIXED_BY_WEIGHTS,
+    "mesh.fsdp": OnResume.MAY_CHANGE,
+    "data.synthetic.absence": OnResume.FIXED,
+  }
+  assert changes["lora.rank"][1:3] == (0, 8)
+
+
+def test_a_field_that_an_older_version_did_not_have_had_its_default():
+  before, now = as_json(default_config()), as_json(default_config())
+  del before["zigzag"], before["data"]["position_skip"], before["eval"]
+  assert config_changes(before, now) == []
+  before["retired"] = 7
+  assert config_changes(before, now) == [("retired", 7, None, OnResume.FIXED)]
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"model": "tiny"}, "trained with config.model 'qwen2_7b_res448', now it is 'tiny'; give"),
+    ({"lora.rank": 8}, "config.lora.rank 0, now it is 8"),
+    ({"optimizer.name": "muon"}, "config.optimizer.name 'adamw'"),
+    ({"num_steps": 7}, None),
+  ],
+)
+def test_a_checkpoint_of_another_config_is_refused_by_the_field(changes, words):
+  config = default_config()
+  config.update_from_flattened_dict(changes)
+  saved, where = {"config": as_json(default_config())}, Path("checkpoints/5")
+  if words is None:
+    check_checkpoint(as_json(config), where, saved)
+    return
+  with pytest.raises(InputError) as caught:
+    check_checkpoint(as_json(config), where, saved)
+  said = str(caught.value)
+  assert said.startswith("checkpoints/5: ") and words in said and "\n" not in said
