@@ -111,15 +111,3 @@ def test_a_run_leaves_a_log_and_a_checkpoint_that_is_exported_and_loads(tmp_path
   assert main(["convert", "--model", str(workdir), "--out", str(tmp_path / "export")]) == 0
   loaded = VideoChat.from_pretrained(workdir).config
   assert loaded.decoder == VideoChat.from_pretrained(tmp_path / "export").config.decoder
-
-
-@pytest.mark.slow
-def test_the_stages_of_the_shipped_config_run_one_after_another(tmp_path):
-  changes = {"num_steps": 2, "rows": 1, "eval.batches": 1, "data.workers": 0}
-  stages = [f"stages.{name}" for name in load_config(TINY).stages]
-  overrides = [
-    f"--config.{stage}.{field}={value}" for stage in stages for field, value in changes.items()
-  ]
-  assert main(arguments(TINY, tmp_path, *overrides)) == 0
-  for stage in load_config(TINY).stages:
-    assert (tmp_path / stage / "checkpoints" / "2").is_dir()
