@@ -62,7 +62,7 @@ class VideoDecoder:
       self.timeline = timeline or read_timeline(self._container, self._stream, path)
     except Exception:
       if hasattr(self, "_container"):
-        self._container.close()  # the error may be kept, and with it the decoder
+        self._container.close()  # the error refers to it, and may be kept for long
       raise
     self._last_index = -1  # of the frame decoded last
     self._last_frame: av.VideoFrame | None = None

@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 from videochat_flash_jax.errors import InputError
 
 _PIECE_BYTES = 1 << 20
-_BLANKS = re.compile(r"[ \t\r\n]*")
+_WHITESPACE = re.compile(r"[ \t\r\n]*")
 _LONGEST_ESCAPE = 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Python converts no integer with more digits. It must not fail here, so that the end of the row is
@@ -63,10 +63,10 @@ def _is_row_among_rows(file):
   line = file.readline(_PIECE_BYTES)
   while line.isspace():
     line = file.readline(_PIECE_BYTES)
-  return line.endswith(b"\n") and parse_row(line) is not None and not _is_rest_blank(file)
+  return line.endswith(b"\n") and parse_row(line) is not None and not _is_rest_whitespace(file)
 
 
-def _is_rest_blank(file):
+def _is_rest_whitespace(file):
   return all(piece.isspace() for piece in iter(lambda: file.read(_PIECE_BYTES), b""))
 
 
@@ -89,12 +89,12 @@ def _list_elements(file, name, start):
   offset = text.index("[") + 1
   num_read = 0
   while True:
-    offset = _BLANKS.match(text, offset).end()
+    offset = _WHITESPACE.match(text, offset).end()
     if text[offset : offset + 1] == "]":
       break
     try:
       value, end = _decoder.raw_decode(text, offset)
-      after = _BLANKS.match(text, end).end()
+      after = _WHITESPACE.match(text, end).end()
       follower = text[after : after + 1]
     except (json.JSONDecodeError, RecursionError) as error:
       _check_rest_may_complete(error, text, base, name, num_read)
@@ -114,7 +114,7 @@ def _list_elements(file, name, start):
       if not more:
         raise _broken(name, num_read, base + len(text))
       text, base, offset = text[offset:] + more, base + offset, 0
-  if _BLANKS.match(text, offset + 1).end() < len(text) or not _is_rest_blank(file):
+  if _WHITESPACE.match(text, offset + 1).end() < len(text) or not _is_rest_whitespace(file):
     raise InputError(
       f"{name}: something follows the list of rows, which ends at byte {base + offset + 1:,}; give "
       "only one list, or one row on each line (.jsonl)"
