@@ -139,7 +139,7 @@ def test_rows_of_video_image_images_and_text_answer_in_one_batch_as_alone(chat, 
     ([WIDE, "nothing.png"], "nothing.png: there is no such image"),
     (WIDE / 255, "float64"),
     (np.stack([WIDE, WIDE]), "give uint8"),
-    ([WIDE, None], "None is no image"),
+    ([WIDE, None], "None is not an image"),
   ],
 )
 def test_what_is_no_image_is_refused(chat, images, said):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from videochat_flash_jax.data.media.frame_sampling import spread_indices, training_indices
+from videochat_flash_jax.data.media.frame_sampling import evenly_spaced_indices, training_indices
 from videochat_flash_jax.errors import InputError
 
 
@@ -35,9 +35,9 @@ def test_input_that_the_original_refuses_is_an_input_error(golden):
       our_indices(row["args"])
 
 
-def test_spread_indices_agree_with_every_row_of_the_clip_reader(golden):
+def test_evenly_spaced_indices_agree_with_every_row_of_the_clip_reader(golden):
   rows = golden("07_frames").json("frames.json")["get_index_of_clip_reader"]
   assert rows
   for row in rows:
-    indices = spread_indices(row["num_frames"], row["num_segments"])
+    indices = evenly_spaced_indices(row["num_frames"], row["num_segments"])
     assert indices.tolist() == row["indices"], row

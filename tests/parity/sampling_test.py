@@ -28,7 +28,7 @@ from videochat_flash_jax.data.mixture.annotations import (
   media_length,
   num_clip_frames,
   picture_indices,
-  with_whole_paths,
+  with_full_paths,
 )
 from videochat_flash_jax.errors import InputError
 
@@ -103,7 +103,7 @@ def mix(files):
     numbers = kept_rows(len(rows), entry.get("sampling_strategy", "all"))
     media_type = entry.get("media_type") or kind_of(rows[0])
     options = media_type, entry.get("data_root") or "", entry.get("video_read_type")
-    kept = [with_whole_paths(rows[number], *options) for number in numbers]
+    kept = [with_full_paths(rows[number], *options) for number in numbers]
     if media_type not in ("text", "mix") and options[2] != "fake":
       check_media(kept[:3])
     mixed += kept

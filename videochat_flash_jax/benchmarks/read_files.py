@@ -99,7 +99,7 @@ def frames_needed(path: Path, indices: np.ndarray) -> tuple[int, int]:
     ]
   place = {number: position for position, (number, _) in enumerate(coded)}
   needed = on_the_way = 0
-  for picks in timeline.runs(indices.tolist()):
+  for picks in timeline.segments(indices.tolist()):
     key = timeline.key_frames[timeline.key_before(picks[0])]
     stretch = coded[place[key] : max(place[pick] for pick in picks) + 1]
     on_the_way += len(stretch)

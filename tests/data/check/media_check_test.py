@@ -146,7 +146,7 @@ def write_sources(folder):
 
 def test_sources_that_cannot_be_read_have_a_line_each_and_the_others_are_checked(tmp_path):
   reports = check_sources(write_sources(tmp_path), None, tmp_path / "cache")
-  said = ["", "cannot be read", "broken JSON", "leaves no row", ""]
+  said = ["", "cannot be read", "broken JSON", "keeps no row", ""]
   assert [said in report.problem for said, report in zip(said, reports, strict=True)] == [True] * 5
   assert [bool(report.problem) for report in reports] == list(map(bool, said))
   assert [report.opened.total() for report in reports] == [1, 0, 0, 0, 1]

@@ -221,7 +221,7 @@ def test_another_key_is_refused_by_the_field_that_differs(tmp_path, field):
 
 
 def test_a_later_format_other_folders_and_files_are_refused(tmp_path):
-  with pytest.raises(InputError, match="no features; vcflash data encode"):
+  with pytest.raises(InputError, match="no features; make them with vcflash data encode"):
     FeatureStore.open(tmp_path / "none", KEY)
   open_store(tmp_path / "a")
   key = tmp_path / "a" / "key.json"
@@ -230,14 +230,14 @@ def test_a_later_format_other_folders_and_files_are_refused(tmp_path):
     open_store(tmp_path / "a")
   for text in ("[1]", "{", ""):
     key.write_text(text)
-    with pytest.raises(InputError, match="no key"):
+    with pytest.raises(InputError, match="not a key"):
       open_store(tmp_path / "a")
   (tmp_path / "b").write_text("a file")
   with pytest.raises(InputError, match="cannot be used"):
     open_store(tmp_path / "b")
   (tmp_path / "c").mkdir()
   (tmp_path / "c" / "thesis.txt").write_text("mine")
-  with pytest.raises(InputError, match="other things"):
+  with pytest.raises(InputError, match="other files"):
     open_store(tmp_path / "c")
   assert os.listdir(tmp_path / "c") == ["thesis.txt"]
 

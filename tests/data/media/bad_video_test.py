@@ -104,7 +104,7 @@ BAD_INPUT = [
   (lambda path: None, "there is no such video"),
   (text_file, "not a video"),
   (empty_file, "the file is empty"),
-  (cut_before_the_index, "not a video, or one cut short"),
+  (cut_before_the_index, "not a video, or its end with the index is missing"),
   (cut_after_the_index, r"truncated .* of its 40 frames can be"),
   (index_only, "no video frames"),
   (header_only, "no video frames"),
@@ -211,9 +211,9 @@ def test_a_damaged_end_is_noticed_when_it_is_reached(tmp_path):
 @pytest.mark.parametrize(
   "path, message",
   [
-    ("", "no path of a video; "),
-    (None, "None is no path of a video; "),
-    ("nonsense://example.org/a.mp4", "nonsense:// is no protocol"),
+    ("", "'' is not a path; "),
+    (None, "None is not a path; "),
+    ("nonsense://example.org/a.mp4", "nonsense:// is an unknown protocol"),
     ("a" * 300 + ".mp4", "there is no such video"),
     ("a\0b", "there is no such video"),
   ],
@@ -272,4 +272,4 @@ def test_frames_that_the_decoder_patched_up_are_told(tmp_path, caplog):
     assert not video.damaged
     video.read([0, 30])
     assert video.damaged
-  assert "patched up" in caplog.text
+  assert "some frames are repaired" in caplog.text

@@ -142,7 +142,7 @@ def test_what_is_not_there_is_told(tmp_path, server):
 def test_a_server_that_sends_no_parts_is_told(tmp_path, server):
   (tmp_path / "a.bin").write_bytes(bytes(3 << 20))
   server.sends_parts = False
-  with pytest.raises(InputError, match="sends no parts of files; download it first"):
+  with pytest.raises(InputError, match="cannot send parts of a file; download it first"):
     open_media(f"{server.address}/a.bin")
   (tmp_path / "b.bin").touch()
   with pytest.raises(InputError, match="the file is empty, or"):
@@ -212,7 +212,7 @@ def test_a_folder_of_pictures_at_an_address_is_refused_with_what_to_do(server):
 
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "s3fs", None)
-  with pytest.raises(InputError, match="s3:// needs a package more; pip install s3fs"):
+  with pytest.raises(InputError, match="s3:// needs one more package; pip install s3fs"):
     open_media("s3://bucket/a.mp4")
-  with pytest.raises(InputError, match="nonsense:// is no protocol"):
+  with pytest.raises(InputError, match="nonsense:// is an unknown protocol"):
     open_media("nonsense://bucket/a.mp4")

@@ -4,10 +4,10 @@ import pytest
 from videochat_flash_jax.data.media.frame_sampling import (
   clip_indices,
   dynamic_num_frames,
+  evenly_spaced_indices,
   fixed_rate_indices,
   inference_indices,
   interval_indices,
-  spread_indices,
   training_indices,
 )
 from videochat_flash_jax.errors import InputError
@@ -113,7 +113,7 @@ def test_docstring_examples_hold():
   assert fixed_rate_indices(10, 2.0, 1.0).tolist() == [1, 3, 5, 7, 9]
   assert fixed_rate_indices(10, 2.0, 1.0, max_frames=2).tolist() == [1, 3]
   assert fixed_rate_indices(1, 2.0, 0.5).tolist() == []
-  assert spread_indices(10, 4).tolist() == [1, 3, 5, 8]
+  assert evenly_spaced_indices(10, 4).tolist() == [1, 3, 5, 8]
   assert clip_indices(300, 30.0, 5.0, 9.0, 4).tolist() == [164, 194, 224, 253]
   examples = {"middle": [2, 7, 12, 17], "dynamic_fps1": [2, 9, 16], "fps0.5": [2, 6, 10]}
   for word, expected in examples.items():

@@ -98,11 +98,11 @@ def test_any_size_is_read(shape):
     (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
     (np.zeros(4, np.uint8), r"\(4,\)"),
     (np.zeros((0, 4, 3), np.uint8), "no pixels"),
-    (None, "None is no image"),
-    ([[0, 1]], "is no image"),
-    ("", "'' is no image"),
+    (None, "None is not an image"),
+    ([[0, 1]], "is not an image"),
+    ("", "'' is not an image"),
     ("nothing.png", "nothing.png.*no such image file"),
-    ("nonsense://example.org/a.png", "nonsense:// is no protocol"),
+    ("nonsense://example.org/a.png", "nonsense:// is an unknown protocol"),
   ],
 )
 def test_what_is_no_image_is_refused(source, said):
@@ -132,7 +132,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
   thread = threading.Thread(target=read, daemon=True)
   thread.start()
   thread.join(20)
-  assert len(said) == 3 and all("a pipe or a device, no file; " in text for text in said)
+  assert len(said) == 3 and all("a pipe or a device, not a file; " in text for text in said)
 
 
 @pytest.mark.parametrize(

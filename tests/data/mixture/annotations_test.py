@@ -11,7 +11,7 @@ from videochat_flash_jax.data.mixture.annotations import (
   kept_rows,
   num_clip_frames,
   picture_indices,
-  with_whole_paths,
+  with_full_paths,
 )
 from videochat_flash_jax.data.mixture.broken import BrokenRow
 from videochat_flash_jax.errors import InputError
@@ -56,13 +56,13 @@ def test_random_rows_differ_by_seed_and_keep_their_order():
     ("", "use one of all, first"),
     ("first", "write 'all', or 'first:100'"),
     ("all:3", "write 'all'"),
-    ("first:", "'' is no whole number"),
-    ("first:2.5%", "'2.5%' is no whole number"),
-    ("first:2:3", "'2:3' is no whole number"),
-    ("first:0", "leaves no row of 7"),
-    ("first2:7", "leaves no row of 7"),
-    ("random:0", "leaves no row of 7"),
-    ("random:-1", "leaves no row of 7"),
+    ("first:", "'' is not a whole number"),
+    ("first:2.5%", "'2.5%' is not a whole number"),
+    ("first:2:3", "'2:3' is not a whole number"),
+    ("first:0", "keeps no row of 7"),
+    ("first2:7", "keeps no row of 7"),
+    ("random:0", "keeps no row of 7"),
+    ("random:-1", "keeps no row of 7"),
   ],
 )
 def test_an_unusable_strategy_is_refused(strategy, said):
@@ -77,11 +77,11 @@ def test_an_empty_file_is_refused():
 
 def test_paths_are_joined_in_new_rows():
   row = {"image": "a.png"}
-  assert with_whole_paths(row, "image", "root") == {"image": "root/a.png"}
+  assert with_full_paths(row, "image", "root") == {"image": "root/a.png"}
   assert row == {"image": "a.png"}
-  listed = with_whole_paths({"image": ["b.png", "c/d.png"]}, "image", "root")
+  listed = with_full_paths({"image": ["b.png", "c/d.png"]}, "image", "root")
   assert listed == {"image": ["root/b.png", "root/c/d.png"]}
-  assert with_whole_paths({"video": "a.mp4"}, "video", "gs://bucket/r", "img") == {
+  assert with_full_paths({"video": "a.mp4"}, "video", "gs://bucket/r", "img") == {
     "video": "gs://bucket/r/a.mp4",
     "video_read_type": "img",
   }
@@ -89,7 +89,7 @@ def test_paths_are_joined_in_new_rows():
 
 @pytest.mark.parametrize("media_type", ["text", "mix"])
 def test_paths_of_text_and_mixed_files_are_left_alone(media_type):
-  assert with_whole_paths({"image": "a.png"}, media_type, "root") == {"image": "a.png"}
+  assert with_full_paths({"image": "a.png"}, media_type, "root") == {"image": "a.png"}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_paths_of_text_and_mixed_files_are_left_alone(media_type):
 )
 def test_rows_without_their_medium_are_refused(row, said):
   with pytest.raises(BrokenRow, match=f"^bad media field: {said}"):
-    with_whole_paths(row, "image")
+    with_full_paths(row, "image")
 
 
 @pytest.mark.parametrize("root", ["root", "/media/root", "gs://bucket/root"])
@@ -127,18 +127,18 @@ def test_rows_without_their_medium_are_refused(row, said):
 )
 def test_paths_that_lead_out_of_their_folder_are_refused(root, path):
   with pytest.raises(BrokenRow, match=r"^outside data_root"):
-    with_whole_paths({"video": path}, "video", root)
-  assert with_whole_paths({"video": path}, "video", root, confined=False)["video"]
-  assert with_whole_paths({"video": path}, "video") == {"video": path}
+    with_full_paths({"video": path}, "video", root)
+  assert with_full_paths({"video": path}, "video", root, confined=False)["video"]
+  assert with_full_paths({"video": path}, "video") == {"video": path}
 
 
 def test_paths_within_their_folder_may_look_odd():
   for path in ("..a/b.mp4", "b/../a.mp4", "a b/ü:1.mp4", "./a.mp4"):
-    assert with_whole_paths({"video": path}, "video", "root") == {"video": f"root/{path}"}
+    assert with_full_paths({"video": path}, "video", "root") == {"video": f"root/{path}"}
   for path in ("/data/root/a.mp4", "/data/./root//b/../a.mp4"):
-    assert with_whole_paths({"video": path}, "video", "/data/x/../root/") == {"video": path}
+    assert with_full_paths({"video": path}, "video", "/data/x/../root/") == {"video": path}
   address = "gs://bucket/root/a.mp4"
-  assert with_whole_paths({"video": address}, "video", "gs://bucket/root/") == {"video": address}
+  assert with_full_paths({"video": address}, "video", "gs://bucket/root/") == {"video": address}
 
 
 def test_one_of_the_files_has_to_exist(tmp_path):
@@ -147,9 +147,9 @@ def test_one_of_the_files_has_to_exist(tmp_path):
   check_media(rows)
   check_media([{"image": [str(tmp_path / "c")]}])
   check_media([{}])
-  with pytest.raises(InputError, match="mend data_root"):
+  with pytest.raises(InputError, match="correct data_root"):
     check_media(rows[:2])
-  with pytest.raises(InputError, match="mend data_root"):
+  with pytest.raises(InputError, match="correct data_root"):
     check_media([rows[0], rows[1], rows[3]])
 
 

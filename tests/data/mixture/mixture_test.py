@@ -74,14 +74,14 @@ def test_annotations_are_a_mixture_of_one(tmp_path, name):
     ("datasets: [{json_path: a.json, video_read_type: imgs}]", "did you mean img"),
     ("datasets: [{json_path: a.json, sampling_strategy: 'frist:3'}]",
      r"datasets\[0\]: field 'sampling_strategy': .* did you mean first"),
-    ("datasets: [{json_path: a.json, sampling_strategy: 'first:2.5%'}]", "no whole number"),
+    ("datasets: [{json_path: a.json, sampling_strategy: 'first:2.5%'}]", "not a whole number"),
     ("datasets: [{json_path: a.json, weight: 0}]", "field 'weight' is 0; give a number above 0"),
     ("datasets: [{json_path: a.json, weight: .inf}]", "field 'weight' is inf"),
     ("datasets: [{json_path: a.json, seed: -1}]", "field 'seed' is -1"),
     ("datasets: [{json_path: a.json, folder: b}]", "unknown field 'folder'"),
-    ("datasets:\n  - a: b\n c: [", "no valid YAML .line"),
-    ("datasets: !!python/object/apply:os.system [ls]", "no valid YAML"),
-    ("a\0b", "no valid YAML"),
+    ("datasets:\n  - a: b\n c: [", "not valid YAML .line"),
+    ("datasets: !!python/object/apply:os.system [ls]", "not valid YAML"),
+    ("a\0b", "not valid YAML"),
   ],
 )  # fmt: skip
 def test_a_mistake_is_named_in_one_line_with_its_place(tmp_path, text, said):
@@ -95,7 +95,7 @@ def test_a_mistake_is_named_in_one_line_with_its_place(tmp_path, text, said):
 def test_a_file_that_is_no_mixture_is_refused(tmp_path):
   with pytest.raises(InputError, match=r"cannot be read .No such file"):
     read_mixture(tmp_path / "none.yaml")
-  with pytest.raises(InputError, match=r"no mixture; give a \.yaml"):
+  with pytest.raises(InputError, match=r"not a mixture; give a \.yaml"):
     read_mixture(write(tmp_path / "notes.txt", ""))
   (tmp_path / "folder.yaml").mkdir()
   with pytest.raises(InputError, match="cannot be read"):

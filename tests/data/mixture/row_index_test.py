@@ -48,7 +48,10 @@ def test_a_list_and_lines_are_told_by_their_content(tmp_path, monkeypatch, form,
     ("", "holds no row"),
     ("no JSON\nat all\n", "holds no row"),
     ("[1, 2]", "holds no row"),
-    ('[{"id": 1}][{"id": 2}]', "follows the list of rows, which ends at byte 11; give one list"),
+    (
+      '[{"id": 1}][{"id": 2}]',
+      "follows the list of rows, which ends at byte 11; give only one list",
+    ),
     ('[\n{"id": 1}\n]\n[{"id": 2}]\n', "follows the list of rows, which ends at byte 13"),
     ('[{"id": 1}] junk', "follows the list"),
     ("[\n]" + " " * 3_000_000 + "x", "follows the list"),
@@ -128,7 +131,7 @@ def test_an_index_is_whole_on_the_disk_before_it_gets_its_name(tmp_path, monkeyp
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
   path = write_jsonl(tmp_path / "a.jsonl", [row(0)])
-  make = row_index._make
+  make = row_index._make_index
 
   def make_while_another_writes(json_path, directory):
     facts = make(json_path, directory)
@@ -136,7 +139,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
       file.write(json.dumps(row(1)))
     return facts
 
-  monkeypatch.setattr(row_index, "_make", make_while_another_writes)
+  monkeypatch.setattr(row_index, "_make_index", make_while_another_writes)
   with pytest.raises(InputError, match="changes while it is read; start again"):
     open_all(path)
 

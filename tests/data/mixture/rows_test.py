@@ -162,7 +162,7 @@ def test_a_file_that_is_gone_stops_the_run_and_its_rows_still_have_names(tmp_pat
   path = write_jsonl(tmp_path / "a.jsonl", [row(i) for i in range(3)])
   rows = open_all(path)
   path.unlink()
-  with pytest.raises(InputError, match=r"a\.jsonl: cannot be read any more .*; put it") as error:
+  with pytest.raises(InputError, match=r"a\.jsonl: can no longer be read .*; restore it") as error:
     rows[1]
   assert not isinstance(error.value, BrokenRow)
   assert rows.label(1) == "row 2"

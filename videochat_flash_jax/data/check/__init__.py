@@ -1,6 +1,6 @@
-"""`vcflash data check`: a mixture becomes a report.
+"""Checks a mixture before a run: `vcflash data check`.
 
-Takes a mixture. Gives counts and examples of what a run would not be able to read.
+Takes a mixture. Gives counts and examples of the rows and media that a run could not read.
 
 | file           | what it does                                  |
 |----------------|-----------------------------------------------|

@@ -1,4 +1,4 @@
-"""What a check of a mixture found, as a table or as JSON."""
+"""Writes what the check of a mixture found, as a table or as JSON."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ _HEADER = "rows", "video", "image", "text", "words", "opened", "frames", "second
 
 
 def as_json(reports: Sequence[SourceReport]) -> dict:
-  """All that was found: `rows`, `broken`, `by_reason`, and each of the `sources`."""
+  """Returns all that was found: `rows`, `broken`, `by_reason`, and each of the `sources`."""
   by_reason = {
     reason: count
     for reason in REASONS
@@ -24,7 +24,10 @@ def as_json(reports: Sequence[SourceReport]) -> dict:
 
 
 def as_table(reports: Sequence[SourceReport]) -> str:
-  """A line for each source and one for all, then what is broken in which, with a few names."""
+  """Returns a table with a line for each source and one for all, then what is broken.
+
+  For each source and each reason it gives the number of broken rows and a few of their names.
+  """
   lines = [_cells(report, report.source) for report in reports]
   if len(reports) > 1:
     total = SourceReport("all")
@@ -51,19 +54,22 @@ def as_table(reports: Sequence[SourceReport]) -> str:
 
 
 def is_broken(report: SourceReport) -> bool:
-  """Whether a source, or any of its rows, cannot be used."""
+  """Returns whether a source, or any of its rows, cannot be used."""
   return bool(report.problem or report.broken)
 
 
 def broken_lines(report: SourceReport) -> list[str]:
-  """What is broken in a source, by reason, with a few names; a blank line before each."""
+  """Returns the lines about what is broken in a source, by reason, with a few names of rows.
+
+  There is an empty line before each reason.
+  """
   text = ["", f"nothing of {report.source}", f"  {report.problem}"] if report.problem else []
   for reason in REASONS:
     if count := report.broken[reason]:
-      named = report.offenders[reason]
+      messages = report.offenders[reason]
       text += ["", f"{count:,} x {reason} in {report.source}"]
-      text += [f"  {message}" for message in named]
-      text += [f"  and {count - len(named):,} more"] if count > len(named) else []
+      text += [f"  {message}" for message in messages]
+      text += [f"  and {count - len(messages):,} more"] if count > len(messages) else []
   return text
 
 

@@ -1,7 +1,7 @@
-"""Reads a whole mixture before a run does, and tells what is broken.
+"""Reads a whole mixture before a run does, and reports what is broken.
 
-Every row is read and checked. Of the media a sample is opened, spread evenly over each source, or
-all of them: of a video the first and the last frame are decoded, an image is decoded whole.
+Every row is read and checked. A sample of the media, evenly spaced over each source, is opened, or
+all media. The first and the last frame of a video are decoded; an image is decoded completely.
 """
 
 import collections
@@ -33,12 +33,12 @@ from videochat_flash_jax.data.mixture.mixture import Mixture
 from videochat_flash_jax.data.mixture.rows import Rows, open_usable_rows
 from videochat_flash_jax.errors import InputError
 
-NUM_OFFENDERS = 5  # of a reason and a source that are named
-_NUM_PROBED = 16  # rows of a source whose media are looked for
+NUM_OFFENDERS = 5  # broken rows that are named, for each reason and source
+_NUM_PROBED = 16  # rows of each source, of which `check_roots` looks for the media
 _ROWS_AT_ONCE = 2048
 _ROWS_WITH_MEDIA_AT_ONCE = 64
-_CONFIG = ExampleConfig(image_size=32)  # frames are decoded, not looked at
-_REMEMBERED_FILES = 1024  # rows about one video tend to follow one another
+_CONFIG = ExampleConfig(image_size=32)  # the decoded frames are not used, so a small size will do
+_NUM_REMEMBERED_FILES = 1024  # rows about the same video are often neighbours
 
 
 @dataclasses.dataclass
@@ -47,16 +47,16 @@ class SourceReport:
 
   Attributes:
     source: path of the annotation file.
-    rows: how many there are.
-    kinds: rows that show a video, an image or neither.
-    words: of all conversations.
-    opened: media opened: "video", "image".
-    frames: of the videos opened.
-    seconds: of the videos opened.
-    damaged: videos opened of which a frame decoded was patched up or missing; they can be used.
-    half_clips: rows that have only one of `start` and `end`, which is then not looked at.
+    rows: number of rows.
+    kinds: number of rows that show a video, an image or neither.
+    words: words of all conversations.
+    opened: number of media opened: "video", "image".
+    frames: frames of the opened videos.
+    seconds: length of the opened videos.
+    damaged: opened videos of which a decoded frame was repaired or missing; a run can use them.
+    half_clips: rows that have only one of `start` and `end`, which is then ignored.
     broken: rows that cannot be used, by reason.
-    offenders: a few of them: what is wrong, and with which row, by reason.
+    offenders: a few of them, by reason: the row's name and what is wrong.
     problem: why none of its rows can be read, or "".
   """
 
@@ -74,31 +74,31 @@ class SourceReport:
   problem: str = ""
 
   def add_broken(self, label: str, error: BrokenRow) -> None:
-    """Counts a row that cannot be used, and names the first ones."""
+    """Counts a row that cannot be used; the first ones of each reason are kept as examples."""
     self.broken[error.reason] += 1
-    named = self.offenders.setdefault(error.reason, [])
-    if len(named) < NUM_OFFENDERS:
-      named.append(_named(label, error.detail.removeprefix(f"{self.source} ")))
+    examples = self.offenders.setdefault(error.reason, [])
+    if len(examples) < NUM_OFFENDERS:
+      examples.append(_with_name(label, error.detail.removeprefix(f"{self.source} ")))
 
   def add(self, other: "SourceReport") -> None:
-    """Adds what was found in further rows."""
+    """Adds what was found in further rows of the same source."""
     for field in dataclasses.fields(self):
       if field.name not in ("source", "offenders", "problem"):
         setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
     for reason, messages in other.offenders.items():
-      named = self.offenders.setdefault(reason, [])
-      named.extend(messages[: NUM_OFFENDERS - len(named)])
+      examples = self.offenders.setdefault(reason, [])
+      examples.extend(messages[: NUM_OFFENDERS - len(examples)])
 
 
 def check_roots(rows: Rows) -> None:
-  """Looks for some media of each source, so that a wrong `data_root` shows before a run.
+  """Looks for some media of each source, so that a wrong `data_root` is found before a run.
 
   Raises:
-    InputError: of a source there are none; names it and its data_root.
+    InputError: none of the media of a source exist; names the source and its data_root.
   """
   for source, (start, stop) in zip(rows.sources, rows.source_ranges, strict=True):
     probed = []
-    for index in start + _spread(_NUM_PROBED, stop - start):
+    for index in start + _evenly_spaced(_NUM_PROBED, stop - start):
       with contextlib.suppress(BrokenRow):
         probed.append(rows[index])
     try:
@@ -111,7 +111,7 @@ def check_roots(rows: Rows) -> None:
 def check_sources(
   mixture: Mixture, num_sampled: int | None, cache_dir: str | os.PathLike | None = None
 ) -> list[SourceReport]:
-  """Checks a mixture, also if some of its annotation files cannot be read; see `check_mixture`.
+  """Checks a mixture as `check_mixture` does, even if some annotation files cannot be read.
 
   Raises:
     InputError: there is only one annotation file, and it cannot be read.
@@ -130,11 +130,11 @@ def check_mixture(rows: Rows, num_sampled: int | None) -> list[SourceReport]:
   """Checks all rows of a mixture and opens media, on all cores.
 
   Args:
-    rows: of the mixture.
-    num_sampled: rows of each source whose media are opened; None opens all.
+    rows: rows of the mixture.
+    num_sampled: number of rows of each source whose media are opened; None opens all.
 
   Returns:
-    A report for each source, in their order.
+    A report for each source, in the order of the sources.
   """
   _open_file.cache_clear()  # files may have changed since the last check
   reports = [SourceReport(source.json_path) for source in rows.sources]
@@ -148,10 +148,10 @@ def check_mixture(rows: Rows, num_sampled: int | None) -> list[SourceReport]:
 
 
 def _tasks(rows, num_sampled) -> Iterator[tuple[int, range, frozenset[int]]]:
-  """Yields (source, rows to check, those whose media are opened)."""
+  """Yields (index of the source, rows to check, rows among them whose media are opened)."""
   for number, (start, stop) in enumerate(rows.source_ranges):
     count = stop - start if num_sampled is None else num_sampled
-    sampled = start + _spread(count, stop - start)
+    sampled = start + _evenly_spaced(count, stop - start)
     size = _ROWS_WITH_MEDIA_AT_ONCE if num_sampled is None else _ROWS_AT_ONCE
     for first in range(start, stop, size):
       checked = range(first, min(first + size, stop))
@@ -159,8 +159,8 @@ def _tasks(rows, num_sampled) -> Iterator[tuple[int, range, frozenset[int]]]:
       yield number, checked, frozenset(inside.tolist())
 
 
-def _spread(count: int, num_rows: int) -> np.ndarray:
-  """Numbers of at most `count` of `num_rows` rows, evenly spread."""
+def _evenly_spaced(count: int, num_rows: int) -> np.ndarray:
+  """Returns the indices of at most `count` of `num_rows` rows, evenly spaced, int `[count]`."""
   count = min(count, num_rows)
   return np.arange(count) * num_rows // max(count, 1)
 
@@ -170,7 +170,7 @@ def _run(rows: Rows, tasks: list) -> Iterable[SourceReport]:
   if num_processes == 1:
     yield from (_check_rows(rows, *task[1:]) for task in tasks)
     return
-  # Each process gets the rows once, not with every task.
+  # The rows are sent to each process once, not with every task.
   spawn = multiprocessing.get_context("spawn")
   with ProcessPoolExecutor(num_processes, spawn, _keep_rows, (rows,)) as executor:
     results = executor.map(_check_kept_rows, *list(zip(*tasks, strict=True))[1:])
@@ -180,21 +180,24 @@ def _run(rows: Rows, tasks: list) -> Iterable[SourceReport]:
       except BrokenProcessPool as error:
         source, first = rows.source(checked.start), rows.label(checked.start)
         raise InputError(
-          f"{source}: a process that checked rows was killed, for want of memory or by a file that "
-          f"FFmpeg or Pillow cannot bear; {len(checked)} rows from {first} on are the first ones "
-          "without an answer; free some memory, or check those and the next ones alone"
+          f"{source}: a process that checked rows was killed, because memory was short or because "
+          f"a file crashed FFmpeg or Pillow; {len(checked)} rows from {first} on are the first "
+          "ones without a result; free some memory, or check those and the next ones alone"
         ) from error
 
 
 def _keep_rows(rows: Rows) -> None:
+  """Keeps the rows in a global variable of this process."""
   globals()["_kept_rows"] = rows
 
 
 def _check_kept_rows(checked: range, opened: frozenset[int]) -> SourceReport:
+  """Checks some of the rows that `_keep_rows` kept in this process."""
   return _check_rows(globals()["_kept_rows"], checked, opened)
 
 
 def _check_rows(rows: Rows, checked: range, opened: frozenset[int]) -> SourceReport:
+  """Checks the rows `checked`, and opens the media of those in `opened`."""
   report = SourceReport(rows.source(checked.start), rows=len(checked))
   report.words = int(rows.words(checked).sum())
   for index in checked:
@@ -210,8 +213,11 @@ def _check_rows(rows: Rows, checked: range, opened: frozenset[int]) -> SourceRep
   return report
 
 
-def _named(label, message):
-  """The message, with the row's name before it unless it begins so, or with the file's path."""
+def _with_name(label, message):
+  """Returns the message with the row's name before it.
+
+  The name is not added if the message begins with it, or with a file's path that ends with it.
+  """
   begins_so = re.match(rf"(.*/)?{re.escape(label)}: ", message)
   return message if begins_so else f"{label}: {message}"
 
@@ -230,9 +236,9 @@ def _open_media(row, kind, report):
 
 
 class _Found(NamedTuple):
-  """What opening a file has shown: a video's facts, or what is wrong with it.
+  """What opening a file showed: the video's `info`, or what is wrong with the file.
 
-  The latter are reason and detail of a `BrokenRow`, which itself would keep the file open.
+  `problem` is reason and detail of a `BrokenRow`; the error itself would keep the file open.
   """
 
   info: VideoInfo | None = None
@@ -240,9 +246,9 @@ class _Found(NamedTuple):
   problem: tuple[str, str] | None = None
 
 
-@functools.lru_cache(_REMEMBERED_FILES)
+@functools.lru_cache(_NUM_REMEMBERED_FILES)
 def _open_file(kind: str, path: str, read_type: str | None) -> _Found:
-  """Decodes what shows whether a file is whole."""
+  """Decodes as much of a file as is needed to see whether it is complete."""
   try:
     if kind == "image":
       read_row_images({"image": path})

@@ -1,7 +1,7 @@
-"""What features depend on, and the names of what they were made from.
+"""What features depend on, and the keys of the videos and images that they were made from.
 
-A store of features belongs to one encoder: `FeatureKey` says which. In it an entry is found by the
-content of a file and the frames that were chosen, wherever the file lies, whatever it is called.
+A feature store belongs to one encoder, which `FeatureKey` describes. An entry of the store is found
+by the content of a file and by the chosen frames. So the file may be moved or renamed.
 """
 
 import dataclasses
@@ -18,23 +18,23 @@ from videochat_flash_jax.data.media.files import file_stamp, is_address, open_me
 from videochat_flash_jax.data.media.picture_folder import list_pictures
 from videochat_flash_jax.models.config import VideoChatFlashConfig, VisionConfig
 
-# To be raised with every change of what the reader of a video makes of it, or `preprocessing`, or
-# the tiling of images: older features are then refused.
+# Raise it with every change that gives other pixels: in the video reader, in the preprocessing, or
+# in the tiling of images. Older features are then rejected.
 PREPROCESSING_VERSION = 1
-_NUM_BLOCKS, _BLOCK_BYTES = 16, 1 << 16  # of a file are looked at
+_NUM_BLOCKS, _BLOCK_BYTES = 16, 1 << 16  # the parts of a file that are read for its digest
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureKey:
-  """What makes features, besides the frames themselves.
+  """What features depend on, besides the frames themselves.
 
   Attributes:
     vision: sizes of the encoder.
     clip_tokens: V, to which the tokens of a clip are merged.
-    merge_heads: heads over which their likeness is measured.
-    dtype: of the computation, such as "bfloat16".
-    weights: of the encoder, from `weights_digest`.
-    preprocessing: `PREPROCESSING_VERSION` of the program.
+    merge_heads: number of heads over which merging measures the similarity of tokens.
+    dtype: dtype of the computation, such as "bfloat16".
+    weights: digest of the encoder's weights, from `weights_digest`.
+    preprocessing: `PREPROCESSING_VERSION` of the program that made the features.
   """
 
   vision: VisionConfig
@@ -46,28 +46,29 @@ class FeatureKey:
 
   @classmethod
   def of(cls, config: VideoChatFlashConfig, dtype: str, weights: str) -> "FeatureKey":
-    """The key of a model's encoder; see the attributes."""
+    """Returns the key of a model's encoder; see the attributes."""
     connector = config.connector
     return cls(config.vision, connector.clip_tokens, connector.merge_heads, dtype, weights)
 
   def facts(self) -> dict[str, int | str]:
-    """All fields, flat and fit for JSON, in the order in which they are compared."""
+    """Returns all fields as a flat dict of JSON values, in the order in which they are compared."""
     facts = dataclasses.asdict(self)
     return facts.pop("vision") | facts
 
   @property
   def digest(self) -> str:
-    """Tells keys apart."""
+    """A digest that differs between different keys."""
     return _digest(json.dumps(self.facts()).encode()).hex()
 
 
 def weights_digest(weights: Iterable[tuple[str, np.ndarray]]) -> str:
-  """Tells the weights of encoders apart: a SHA-256 over names, shapes and values.
+  """Returns a digest that differs between encoders with different weights.
 
-  Values count as float32, so that weights which were released in bfloat16 are the same in both.
+  It is the SHA-256 of names, shapes and values. Values are converted to float32, so that weights
+  which were released in bfloat16 have the same digest in both dtypes.
 
   Args:
-    weights: names and arrays, in a fixed order; each is looked at once, and not kept.
+    weights: names and arrays, in a fixed order; each is read once, and not kept.
   """
   total = hashlib.sha256()
   for name, array in weights:
@@ -77,14 +78,15 @@ def weights_digest(weights: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def file_digest(path: str | os.PathLike) -> bytes:
-  """Tells files apart: 16 bytes from the size and 16 blocks of 64 KiB, spread evenly.
+  """Returns a digest of a file: 16 bytes from its size and 16 evenly spaced blocks of 64 KiB.
 
-  A file of a megabyte or less is read whole. Two larger ones count as the same only if they agree
-  in size and in all blocks; the index of a video, at its start or end, holds the size of every
-  frame. So a file that was copied or renamed is known again, and hours of video cost milliseconds.
+  A file of a megabyte or less is read completely. Two larger files have the same digest only if
+  they have the same size and the same blocks. This suffices for videos: the index of a video, at
+  its start or end, holds the size of every frame. So a file that was copied or renamed is
+  recognised, and hours of video cost milliseconds.
 
   Raises:
-    InputError: as `media_files.open_media`.
+    InputError: as in `files.open_media`.
     OSError: the file cannot be read.
   """
   return _file_digest(str(path), file_stamp(path))
@@ -95,26 +97,26 @@ def _file_digest(path, stamp):
   media = open_media(path)
   with media if is_address(path) else open(media, "rb") as file:
     size = file.seek(0, os.SEEK_END)
-    last = max(size - _BLOCK_BYTES, 0)
+    last_start = max(size - _BLOCK_BYTES, 0)
     parts = [str(size).encode()]
-    for place in range(_NUM_BLOCKS):
-      start = last * place // (_NUM_BLOCKS - 1)
+    for block in range(_NUM_BLOCKS):
+      start = last_start * block // (_NUM_BLOCKS - 1)
       if size <= _NUM_BLOCKS * _BLOCK_BYTES:
-        start = place * _BLOCK_BYTES
+        start = block * _BLOCK_BYTES
       file.seek(start)
       parts.append(file.read(_BLOCK_BYTES))
   return _digest(*parts)
 
 
 def frames_entry(path: str | os.PathLike, indices: Sequence[int] | np.ndarray) -> bytes:
-  """The name of the clips of a video: 16 bytes.
+  """Returns the key of a video's clips in a feature store: 16 bytes.
 
   Args:
-    path: of a video file, or of a folder of pictures, of which those chosen are looked at.
-    indices: of the frames, in order.
+    path: of a video file, or of a folder of pictures, of which only the chosen ones are read.
+    indices: indices of the chosen frames, in order, integers `[T]`.
 
   Raises:
-    InputError: as `media_files.open_media`.
+    InputError: as in `files.open_media`.
     OSError: a file cannot be read.
   """
   if os.path.isdir(path):
@@ -124,11 +126,11 @@ def frames_entry(path: str | os.PathLike, indices: Sequence[int] | np.ndarray) -
 
 
 def image_entry(image: np.ndarray, tiles: Sequence[int] | None) -> bytes:
-  """The name of an image's tiles: 16 bytes.
+  """Returns the key of an image's tiles in a feature store: 16 bytes.
 
   Args:
     image: uint8 `[H, W, 3]`, of its own size.
-    tiles: columns and rows into which it is cut, None if it is padded to one square.
+    tiles: columns and rows of tiles that it is cut into, None if it is padded to one square.
   """
   return _digest(b"image", json.dumps([image.shape, tiles]).encode(), image.tobytes())
 

@@ -1,4 +1,5 @@
-"""What a frozen encoder made of videos, on disk: an hour of video is encoded once.
+# Over 300 lines: the writer and the reader share one file format.
+"""Keeps the features of a frozen encoder on disk, so that an hour of video is encoded only once.
 
   store = FeatureStore.open("features", key, create=True)
   with store.writing() as writer:
@@ -7,16 +8,16 @@
 
 A folder holds
 
-  key.json   what made the features; another encoder is refused
+  key.json   what made the features; opening the folder with another encoder is an error
   clips      one array [clips, V, E] for TensorStore or zarr: Zarr 3, 64 clips a file
-  entries    for each entry its first clip, how many there are, and whether its video is damaged
+  entries    for each entry its first clip, the number of clips, and whether its video is damaged
   videos     length and rate of each video, so that its frames are chosen without opening it
 
-Features are those after merging and before the connector's MLP, which has yet to be trained when
-they are worth most. One growing array keeps the number of files small, however small the entries
-are. An entry counts once its record is written, after its clips; what a killed process left beyond
-the last record is written over. One process writes at a time, others may read: they find what was
-there when they opened the store.
+Features are those after merging and before the connector's MLP, because the MLP is usually not yet
+trained when a store saves most work. There is one growing array for all entries, so that there are
+few files even if entries are small. An entry exists once its record is written, which happens after
+its clips are written. If a process is killed, later clips overwrite those that have no record. One
+process writes at a time, and others may read: they find what was there when they opened the store.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from videochat_flash_jax.errors import InputError
 
 FORMAT = 2
 CLIPS_PER_FILE = 64
-_MOST_CLIPS = 1 << 40  # the shape of the array, so that it need not change as clips are added
+_MOST_CLIPS = 1 << 40  # first axis of the array, so large that it never changes as clips are added
 _ENTRY_FIELDS = ("first", "<i8"), ("clips", "<i8"), ("is_damaged", "u1")
 _VIDEO_FIELDS = (
   ("num_frames", "<i8"), ("fps", "<f8"), ("seconds", "<f8"), ("height", "<i4"), ("width", "<i4")
@@ -47,10 +48,10 @@ _VIDEO_FIELDS = (
 
 
 class FeatureStore:
-  """Features of one encoder. Other processes are sent the path alone, and open it themselves."""
+  """The features of one encoder. Other processes get only path and key, and open the files."""
 
   def __init__(self, path: Path, key: FeatureKey):
-    """See `open`."""
+    """Stores path and key; use `open`."""
     self.path, self.key = path, key
 
   @classmethod
@@ -61,11 +62,11 @@ class FeatureStore:
 
     Args:
       path: the folder.
-      key: what the features are made by.
+      key: the encoder that the features must be from.
       create: whether to make the folder if it is missing.
 
     Raises:
-      InputError: there is no such store, it was made by another encoder, or cannot be read.
+      InputError: there is no such store, another encoder made it, or it cannot be read.
     """
     store = cls(Path(path), key)
     with _named_errors(store.path):
@@ -85,11 +86,11 @@ class FeatureStore:
 
   @property
   def clip_shape(self) -> tuple[int, int]:
-    """(V, E) of a clip."""
+    """The shape (V, E) of a clip's features."""
     return self.key.clip_tokens, self.key.vision.width
 
   def get(self, entry: bytes) -> np.ndarray | None:
-    """The features of an entry, bfloat16 `[C, V, E]`, or None if it is not here.
+    """Returns the features of an entry, bfloat16 `[C, V, E]`, or None if there is no such entry.
 
     Raises:
       InputError: files of the store are missing or damaged.
@@ -102,26 +103,29 @@ class FeatureStore:
       return self._clips[first : first + clips].read().result()
 
   def is_damaged(self, entry: bytes) -> bool:
-    """Whether other frames stood in for some of an entry's, which could not be read."""
+    """Returns whether some frames of an entry could not be read and were replaced by others."""
     found = self._entries.find(entry)
     return found is not None and bool(found[2])
 
   def video_info(self, path: str | os.PathLike) -> VideoInfo | None:
-    """Facts of a video file of which there are features, without opening it as a video."""
+    """Returns length, rate and size of a video that has features, without opening the video.
+
+    Returns None for other videos, and for a folder of pictures.
+    """
     try:
       if os.path.isdir(path):
-        return None  # the rate at which pictures are shown is not theirs
+        return None  # the rate at which pictures are shown is not a property of the folder
       found = self._videos.find(file_digest(path))
-    except (OSError, TypeError, ValueError):  # whoever opens it says what is wrong
+    except (OSError, TypeError, ValueError):  # opening the video will raise a clear error
       return None
     return found and VideoInfo(*found)
 
   @contextlib.contextmanager
   def writing(self) -> Iterator["FeatureWriter"]:
-    """Gives the one writer; what it was given is on disk when the block is left.
+    """Gives the only writer; all that was added is on disk when the block ends.
 
     Raises:
-      InputError: another process writes there, or the disk is full.
+      InputError: another process writes to the store, or the disk is full.
     """
     with self._lock():
       with _named_errors(self.path):
@@ -153,28 +157,28 @@ class FeatureStore:
   def _open_clips(self, create):
     import tensorstore  # slow to import, and not always needed
 
-    clip, files = self.clip_shape, [CLIPS_PER_FILE, *self.clip_shape]
+    clip, file_shape = self.clip_shape, [CLIPS_PER_FILE, *self.clip_shape]
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     sharding = {"chunk_shape": [1, *clip], "codecs": codecs, "index_codecs": codecs}
     metadata = {
       "shape": [_MOST_CLIPS, *clip],
       "data_type": "bfloat16",
       "dimension_names": ["clip", "token", "channel"],
-      "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": files}},
+      "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file_shape}},
       "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
     spec = {
       "driver": "zarr3",
       "kvstore": {"driver": "file", "path": f"{self.path / 'clips'}{os.sep}"},
       "metadata": metadata,
-      "store_data_equal_to_fill_value": True,  # so that a chunk that is not there is an error
+      "store_data_equal_to_fill_value": True,  # so that a missing chunk is always an error
       "fill_missing_data_reads": False,
     }
     return tensorstore.open(spec, open=True, create=create).result()
 
   def _create(self):
     if self.path.is_dir() and any(self.path.iterdir()):
-      raise InputError(f"{self.path}: a folder of other things; give a new one for features")
+      raise InputError(f"{self.path}: the folder holds other files; give a new folder for features")
     self.path.mkdir(parents=True, exist_ok=True)
     made_by = f"videochat_flash_jax {__version__}"
     facts = {"format": FORMAT, **self.key.facts(), "made_by": made_by}
@@ -183,15 +187,15 @@ class FeatureStore:
     os.replace(part, self._key_file)
 
   def _check_key(self):
-    """Refuses features of another encoder, and names the first thing that differs."""
+    """Raises an error if another encoder made the features; names the first difference."""
     if not self._key_file.exists():
-      remedy = "vcflash data encode makes them, or check the path"
+      remedy = "make them with vcflash data encode, or check the path"
       raise InputError(f"{self.path}: there are no features; {remedy}")
     try:
       saved = json.loads(self._key_file.read_text())
       saved.keys()
     except (ValueError, AttributeError) as error:
-      raise InputError(f"{self._key_file}: no key of features; give another folder") from error
+      raise InputError(f"{self._key_file}: not a key of features; give another folder") from error
     for name, value in {"format": FORMAT, **self.key.facts()}.items():
       if saved.get(name) != value:
         raise InputError(
@@ -201,8 +205,8 @@ class FeatureStore:
 
   @contextlib.contextmanager
   def _lock(self):
-    """Ours until the block is left, or the process ends in whatever way."""
-    import fcntl  # not on every system
+    """Locks the store until the block ends, or until the process ends for whatever reason."""
+    import fcntl  # not available on every operating system
 
     with contextlib.ExitStack() as stack:
       with _named_errors(self.path):
@@ -211,35 +215,40 @@ class FeatureStore:
           fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
           remedy = "wait for it, or give another folder"
-          raise InputError(f"{self.path}: another process writes there; {remedy}") from error
+          raise InputError(f"{self.path}: another process writes to it; {remedy}") from error
       yield
 
 
 class FeatureWriter:
-  """Adds entries. Clips are collected to whole files; an entry counts when its last one is full."""
+  """Adds entries to a store.
+
+  Clips are collected until they fill a file. An entry exists once its last clip is on disk.
+  """
 
   def __init__(self, path: Path, entries: RecordFile, videos: RecordFile, clips):
-    """Made by `FeatureStore.writing`."""
+    """Is called by `FeatureStore.writing` only."""
     self._path, self._entries, self._videos, self._clips = path, entries, videos, clips
-    # Clips up to `_start` are on disk; those up to `_end` wait in `_file`, at their places there.
+    # Clips up to `_start` are on disk; those up to `_end` wait in `_file`, at their final offsets.
     old = entries.records
     self._start = self._end = int((old["first"] + old["clips"]).max(initial=0))
     self._file = np.empty((CLIPS_PER_FILE, *clips.shape[1:]), ml_dtypes.bfloat16)
-    self._waiting: dict[bytes, tuple[int, int, bool]] = {}
+    self._waiting: dict[bytes, tuple[int, int, bool]] = {}  # records without all clips on disk
 
   def __contains__(self, entry: bytes) -> bool:
     return entry in self._waiting or self._entries.find(entry) is not None
 
   def put(self, entry: bytes, clips: Iterable[np.ndarray]) -> None:
-    """Adds an entry, clip by clip as they come; if that fails, nothing of it.
+    """Adds an entry, clip by clip as they are made; if that fails, nothing of the entry is added.
 
-    `entry` is of `feature_key` and not here yet; `clips` are bfloat16 `[V, E]` each.
+    Args:
+      entry: its key, from `feature_key`; it must be new.
+      clips: features of each clip, bfloat16 `[V, E]`.
 
     Raises:
-      InputError: the disk is full, say.
+      InputError: the clips cannot be written; for example, the disk is full.
     """
     if entry in self:
-      raise ValueError("the entry is here already")
+      raise ValueError("the store already has this entry")
     first = self._end
     try:
       for clip in clips:
@@ -250,27 +259,29 @@ class FeatureWriter:
     self._waiting[entry] = first, self._end - first, False
 
   def mark_damaged(self, entry: bytes) -> None:
-    """Notes of the entry put last that frames of its video could not be read."""
+    """Records that frames of the video of the last added entry could not be read."""
     self._waiting[entry] = *self._waiting[entry][:2], True
 
   def put_video(self, path: str | os.PathLike, info: VideoInfo) -> None:
-    """Notes the facts of a video file for `FeatureStore.video_info`."""
+    """Stores length, rate and size of a video file for `FeatureStore.video_info`."""
     digest = file_digest(path)
     if self._videos.find(digest) is None:
       with _named_errors(self._path):
         self._videos.append({digest: dataclasses.astuple(info)})
 
   def flush(self) -> None:
-    """Writes what was collected."""
+    """Writes the collected clips, and the records of entries whose clips are all written."""
     start, end = self._start, self._end
     with _named_errors(self._path):
       if end > start:
         file = start // CLIPS_PER_FILE * CLIPS_PER_FILE
         self._clips[start:end].write(self._file[start - file : end - file]).result()
         self._start = end
-      whole = {e: place for e, place in self._waiting.items() if sum(place[:2]) <= self._start}
-      self._entries.append(whole)
-    for entry in whole:
+      complete = {
+        entry: record for entry, record in self._waiting.items() if sum(record[:2]) <= self._start
+      }
+      self._entries.append(complete)
+    for entry in complete:
       del self._waiting[entry]
 
   def _add(self, clip):
@@ -284,13 +295,14 @@ class FeatureWriter:
 
 @contextlib.contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
+  """Turns errors of the disk and of TensorStore into an `InputError` that names the store."""
   try:
     yield
   except InputError:
     raise
   except OSError as error:
     reason = error.strerror or error
-    remedy = "give another folder, or mend it"
+    remedy = "give another folder, or repair this one"
     raise InputError(f"{path}: cannot be used ({reason}); {remedy}") from error
   except ValueError as error:  # TensorStore's
     reason = " ".join(str(error).split())[:200]

@@ -1,11 +1,12 @@
-"""A file of small records that only grows, each found by a digest of 16 bytes.
+"""A file of small records that only grows; each record is found by a digest of 16 bytes.
 
   entries = RecordFile(folder / "entries", [("first", "<i8"), ("clips", "<i8")])
   entries.append({digest: (0, 25)})
   entries.find(digest)             # (0, 25)
 
-A million records take tens of megabytes of memory and are ready in a moment. A record counts when
-all of it is there: what a process that was killed left of one is written over by the next.
+A million records take tens of megabytes of memory and are loaded in a moment. A record exists once
+all of it is written. If a process was killed while it wrote a record, the next record overwrites
+the incomplete one.
 """
 
 import os
@@ -16,10 +17,10 @@ import numpy as np
 
 
 class RecordFile:
-  """The records of one file, as they were when it was opened, and those appended since.
+  """The records that a file had when it was opened, and those appended since then.
 
   Attributes:
-    records: those there were, a structured array in no order.
+    records: the records of the opened file, a structured array `[records]`, in no useful order.
   """
 
   def __init__(self, path: Path, fields: Sequence[tuple[str, str]]):
@@ -27,14 +28,14 @@ class RecordFile:
 
     Args:
       path: of the file.
-      fields: name and NumPy type of what a record holds.
+      fields: name and NumPy type of each field of a record.
     """
     self._path, self._dtype = path, np.dtype([("digest", "<u8", (2,)), *fields])
-    num_whole = path.stat().st_size // self._dtype.itemsize if path.exists() else 0
-    records = np.fromfile(path, self._dtype, num_whole) if num_whole else np.empty(0, self._dtype)
-    # A file system that lost its power may have lengthened the file with zeros.
-    (blank,) = np.nonzero(~records["digest"].any(axis=1))
-    records = records[: blank[0] if len(blank) else num_whole]
+    count = path.stat().st_size // self._dtype.itemsize if path.exists() else 0
+    records = np.fromfile(path, self._dtype, count) if count else np.empty(0, self._dtype)
+    # After a power failure the file may end with zeros that nobody wrote.
+    (empty,) = np.nonzero(~records["digest"].any(axis=1))
+    records = records[: empty[0] if len(empty) else count]
     self.records = records[np.argsort(records["digest"][:, 0])]
     self._halves = np.ascontiguousarray(self.records["digest"][:, 0])
     self._new: dict[bytes, tuple] = {}
@@ -43,7 +44,7 @@ class RecordFile:
     return len(self.records) + len(self._new)
 
   def find(self, digest: bytes) -> tuple | None:
-    """What the record of a digest holds, if there is one."""
+    """Returns the fields of the record with this digest, or None."""
     if digest in self._new:
       return self._new[digest]
     half = np.frombuffer(digest, "<u8")[0]
@@ -54,7 +55,7 @@ class RecordFile:
     return None
 
   def append(self, values: Mapping[bytes, tuple]) -> None:
-    """Adds records, lastingly when it returns. One process at a time may do so."""
+    """Adds records; they are on the disk when it returns. Only one process at a time may do so."""
     if not values:
       return
     records = np.array(

@@ -1,17 +1,17 @@
-"""A file on disk becomes pixels.
+"""Turns a video or image file into pixels.
 
 Takes a path or an address of a video, an image, or a folder of pictures. Gives uint8 RGB frames
 `[frames, height, width, 3]` with their times in seconds, or uint8 image tiles.
 
 | file             | what it does                                                           |
 |------------------|------------------------------------------------------------------------|
-| `files`          | opens paths and addresses (`gs://`, `https://`) alike                  |
-| `frame_sampling` | decides which frames of a video the model sees                         |
-| `video_reader`   | opens a video and gives chosen frames; the entry of this folder        |
+| `files`          | opens local paths and addresses (`gs://`, `https://`) in the same way  |
+| `frame_sampling` | chooses which frames of a video the model sees                         |
+| `video_reader`   | opens a video and gives chosen frames; start reading here              |
 | `video_decoder`  | decodes chosen frames of one video file, and as few others as possible |
 | `video_timeline` | finds when each frame is shown and where decoding can start            |
 | `picture_folder` | lists and reads the pictures of a folder, as the frames of a video     |
-| `image_reader`   | reads one image the way a viewer shows it                              |
+| `image_reader`   | reads one image the way an image viewer shows it                       |
 | `image_tiling`   | cuts an image into square tiles and a base view                        |
 | `resize`         | resizes pictures to the size that the encoder takes                    |
 """

@@ -1,9 +1,11 @@
-"""Files by path or by address: `gs://`, `s3://`, `http://` and whatever else fsspec knows.
+"""Opens files by path or by address: `gs://`, `s3://`, `http://` and the other protocols of fsspec.
 
-An address is read where it is, by parts, of which 32 MB are held: nothing is copied to the disk.
-Yet to open a video there fetches all of it: when its frames are shown is told by walking over all
-packets, see video_timeline.py. The parts that its frames are in are fetched once more, if they are
-not held any longer. Paths of the local disk are left to those who read them.
+A file at an address is read in parts over the network. Up to 32 MB of these parts are kept in
+memory, and nothing is copied to the local disk. To open a video at an address, however, the whole
+file is fetched: the times of its frames are found by reading all of its packets, see
+video_timeline.py. The parts that hold the chosen frames are then fetched a second time, unless they
+are still in memory. A path on the local disk is returned as it is; the library that decodes the
+file opens it.
 """
 
 import contextlib
@@ -17,13 +19,15 @@ from typing import BinaryIO
 from videochat_flash_jax.errors import InputError
 
 _BLOCK_BYTES = 1 << 20
-_NUM_BLOCKS = 32  # of one file kept in memory; those used least recently go first
+_NUM_BLOCKS = 32  # of one file, kept in memory; the least recently used block is dropped first
 _COPIED_BYTES = 1 << 22
-_CHANGING_FACTS = (
+# Fields of fsspec's `info` whose value changes when the file changes.
+_VERSION_FIELDS = (
   "ETag", "etag", "mtime", "LastModified", "Last-Modified", "updated", "generation", "md5Hash",
   "Content-MD5", "Digest",
 )  # fmt: skip
-_GONE, _BUSY = (404, 410), (408, 425, 429)  # what a web server says; from 500 on it fails, too
+# HTTP status codes: the file does not exist; try again later. Codes from 500 on are temporary, too.
+_GONE, _BUSY = (404, 410), (408, 425, 429)
 _PACKAGES = {
   "gs": "gcsfs",
   "gcs": "gcsfs",
@@ -36,29 +40,32 @@ _PACKAGES = {
 
 
 def check_regular(path: str | os.PathLike) -> None:
-  """Refuses what would be waited for, or read without end: a pipe, a socket, a device.
+  """Raises an error for a path that cannot be read to its end: a pipe, a socket or a device.
 
-  What is missing passes, and so do folders and addresses.
+  Reading one of these might wait forever or never end. Missing paths, folders and addresses pass.
 
   Raises:
-    InputError: the path is of such a thing.
+    InputError: the path is a pipe, a socket or a device.
   """
-  is_here = not is_address(path) and os.path.exists(path)
-  if is_here and not (os.path.isfile(path) or os.path.isdir(path)):
-    raise InputError(f"{path}: a pipe or a device, no file; copy what it gives into a file")
+  is_local = not is_address(path) and os.path.exists(path)
+  if is_local and not (os.path.isfile(path) or os.path.isdir(path)):
+    raise InputError(f"{path}: a pipe or a device, not a file; copy its content into a file")
 
 
 def is_address(path: str | os.PathLike) -> bool:
-  """Whether a path is an address such as "gs://bucket/a.mp4"."""
+  """Returns whether a path is an address such as "gs://bucket/a.mp4"."""
   return re.match(r"[A-Za-z][\w+.-]*://", str(path)) is not None
 
 
 def open_media(path: str | os.PathLike) -> str | os.PathLike | BinaryIO:
-  """What PyAV and Pillow can open: a local path as it is, an address as a seekable binary file.
+  """Returns something that PyAV and Pillow can open.
+
+  A local path is returned as it is, an address as a binary file object that can seek.
 
   Raises:
-    InputError: there is no such file, its server sends no parts, a package for it is missing, or
-      the network or the server fails; the latter, which may not last, has an OSError as its cause.
+    InputError: there is no such file, its server cannot send parts of a file, the package for its
+      protocol is missing, or the network or the server fails. A failure of the network or the
+      server may be temporary; such an error has an OSError as its cause.
   """
   if not is_address(path):
     return path
@@ -76,22 +83,25 @@ def open_media(path: str | os.PathLike) -> str | os.PathLike | BinaryIO:
 
 
 def _check_parts(file, path):
-  """Reads the last byte, and so what a decoder wants first: where an mp4's index often is."""
+  """Reads the last byte, to check that the server can send parts of a file.
+
+  A decoder often reads the end of a file first, too: many mp4 files have their index there.
+  """
   try:
     file.seek(-1, os.SEEK_END)
     file.read(1)
     file.seek(0)
-  except ValueError as error:  # fsspec's, of a server that answers with the whole file
+  except ValueError as error:  # fsspec raises it when a server answers with the whole file
     raise InputError(
-      f"{path}: the file is empty, or its server sends no parts of files; download it first"
+      f"{path}: the file is empty, or its server cannot send parts of a file; download it first"
     ) from error
 
 
 def exists(path: str | os.PathLike) -> bool:
-  """Whether there is a file, or a folder, of this path or address.
+  """Returns whether there is a file or a folder at a path or an address.
 
   Raises:
-    InputError: this cannot be told now: the network or the server fails; see `open_media`.
+    InputError: the network or the server fails, so that the answer is unknown; see `open_media`.
   """
   if not is_address(path):
     return os.path.exists(path)
@@ -105,11 +115,14 @@ def exists(path: str | os.PathLike) -> bool:
 
 
 def file_stamp(path: str | os.PathLike) -> tuple[int, int | str]:
-  """Size in bytes, and what else changes when a file does, if that is known ("" if not).
+  """Returns a file's size in bytes and a value that changes when the file changes.
+
+  The second value is the time of the last change in nanoseconds for a local file. For an address it
+  is what the server reports (an ETag, a time, a hash), or "" if it reports nothing like that.
 
   Raises:
-    OSError: of a local file.
-    InputError: as `check_regular`; of an address, as `open_media`.
+    OSError: a local file cannot be read.
+    InputError: as in `check_regular`; for an address, as in `open_media`.
   """
   check_regular(path)
   if not is_address(path):
@@ -117,13 +130,17 @@ def file_stamp(path: str | os.PathLike) -> tuple[int, int | str]:
     return status.st_size, status.st_mtime_ns
   with _named_errors(path):
     files, name = file_system(str(path))
-    facts = files.info(name)
-  changing = [f"{field} {facts[field]}" for field in _CHANGING_FACTS if facts.get(field)]
-  return facts.get("size") or 0, ", ".join(changing)
+    info = files.info(name)
+  versions = [f"{field} {info[field]}" for field in _VERSION_FIELDS if info.get(field)]
+  return info.get("size") or 0, ", ".join(versions)
 
 
 def copy_file(address: str, path: Path) -> None:
-  """Copies a file from an address to the local disk; raises as `open_media`."""
+  """Copies a file from an address to the local disk.
+
+  Raises:
+    InputError: as in `open_media`.
+  """
   with open(path, "wb") as copy, _named_errors(address):
     files, name = file_system(address)
     with files.open(name, "rb") as remote:
@@ -132,18 +149,21 @@ def copy_file(address: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def _named_errors(address: str | os.PathLike) -> Iterator[None]:
-  """Libraries of many makers fail in as many ways."""
+  """Turns every error inside the block into an `InputError` that names the address.
+
+  It is needed because the libraries for the protocols raise errors of many different types.
+  """
   try:
     yield
   except InputError:
     raise
   except FileNotFoundError as error:
-    # fsspec says so of a web server that cannot be reached, fails or refuses, too.
+    # fsspec raises this also when a web server cannot be reached, fails, or denies access.
     if error.__cause__ and str(address).startswith("http"):
       status = getattr(error.__cause__, "status", 500)
       if status not in _GONE:
-        may_pass = status >= 500 or status in _BUSY
-        cause = (ConnectionError if may_pass else PermissionError)(str(error.__cause__))
+        is_temporary = status >= 500 or status in _BUSY
+        cause = (ConnectionError if is_temporary else PermissionError)(str(error.__cause__))
         raise _failure(address, error) from cause
     raise InputError(f"{address}: there is no such file; check the address") from error
   except OSError as error:
@@ -153,7 +173,10 @@ def _named_errors(address: str | os.PathLike) -> Iterator[None]:
 
 
 def server_failure(error: Exception) -> Exception:
-  """An error met while a file is read; what a web server has failed in is a `ConnectionError`."""
+  """Returns an error met while a file was read, as a `ConnectionError` if a web server caused it.
+
+  Errors of aiohttp come from a web server. All other errors are returned unchanged.
+  """
   is_of_server = type(error).__module__.partition(".")[0] == "aiohttp"
   return ConnectionError(str(error)) if is_of_server else error
 
@@ -166,12 +189,12 @@ def _failure(address, error):
 
 
 def file_system(address: str):
-  """The file system (of fsspec) of an address, and the file's name in it.
+  """Returns the fsspec file system of an address, and the file's name in that file system.
 
   Raises:
-    InputError: it has a protocol that is unknown, or whose package is missing.
+    InputError: the protocol is unknown, or the package for it is missing.
   """
-  import fsspec  # slow to import, and seldom needed
+  import fsspec  # slow to import, and rarely needed
 
   protocol = address.partition("://")[0]
   try:
@@ -179,6 +202,8 @@ def file_system(address: str):
   except ImportError as error:
     package = _PACKAGES.get(protocol)
     remedy = f"pip install {package}" if package else str(error).strip()
-    raise InputError(f"{address}: {protocol}:// needs a package more; {remedy}") from error
+    raise InputError(f"{address}: {protocol}:// needs one more package; {remedy}") from error
   except ValueError as error:
-    raise InputError(f"{address}: {protocol}:// is no protocol that can be read") from error
+    raise InputError(
+      f"{address}: {protocol}:// is an unknown protocol; use one such as https:// or gs://"
+    ) from error

@@ -1,9 +1,9 @@
-"""Which frames of a video the model sees.
+"""Chooses which frames of a video the model sees.
 
-Frames are numbered in presentation order from 0. Every function returns int64 indices that never
-decrease. The rules are those of the original (its training reader and its `load_video`), with
-two repairs that no released weight depends on: a misspelt sampling word is an error, and the
-indices of a clip count from the start of the video.
+Frames are numbered in presentation order from 0. Every function that picks frames returns their
+indices, int64 `[T]`, in an order that never decreases. The rules are those of the original (its
+training reader and its `load_video`), with two corrections on which no released weight depends: a
+misspelt sampling word is an error, and the indices of a clip count from the start of the video.
 """
 
 import re
@@ -22,14 +22,18 @@ def inference_indices(
   """Picks the frames to watch for an answer: one a second within bounds, a multiple of four.
 
   T = max(min_frames, min(local_frames * floor(seconds / local_frames), max_frames)), see
-  `dynamic_num_frames`. `max_frames`, the user's wish, replaces the model's own upper bound and
-  wins over its lower bound too. It is rounded down to whole clips; below one clip, that many
-  different frames are shown, and the last one is repeated.
+  `dynamic_num_frames`. The argument `max_frames`, which the user may give, replaces the upper bound
+  of the model, and it wins over the lower bound too. It is rounded down to whole clips of four. If
+  it is less than four, that many different frames are picked, and the last one is repeated to fill
+  the clip.
 
   A video of 10 frames at 1 fps, min_frames=4, local_frames=4:
     max_frames=None  0 1 2 3 5 6 7 8
     max_frames=7     0 3 5 8
     max_frames=1     4 4 4 4
+
+  Returns:
+    int64 `[T]`.
 
   Raises:
     InputError: the video has no frame, or `max_frames` is not positive.
@@ -57,8 +61,9 @@ def dynamic_num_frames(
   """Counts the frames to pick: one a second, in groups of `local_frames`, within bounds.
 
   With local_frames=4 at 1 fps: 3 frames give 4, and so do 7; 8 give 8; and 300 give 64 if
-  max_frames=64. The lower bound wins over the upper one. A video with fewer frames than
-  min_frames lowers it to the groups it can fill: 7 frames, min_frames=64 give 4.
+  max_frames=64. The lower bound wins over the upper one. If the video has fewer frames than
+  min_frames, the lower bound becomes the number of frames in the whole groups that it can fill: 7
+  frames with min_frames=64 give 4.
   """
   if num_frames < min_frames:
     min_frames = num_frames // local_frames * local_frames
@@ -70,11 +75,14 @@ def dynamic_num_frames(
 
 
 def interval_indices(num_frames: int, num_picks: int, offset: int | None = None) -> np.ndarray:
-  """Cuts the video into equal intervals and takes the middle frame of each.
+  """Cuts the video into equal intervals and picks the middle frame of each.
 
-  10 frames, 4 picks: the intervals start at 0 2 5 7, their middles are 0 3 5 8; offset=0 takes
-  0 2 5 7, i.e. `offset` frames from each start. A video with fewer frames than picks repeats
-  the last one: 3 frames, 4 picks give 0 1 2 2.
+  10 frames, 4 picks: the intervals start at 0 2 5 7, and their middles are 0 3 5 8. With `offset`,
+  the frame that many frames after the start of each interval is picked: offset=0 gives 0 2 5 7. If
+  the video has fewer frames than picks, its last frame is repeated: 3 frames, 4 picks give 0 1 2 2.
+
+  Returns:
+    int64 `[num_picks]`.
 
   Raises:
     InputError: the video has no frame.
@@ -89,10 +97,10 @@ def interval_indices(num_frames: int, num_picks: int, offset: int | None = None)
 def fixed_rate_indices(
   num_frames: int, fps: float, picks_per_second: float, max_frames: int | None = None
 ) -> np.ndarray:
-  """Takes the frame nearest to the middle of each step of time, from the start on.
+  """Picks the frame nearest to the middle of each time step, beginning at the start of the video.
 
   10 frames at 2 fps, one pick a second: the middles 0.5 1.5 2.5 3.5 4.5 s are frames 1 3 5 7 9;
-  max_frames=2 keeps 1 3. A video shorter than half a step gives none.
+  max_frames=2 keeps 1 3. A video shorter than half a step gives no frame.
   """
   step = 1 / picks_per_second
   seconds = np.arange(step / 2, num_frames / fps + step / 2, step)
@@ -114,22 +122,26 @@ def training_indices(
   """Picks frames by the sampling word of a training run.
 
   The words, with 20 frames at 2 fps, num_picks=4 and max_frames=3:
-    middle        4 frames, the middles of 4 intervals (max_frames is not looked at): 2 7 12 17
-    dynamic_fps1  num_picks is not looked at; 8 frames for 10 s, cut to 3: 2 9 16
+    middle        4 frames, the middles of 4 intervals (max_frames is ignored): 2 7 12 17
+    dynamic_fps1  num_picks is ignored; 8 frames for 10 s, cut to 3: 2 9 16
     fps0.5        one frame every 2 s from the start, cut to 3: 2 6 10
 
   Args:
-    sample: `middle`, `dynamic_fps1` or `fps` followed by a number of frames a second.
+    sample: `middle`, `dynamic_fps1`, or `fps` followed by a number of frames a second.
     num_frames: frames in the video.
     fps: frames a second of the video.
-    num_picks: frames wanted by `middle`.
-    min_frames: at least this many frames for `middle` and `dynamic_fps1`, if the video has them.
-    max_frames: at most this many for `dynamic_fps1` and `fpsX`, where it exceeds min_frames.
+    num_picks: frames that `middle` picks.
+    min_frames: lower bound for `middle` and `dynamic_fps1`, if the video has that many frames.
+    max_frames: upper bound for `dynamic_fps1` and `fpsX`; for `dynamic_fps1` the lower bound wins
+      over it.
     local_frames: group size of `dynamic_fps1`.
-    offset: frame of each interval, counted from its start; by default its middle.
+    offset: which frame of each interval is picked, counted from its start; by default the middle.
+
+  Returns:
+    int64 `[T]`.
 
   Raises:
-    InputError: an unknown word, or a video without frames.
+    InputError: the word is unknown, or the video has no frame.
   """
   if sample == "middle":
     return interval_indices(num_frames, max(num_picks, min(min_frames, num_frames)), offset)
@@ -146,11 +158,14 @@ def training_indices(
   )
 
 
-def spread_indices(num_frames: int, num_picks: int) -> np.ndarray:
-  """Spreads picks evenly over a clip, as the original's reader of annotated clips does.
+def evenly_spaced_indices(num_frames: int, num_picks: int) -> np.ndarray:
+  """Picks evenly spaced frames of a clip, as the original's reader of annotated clips does.
 
-  10 frames, 4 picks: the spacing is 9 / 4 = 2.25, the first pick floor(2.25 / 2) = 1, the
-  others round(2.25 i) further on: 1 3 5 8.
+  10 frames, 4 picks: the spacing is 9 / 4 = 2.25, the first pick is floor(2.25 / 2) = 1, and the
+  i-th pick is round(2.25 i) after it: 1 3 5 8.
+
+  Returns:
+    int64 `[num_picks]`.
   """
   spacing = (num_frames - 1) / num_picks
   return int(spacing / 2) + np.round(spacing * np.arange(num_picks)).astype(np.int64)
@@ -159,11 +174,14 @@ def spread_indices(num_frames: int, num_picks: int) -> np.ndarray:
 def clip_indices(
   num_frames: int, fps: float, start_seconds: float, end_seconds: float, num_picks: int
 ) -> np.ndarray:
-  """Spreads picks over the part of a video between two times.
+  """Picks evenly spaced frames of the part of a video between two times.
 
-  300 frames at 30 fps, 5 s to 9 s, 4 picks: the clip is frames 150 to 269, the picks are 14 44
-  74 103 into it, so 164 194 224 253. (The original counted these from 0 again after it had gone
-  to the clip's start, and so returned consecutive frames there.)
+  300 frames at 30 fps, 5 s to 9 s, 4 picks: the clip is frames 150 to 269. The picks are frames 14
+  44 74 103 of the clip, so frames 164 194 224 253 of the video. (The original sought the start of
+  the clip and then counted these from 0 again, and so returned consecutive frames there.)
+
+  Returns:
+    int64 `[num_picks]`.
 
   Raises:
     InputError: the clip ends before it starts, or lies outside the video.
@@ -173,6 +191,6 @@ def clip_indices(
   if first >= last:
     raise InputError(
       f"clip from {start_seconds:g} s to {end_seconds:g} s holds no frame of a video of "
-      f"{num_frames / fps:.2f} s: mend its start and end"
+      f"{num_frames / fps:.2f} s: correct its start and end"
     )
-  return first + spread_indices(last - first, num_picks)
+  return first + evenly_spaced_indices(last - first, num_picks)

@@ -1,4 +1,4 @@
-"""Images of any kind as uint8 RGB, the way a viewer shows them."""
+"""Reads images of any kind as uint8 RGB, the way an image viewer shows them."""
 
 import contextlib
 import logging
@@ -17,19 +17,19 @@ _logger = logging.getLogger("videochat_flash_jax")
 
 
 def read_image(source: ImageSource) -> np.ndarray:
-  """Reads one image.
+  """Reads one image as uint8 RGB.
 
-  A rotation noted by the camera is applied, transparent parts become white, gray turns into RGB,
-  16 bits a channel are cut to 8. Of an animation the first picture counts.
+  The rotation that the camera recorded is applied, transparent parts become white, gray becomes
+  RGB, and 16 bits a channel are reduced to 8. Only the first picture of an animation is read.
 
   Args:
-    source: a path, a picture of Pillow's, or an array uint8 `[H, W, 3]` or, gray, `[H, W]`.
+    source: a path, a Pillow image, or an array uint8 `[H, W, 3]` or, for gray, `[H, W]`.
 
   Returns:
     uint8 `[H, W, 3]`.
 
   Raises:
-    InputError: there is no such file, it is no picture, or the array has another form.
+    InputError: there is no such file, it is not an image, or the array has another shape or dtype.
   """
   if isinstance(source, np.ndarray):
     return _from_array(source)
@@ -37,16 +37,16 @@ def read_image(source: ImageSource) -> np.ndarray:
     with _named_errors("the image"):
       return _as_rgb(source)
   if not isinstance(source, str | os.PathLike) or not str(source):
-    raise InputError(f"{source!r} is no image; give a path, a Pillow image or a uint8 array")
+    raise InputError(f"{source!r} is not an image; give a path, a Pillow image or a uint8 array")
   if os.path.isdir(source):
-    raise InputError(f"{source}: a folder, not an image; name its images one by one")
+    raise InputError(f"{source}: a folder, not an image; give its images one by one")
   if not is_address(source) and not os.path.exists(source):
     raise InputError(f"{source}: there is no such image file; check the path")
   check_regular(source)
   file = open_media(source)
   with _named_errors(source), Image.open(file) as picture:
     if getattr(picture, "is_animated", False):
-      _logger.warning("%s holds several pictures; only the first is looked at", source)
+      _logger.warning("%s holds several pictures; only the first is read", source)
     return _as_rgb(picture)
 
 
@@ -60,18 +60,21 @@ def _from_array(array):
 
 @contextlib.contextmanager
 def _named_errors(name):
-  """Pillow may report a broken picture by any kind of error; here they become one."""
+  """Turns every error inside the block into an `InputError` that names the image.
+
+  Pillow reports a broken picture by errors of many types.
+  """
   try:
     yield
   except Image.DecompressionBombError as error:
     raise InputError(f"{name}: far too many pixels to decode; scale the picture down") from error
   except Exception as error:  # IndexError, struct.error, SyntaxError...
-    raise InputError(f"{name}: not a readable picture; give a whole .jpg or .png") from error
+    raise InputError(f"{name}: not a readable picture; give a complete .jpg or .png") from error
 
 
 def _as_rgb(picture):
   picture = ImageOps.exif_transpose(picture)
-  if picture.mode.startswith("I"):  # gray of 16 bits; Pillow's own conversion cuts at 255
+  if picture.mode.startswith("I"):  # gray of 16 bits; Pillow's own conversion clips at 255
     return _from_array((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
   if picture.has_transparency_data:
     white = Image.new("RGBA", picture.size, "white")

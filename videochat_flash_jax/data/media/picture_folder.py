@@ -1,4 +1,4 @@
-"""The pictures of a folder, as the frames of a video."""
+"""Reads the pictures of a folder, as the frames of a video."""
 
 import re
 from pathlib import Path
@@ -13,15 +13,17 @@ _SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def list_pictures(folder: Path) -> list[Path]:
-  """The .jpg and .png of a folder, in natural order: 2.jpg before 10.jpg.
+  """Lists the .jpg and .png files of a folder in natural order: 2.jpg before 10.jpg.
 
   Raises:
-    InputError: the folder cannot be read, or has none.
+    InputError: the folder cannot be read, or has no such files.
   """
   try:
     files = list(folder.iterdir())
   except OSError as error:
-    raise InputError(f"{folder}: cannot be read ({error.strerror}); check its rights") from error
+    raise InputError(
+      f"{folder}: cannot be read ({error.strerror}); check its permissions"
+    ) from error
   pictures = sorted(
     (file for file in files if file.suffix.lower() in _SUFFIXES),
     key=lambda file: [
@@ -29,7 +31,7 @@ def list_pictures(folder: Path) -> list[Path]:
     ],
   )
   if not pictures:
-    raise InputError(f"{folder}: the folder has no .jpg or .png; give one of numbered pictures")
+    raise InputError(f"{folder}: the folder has no .jpg or .png; give a folder of pictures")
   return pictures
 
 
@@ -37,11 +39,11 @@ def read_picture(file: Path) -> np.ndarray:
   """Reads a picture as uint8 `[H, W, 3]`.
 
   Raises:
-    InputError: the file is no readable picture, or no file.
+    InputError: the file is not a readable picture, or not a regular file.
   """
   check_regular(file)
   try:
     with Image.open(file) as picture:
       return np.asarray(picture.convert("RGB"))
-  except OSError as error:  # Pillow's own error for "no picture" is one, too
+  except OSError as error:  # Pillow's own error for a file that is not a picture is one, too
     raise InputError(f"{file}: not a readable picture; replace or remove it") from error

@@ -1,7 +1,7 @@
-"""Pictures on their way to the encoder: the resize, which happens on the host.
+"""Resizes pictures for the encoder, on the host.
 
-The other half, `(x / 255 - mean) / std`, runs on the device, so that frames travel as uint8:
-`normalise_pixels` in `models/videochat_flash.py`.
+The rest of the preparation, `(x / 255 - mean) / std`, is done on the device, so that frames are
+sent to it as uint8: see `normalise_pixels` in `models/videochat_flash.py`.
 """
 
 import numpy as np
@@ -9,10 +9,10 @@ from PIL import Image
 
 
 def resize(pictures: np.ndarray, image_size: int | tuple[int, int]) -> np.ndarray:
-  """Resizes pictures straight to the size given: no crop, the aspect ratio is not kept.
+  """Resizes pictures directly to the given size, without a crop; the aspect ratio is not kept.
 
-  Bicubic and antialiased as Pillow does it, in uint8: this is what the released weights were
-  trained on, bit for bit.
+  The resize is Pillow's bicubic one with antialiasing, in uint8. This is bit for bit what the
+  released weights were trained on.
 
   Args:
     pictures: uint8 `[..., H, W, 3]`, or one gray picture `[H, W]`, which becomes RGB.
@@ -25,7 +25,7 @@ def resize(pictures: np.ndarray, image_size: int | tuple[int, int]) -> np.ndarra
   if pictures.ndim == 2:
     pictures = np.repeat(pictures[..., None], 3, axis=-1)
   resized = np.empty((*pictures.shape[:-3], height, width, 3), np.uint8)
-  for position in np.ndindex(pictures.shape[:-3]):
-    picture = Image.fromarray(pictures[position])
-    resized[position] = picture.resize((width, height), Image.Resampling.BICUBIC)
+  for index in np.ndindex(pictures.shape[:-3]):
+    picture = Image.fromarray(pictures[index])
+    resized[index] = picture.resize((width, height), Image.Resampling.BICUBIC)
   return resized

@@ -1,9 +1,11 @@
+# Over 300 lines: a file and a folder of pictures share one interface.
 """Reads chosen frames of a video without decoding all the others.
 
-A file is first walked once without decoding. That gives the time stamp of every frame, hence the
-presentation order, and the key frames, at which decoding can start. The frames asked for are then
-cut into runs between jumps. Of frames that are resized, several runs are decoded at a time, each
-by a decoder of its own; otherwise one decoder, of several threads, does one run after the other.
+First all packets of the file are read without decoding. This gives the time stamp of every frame,
+hence the presentation order, and the key frames, at which decoding can start. The chosen frames are
+then cut into segments, and the decoder jumps between segments. If the frames are resized, several
+segments are decoded at the same time, each by its own decoder. Otherwise one decoder, with several
+threads, decodes the segments sequentially.
 
   with open_video("match.mp4") as video:
     frames = video.read([0, 30, 60], image_size=224)  # uint8 [3, 224, 224, 3]
@@ -33,10 +35,10 @@ from videochat_flash_jax.data.media.video_timeline import Timeline
 from videochat_flash_jax.errors import InputError, one_line
 
 _logger = logging.getLogger("videochat_flash_jax")
-_MAX_THREADS = 4  # each holds frames of its own
-_NUM_KNOWN = 4  # some megabytes each, of an hour of video
-# Timelines and (height, width) of the files opened last, for several questions about one film;
-# size and time of a file tell it from one that was there before.
+_MAX_THREADS = 4  # each thread holds its own frames
+_NUM_KNOWN = 4  # an hour of video takes some megabytes
+# Timelines and (height, width) of the files opened last: several questions about one film need them
+# only once. The key holds the size and the time of a file, so a changed file is read again.
 known_files: dict[tuple[Path, int, int], tuple[Timeline, tuple[int, int]]] = {}
 _known_files_lock = threading.Lock()
 _Result = TypeVar("_Result")
@@ -45,7 +47,15 @@ _ImageSize = int | tuple[int, int] | None
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-  """What a video is: seconds = num_frames / fps, and the size in pixels as it is shown."""
+  """Length, frame rate and size of a video.
+
+  Attributes:
+    num_frames: number of frames.
+    fps: frames a second.
+    seconds: the length, num_frames / fps.
+    height: of a frame as it is shown (a rotation is applied), in pixels.
+    width: of a frame as it is shown, in pixels.
+  """
 
   num_frames: int
   fps: float
@@ -63,21 +73,21 @@ def open_video(
   """Opens a video file, or a folder of numbered pictures.
 
   Args:
-    path: the file or folder.
-    picture_fps: pictures shown a second, of a folder.
-    num_threads: threads that decode; by default up to four, one a core. Give 1 where several
-      processes read at once.
-    logs_damage: says once when frames turn out to be damaged, in the log.
+    path: the file, its address, or the folder.
+    picture_fps: pictures shown a second, if `path` is a folder.
+    num_threads: threads that decode; by default one for each core, up to four. Give 1 where several
+      processes read at the same time.
+    logs_damage: whether to log once that the video has damaged frames, when the first is read.
 
   Raises:
     InputError: there is no such file, it is a pipe or a playlist, or no frame can be read from it.
   """
   if not isinstance(path, str | os.PathLike) or not str(path):
-    raise InputError(f"{path!r} is no path of a video; give a video file or a folder of pictures")
+    raise InputError(f"{path!r} is not a path; give a video file or a folder of pictures")
   if is_address(path):
     return _VideoFile(str(path), num_threads, logs_damage)
   path = Path(path)
-  if os.path.isdir(path):  # unlike Path's own, it takes a path that is too long, too
+  if os.path.isdir(path):  # unlike `Path.is_dir`, it raises no error for a path that is too long
     return _PictureFolder(path, picture_fps)
   if not os.path.exists(path):
     raise InputError(f"{path}: there is no such video file or folder; check the path")
@@ -88,11 +98,17 @@ def open_video(
 
 
 class VideoReader:
-  """A video of which any frame can be asked for; frame i is the i-th one shown, from 0."""
+  """A video from which any frame can be read; frame i is the i-th one shown, from 0.
+
+  Attributes:
+    path: of the file or the folder.
+    info: length, frame rate and size.
+    damaged: whether a frame read so far was repaired by the decoder, or replaced by a later one.
+  """
 
   path: Path
   info: VideoInfo
-  damaged = False  # whether a frame read so far was patched up, or a later one stood in for it
+  damaged = False
 
   def read(
     self, indices: Sequence[int] | np.ndarray, image_size: int | tuple[int, int] | None = None
@@ -103,14 +119,14 @@ class VideoReader:
   def frames(
     self, indices: Iterable[int], image_size: int | tuple[int, int] | None = None
   ) -> Iterator[np.ndarray]:
-    """Yields the frames `indices` one by one, as they are decoded, each uint8 `[H, W, 3]`.
+    """Yields the frames `indices` one by one as they are decoded, each uint8 `[H, W, 3]`.
 
-    Any order is right and a frame may be asked for repeatedly; rising indices are fast.
+    The indices may have any order and may repeat; rising indices are fastest.
 
     Args:
-      indices: frame numbers.
-      image_size: each frame is resized at once to this square, or (height, width), so that no
-        more than one frame of the video's own size is held by each thread.
+      indices: indices of frames, from 0.
+      image_size: each frame is resized at once to a square of this side, or to (height, width), in
+        pixels. Then each thread holds at most one frame of the video's own size.
 
     Raises:
       InputError: the file ends early or cannot be decoded, or its frames differ in size and no
@@ -127,20 +143,20 @@ class VideoReader:
       yield from itertools.repeat(frame, count)
 
   def close(self) -> None:
-    """Releases the file."""
+    """Closes the file."""
 
   def _frames(self, indices: list[int], image_size: _ImageSize) -> Iterator[np.ndarray]:
-    """`frames`, of numbers that exist and of which no two neighbours are equal."""
+    """Does the work of `frames`. All indices exist, and no two neighbours are equal."""
     raise NotImplementedError
 
   def _fit(self, index: int, frame: np.ndarray, image_size: _ImageSize) -> np.ndarray:
-    """Resizes a frame, or sees to it that it is as large as the others."""
+    """Resizes a frame, or checks that it is as large as the first one."""
     if image_size is not None:
       return resize(frame, image_size)
     if frame.shape[:2] != (self.info.height, self.info.width):
       raise InputError(
         f"{self.path}: frame {index} is {frame.shape[1]}x{frame.shape[0]}, the first one is "
-        f"{self.info.width}x{self.info.height}; give an image size, or frames of one size"
+        f"{self.info.width}x{self.info.height}; give image_size, or a video with frames of one size"
       )
     return frame
 
@@ -174,14 +190,15 @@ class _VideoFile(VideoReader):
   def __init__(self, path: str | Path, num_threads: int | None, logs_damage: bool):
     self.path, self._logs_damage = path, logs_damage
     self._num_threads = num_threads or min(_MAX_THREADS, os.cpu_count() or 1)
-    self._idle: dict[int, list[VideoDecoder]] = collections.defaultdict(list)  # by their threads
-    state = (path, *file_stamp(path))
+    # Decoders that nobody uses now, by their number of threads.
+    self._idle: dict[int, list[VideoDecoder]] = collections.defaultdict(list)
+    key = (path, *file_stamp(path))
     with _known_files_lock:
-      known = known_files.get(state)
+      known = known_files.get(key)
     if known is None:
       known = self._describe()
       with _known_files_lock:
-        known_files[state] = known
+        known_files[key] = known
         if len(known_files) > _NUM_KNOWN:
           del known_files[next(iter(known_files))]
     self._timeline, (height, width) = known
@@ -189,56 +206,59 @@ class _VideoFile(VideoReader):
     self.info = VideoInfo(num_frames, float(num_frames / seconds), float(seconds), height, width)
 
   def close(self) -> None:
+    """Closes the file and all its decoders."""
     for decoder in itertools.chain.from_iterable(self._idle.values()):
       decoder.close()
     self._idle.clear()
 
   @property
   def num_decoded(self) -> int:
-    """Frames decoded so far, wanted or not: what reading has cost."""
+    """Number of frames decoded so far, wanted or not: the cost of reading."""
     return sum(d.num_decoded for d in itertools.chain.from_iterable(self._idle.values()))
 
   def _describe(self) -> tuple[Timeline, tuple[int, int]]:
-    """The timeline, and (height, width) of the first frame."""
+    """Returns the timeline, and (height, width) of the first frame."""
     with _named_errors(self.path):
       decoder = VideoDecoder(self.path, self._num_threads)
       try:
         (frame,) = decoder.read([0])
       except Exception:
-        decoder.close()  # the error may be kept, and with it the decoder
+        decoder.close()  # the error refers to the decoder, and may be kept for long
         raise
     self._idle[self._num_threads].append(decoder)
     return decoder.timeline, frame.shape[:2]
 
   def _frames(self, indices, image_size):
-    runs = list(self._timeline.runs(indices))
+    segments = list(self._timeline.segments(indices))
     if image_size is None or self._num_threads == 1:
-      for index, frame in zip(indices, self._decoded(runs), strict=True):
+      for index, frame in zip(indices, self._decode_all(segments), strict=True):
         yield self._fit(index, frame, image_size)
-    elif len(runs) == 1:  # pictures are resized while the next ones are decoded
-      decoded = zip(indices, self._decoded(runs), strict=True)
+    elif len(segments) == 1:  # frames are resized while the next ones are decoded
+      decoded = zip(indices, self._decode_all(segments), strict=True)
       resizes = (functools.partial(self._fit, index, frame, image_size) for index, frame in decoded)
       yield from _in_order(resizes, num_threads=1)
     else:
-      reads = (functools.partial(self._read_run, run, image_size) for run in runs)
-      for frames in _in_order(reads, num_threads=min(self._num_threads, len(runs))):
+      reads = (functools.partial(self._read_segment, segment, image_size) for segment in segments)
+      for frames in _in_order(reads, num_threads=min(self._num_threads, len(segments))):
         yield from frames
 
-  def _decoded(self, runs: list[list[int]]) -> Iterator[np.ndarray]:
-    """The frames of all runs, from one decoder."""
+  def _decode_all(self, segments: list[list[int]]) -> Iterator[np.ndarray]:
+    """Yields the frames of all segments, from one decoder."""
     with self._decoder(self._num_threads) as decoder:
-      for number, run in enumerate(runs, start=1):
-        yield from decoder.read(run, is_jump_next=number < len(runs))
+      for number, segment in enumerate(segments, start=1):
+        yield from decoder.read(segment, is_jump_next=number < len(segments))
 
-  def _read_run(self, run: list[int], image_size: _ImageSize) -> list[np.ndarray]:
-    """The resized frames of one run, from a decoder that no one else uses meanwhile."""
+  def _read_segment(self, segment: list[int], image_size: _ImageSize) -> list[np.ndarray]:
+    """Returns the resized frames of one segment, from a decoder that no other thread uses."""
     with self._decoder(num_threads=1) as decoder:
-      frames = decoder.read(run, is_jump_next=True)
-      return [self._fit(index, frame, image_size) for index, frame in zip(run, frames, strict=True)]
+      frames = decoder.read(segment, is_jump_next=True)
+      return [
+        self._fit(index, frame, image_size) for index, frame in zip(segment, frames, strict=True)
+      ]
 
   @contextlib.contextmanager
   def _decoder(self, num_threads: int) -> Iterator[VideoDecoder]:
-    """Lends an idle decoder, or a new one."""
+    """Lends an idle decoder, or a new one if all are in use."""
     idle = self._idle[num_threads]
     with _named_errors(self.path):
       decoder = idle.pop() if idle else VideoDecoder(self.path, num_threads, self._timeline)
@@ -250,31 +270,35 @@ class _VideoFile(VideoReader):
         self.damaged = True
         if self._logs_damage:
           _logger.warning(
-            "%s is damaged: some frames are patched up, or later ones stand in for them",
+            "%s is damaged: some frames are repaired, or replaced by later ones",
             one_line(self.path),
           )
 
 
 def _in_order(tasks: Iterable[Callable[[], _Result]], num_threads: int) -> Iterator[_Result]:
-  """Yields what tasks return, of which a few are done ahead: not all, the caller may be slow."""
-  pool, coming = ThreadPoolExecutor(num_threads), collections.deque()
+  """Yields the results of tasks in their order, and runs a few tasks ahead.
+
+  Not all tasks run ahead, because the caller may be slow.
+  """
+  pool, started = ThreadPoolExecutor(num_threads), collections.deque()
   try:
     for task in tasks:
-      coming.append(pool.submit(task))
-      if len(coming) > num_threads + 1:
-        yield coming.popleft().result()
-    while coming:
-      yield coming.popleft().result()
+      started.append(pool.submit(task))
+      if len(started) > num_threads + 1:
+        yield started.popleft().result()
+    while started:
+      yield started.popleft().result()
   finally:
     pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
+  """Turns an error of FFmpeg inside the block into an `InputError` that names the file."""
   try:
     yield
   except av.FFmpegError as error:
     raise InputError(
-      f"{path}: not a video, or one cut short before its index ({error.strerror}); "
+      f"{path}: not a video, or its end with the index is missing ({error.strerror}); "
       "copy it again or re-encode it, e.g. as H.264 mp4"
     ) from error

@@ -1,15 +1,15 @@
-"""Rules of annotation mixtures: which rows of a file, which media, which frames, how grouped.
+"""Rules of annotation mixtures: which rows, media and frames are used, and how rows are grouped.
 
-They are those of the official training code, so that its published mixtures mean here what they
-mean there. Mended are: a misspelt or incomplete sampling word is an error (there it keeps
-everything), `random` works, and a clip of a folder may begin with its first picture (there it
-never does).
+The rules are those of the official training code, so that its published mixtures mean the same
+here. Three of its faults are corrected: a misspelt or incomplete sampling word is an error (there
+it keeps everything), `random` works, and a clip of a picture folder may begin with the first
+picture (there it never does).
 
   strategy       rows kept of [0 1 2 3 4 5 6]
   all            0 1 2 3 4 5 6
   first:3        0 1 2               first2:3, first3:3, first4:3: the second, third, fourth three
   end:25%        5 6                 a share of the whole file is rounded up to a row
-  random:3       0 2 6, say          in the file's order; the same for the same seed
+  random:3       0 2 6, for example  in the order of the file; the same for the same seed
 """
 
 import difflib
@@ -34,18 +34,22 @@ _FEWEST_FRAMES = 8
 
 
 def kept_rows(num_rows: int, strategy: str = "all", seed: int = 0) -> range | np.ndarray:
-  """Numbers of the rows of a file that are kept, rising; see the module's table.
+  """Returns the indices of the rows that a strategy keeps of a file, rising.
 
-  As in the original a count is used as in a Python slice: beyond the end it keeps everything,
-  `end:0` too, and a negative `first` drops rows from the end.
+  The module's docstring has a table of the strategies. As in the original, a count is used as in a
+  Python slice: a count beyond the end keeps everything, and so does `end:0`; a negative `first`
+  drops rows at the end.
 
   Args:
-    num_rows: of the file.
+    num_rows: number of rows of the file.
     strategy: `all`, or a word with `:` and a count or a percentage.
     seed: of `random`.
 
+  Returns:
+    A range, or int64 `[number of kept rows]`.
+
   Raises:
-    InputError: the strategy is unknown or incomplete, or it leaves no row.
+    InputError: the strategy is unknown or incomplete, or it keeps no row.
   """
   word, number = strategy_parts(strategy)
   count = _count(number, num_rows)
@@ -61,12 +65,12 @@ def kept_rows(num_rows: int, strategy: str = "all", seed: int = 0) -> range | np
     block = _BLOCKS[word]
     kept = rows[block * count : (block + 1) * count]
   if not len(kept):
-    raise InputError(f"sampling strategy {strategy!r} leaves no row of {num_rows}; ask for more")
+    raise InputError(f"sampling strategy {strategy!r} keeps no row of {num_rows}; ask for more")
   return kept
 
 
 def strategy_parts(strategy: str) -> tuple[str, str]:
-  """Word and number of a sampling strategy: "first:25%" -> ("first", "25%"), "all" -> ("all", "").
+  """Splits a sampling strategy: "first:25%" -> ("first", "25%"), "all" -> ("all", "").
 
   Raises:
     InputError: the strategy is unknown or incomplete.
@@ -77,7 +81,7 @@ def strategy_parts(strategy: str) -> tuple[str, str]:
   if (word == "all") == bool(colon):
     raise InputError(f"sampling strategy {strategy!r}: write 'all', or '{word}:100', '{word}:25%'")
   if colon and not _NUMBER.fullmatch(number):
-    found = f"sampling strategy {strategy!r}: {number!r} is no whole number or percentage"
+    found = f"sampling strategy {strategy!r}: {number!r} is not a whole number or a percentage"
     raise InputError(f"{found}; write 100 or 25%")
   return word, number
 
@@ -90,25 +94,25 @@ def _count(number, num_rows):
 
 
 def kind_of(row: Mapping) -> str:
-  """What a row shows: "image", "video" or, without either, "text"."""
+  """Returns what a row shows: "image", "video" or, if it has neither, "text"."""
   return next((kind for kind in ("image", "video") if row.get(kind) is not None), "text")
 
 
-def with_whole_paths(
+def with_full_paths(
   row: Mapping,
   media_type: str,
   data_root: str = "",
   video_read_type: str | None = None,
   confined: bool = True,
 ) -> dict:
-  """A row with whole paths of its media; the row given stays as it is.
+  """Returns a row with full paths of its media; the given row is not changed.
 
   Args:
-    row: of a file, or of a mixture's entry.
-    media_type: `image` or `video`; `text` and `mix` leave paths alone.
-    data_root: folder, or address, that paths are relative to.
-    video_read_type: how videos are read, noted in the row.
-    confined: refuses paths that lead out of `data_root`.
+    row: a row of an annotation file, or of a mixture's entry.
+    media_type: `image` or `video`; with `text` and `mix`, paths are not changed.
+    data_root: folder, or address, to which the paths are relative.
+    video_read_type: how videos are read; it is written into the row.
+    confined: whether a path that leads out of `data_root` is an error.
 
   Raises:
     BrokenRow: the row has no such medium, no path of it, or one that leads out of `data_root`.
@@ -120,25 +124,25 @@ def with_whole_paths(
       raise BrokenRow("bad media field", f"field {field!r}: did you mean {media_type!r}?")
     raise BrokenRow(
       "bad media field",
-      f"no field '{media_type}', but its file is of that kind; move it to another file, or give "
-      "media_type 'mix'",
+      f"no field '{media_type}', but its file is of that kind; move the row to another file, or "
+      "give media_type 'mix'",
     )
   paths = media_paths(row, media_type)
   for path in paths if data_root and confined else ():
     if not _is_below(path, data_root):
       raise BrokenRow(
-        "outside data_root", f"path {path!r} leads out of {data_root!r}; mend it, or leave it out"
+        "outside data_root", f"path {path!r} leads out of {data_root!r}; correct or remove it"
       )
-  whole = [path if is_address(path) else os.path.join(data_root, path) for path in paths]
-  noted = {"video_read_type": video_read_type} if video_read_type else {}
-  return {**row, media_type: whole if isinstance(row[media_type], list) else whole[0], **noted}
+  full = [path if is_address(path) else os.path.join(data_root, path) for path in paths]
+  added = {"video_read_type": video_read_type} if video_read_type else {}
+  return {**row, media_type: full if isinstance(row[media_type], list) else full[0], **added}
 
 
 def media_paths(row: Mapping, kind: str) -> list[str]:
-  """The paths in a row's field "image" or "video", which holds one or a list of them.
+  """Returns the paths in a row's field "image" or "video", which holds one path or a list of them.
 
   Raises:
-    BrokenRow: it holds something else.
+    BrokenRow: the field holds something else.
   """
   paths = row[kind]
   listed = paths if isinstance(paths, list) else [paths]
@@ -148,13 +152,13 @@ def media_paths(row: Mapping, kind: str) -> list[str]:
 
 
 def _is_below(path, folder):
-  whole = _normal(path if is_address(path) else os.path.join(folder, path))
-  folder = _normal(folder)
-  return whole == folder or whole.startswith(folder.rstrip("/") + "/")
+  full = _normalized(path if is_address(path) else os.path.join(folder, path))
+  folder = _normalized(folder)
+  return full == folder or full.startswith(folder.rstrip("/") + "/")
 
 
-def _normal(path):
-  """A path or an address without `.` and `..`, so that beginnings can be compared."""
+def _normalized(path):
+  """Returns a path or an address without `.` and `..`, so that prefixes can be compared."""
   if not is_address(path):
     return os.path.abspath(path)
   protocol, _, name = path.partition("://")
@@ -162,21 +166,21 @@ def _normal(path):
 
 
 def check_media(rows: Sequence[Mapping]) -> None:
-  """Looks whether any of some rows' files exists: a wrong `data_root` shows at once.
+  """Checks that at least one of some rows' files exists; none do if `data_root` is wrong.
 
   Raises:
-    InputError: none does.
+    InputError: none of the files exists.
   """
   paths = [media_paths(row, kind_of(row))[0] for row in rows if kind_of(row) != "text"]
   if paths and not any(exists(path) for path in paths):
-    raise InputError(f"{paths[0]}: no such file, nor those of other rows; mend data_root")
+    raise InputError(f"{paths[0]}: no such file, nor those of other rows; correct data_root")
 
 
 def annotated_clip(row: Mapping) -> tuple[float, float] | None:
-  """Start and end of a row's clip in seconds, or None: both have to be given.
+  """Returns start and end of a row's clip in seconds, or None if one of them is not given.
 
   Raises:
-    InputError: they are no numbers, or the clip ends before it starts.
+    InputError: they are not numbers, or the clip ends before it starts.
   """
   times = row.get("start"), row.get("end")
   if None in times:
@@ -187,21 +191,22 @@ def annotated_clip(row: Mapping) -> tuple[float, float] | None:
     start = end = math.nan
   if not start < end < math.inf:
     named = " and ".join(f"{time!r:.100}" for time in times)
-    raise InputError(f"fields 'start' and 'end' are {named}; mend the times")
+    raise InputError(f"fields 'start' and 'end' are {named}; correct the times")
   return start, end
 
 
 def has_half_clip(row: Mapping) -> bool:
-  """Whether a row has only one of `start` and `end`, which means nothing."""
+  """Returns whether a row has only one of `start` and `end`, which has no effect."""
   return (row.get("start") is None) != (row.get("end") is None)
 
 
 def num_clip_frames(
   seconds: float, sample: str, *, min_frames: int, max_frames: int, local_frames: int
 ) -> int:
-  """How many frames a clip gives in training: for `dynamic_fps1` one a second, else the most.
+  """Returns how many frames a clip has in training.
 
-  8.5 s with local_frames=4 give 8, also if min_frames=64, which a clip that short lowers.
+  It is one a second for `dynamic_fps1`, else max_frames. 8.5 s with local_frames=4 give 8 frames.
+  They also do if min_frames=64, because a clip that short lowers min_frames.
   """
   if sample != "dynamic_fps1":
     return max_frames
@@ -212,35 +217,45 @@ def num_clip_frames(
 def picture_indices(
   sample: str, num_pictures: int, fps: float, start: float, end: float, **bounds
 ) -> np.ndarray:
-  """Picks pictures of a folder shown at `fps`, evenly between two times, both ends included.
+  """Picks pictures of a folder shown at `fps`, evenly spaced between two times, both ends included.
 
   10 pictures at 1 fps, 2 s to 9 s, 4 picks: 2 4 7 9.
+
+  Returns:
+    int64 `[T]`.
+
+  Raises:
+    InputError: there is no picture between the two times.
   """
   end = min(end, num_pictures / fps)
   num_inside = int((end - start) * fps)
   if num_inside < 1:
     found = f"clip from {start:g} s to {end:g} s holds no frame of a video"
-    raise InputError(f"{found} of {num_pictures / fps:.2f} s: mend its start and end")
+    raise InputError(f"{found} of {num_pictures / fps:.2f} s: correct its start and end")
   num_picks = len(training_indices(sample, num_inside, fps, **bounds))
   first, last = max(0, round(start * fps)), min(round(end * fps), num_pictures - 1)
   return np.around(np.linspace(first, last, num_picks)).astype(np.int64)
 
 
 def length_in_words(row: Mapping) -> int:
-  """Words of all turns; a placeholder counts as one where blanks surround it."""
+  """Counts the words of all turns; a placeholder between spaces counts as one word."""
   return sum(len(turn["value"].split()) for turn in row["conversations"])
 
 
 def media_length(kind: str, max_frames: int) -> int:
-  """Words that media count for: 128 for images, 16 a frame for as many as a video may have."""
+  """Returns how many words a row's media count for.
+
+  Images count for 128. A video counts for 16 a frame, for as many frames as a video may have, but
+  at least 8. Text counts for 0.
+  """
   return {"image": 128, "video": 16 * max(_FEWEST_FRAMES, max_frames), "text": 0}[kind]
 
 
 def deal_evenly(indices: Sequence[int], lengths: Sequence[int], num_groups: int) -> list[list[int]]:
   """Deals rows into groups of equal size and about equal length.
 
-  In turn each row goes to the group that is shortest so far and not yet full; if the number of
-  rows is no multiple, they are dealt round robin.
+  Each row in turn goes to the group that is shortest so far and not yet full. If the number of rows
+  is not a multiple of the number of groups, the rows are dealt round robin.
 
       lengths 9 8 5 4 2 1, two groups: rows 0 3 4 (9 4 2) and rows 1 2 5 (8 5 1)
   """
@@ -248,7 +263,7 @@ def deal_evenly(indices: Sequence[int], lengths: Sequence[int], num_groups: int)
   if rest:
     return [list(indices[group::num_groups]) for group in range(num_groups)]
   groups = [[] for _ in range(num_groups)]
-  open_groups = [(0, group) for group in range(num_groups)]  # a heap: the shortest comes first
+  open_groups = [(0, group) for group in range(num_groups)]  # a heap: the shortest is first
   for index in indices:
     total, group = heapq.heappop(open_groups)
     groups[group].append(index)
@@ -258,6 +273,6 @@ def deal_evenly(indices: Sequence[int], lengths: Sequence[int], num_groups: int)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-  """The end of a complaint about a misspelt word: "did you mean video?"."""
+  """Returns the end of an error message about a misspelt word: "did you mean video?"."""
   near = difflib.get_close_matches(word.lower(), words, n=2)
   return f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(words)}"

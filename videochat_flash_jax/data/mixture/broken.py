@@ -1,6 +1,6 @@
-"""Why a row of training data cannot be used: one word for it everywhere.
+"""The reasons why a row of training data cannot be used.
 
-The checker's table, the counts of a training run and its log all speak of the same reasons.
+The report of `vcflash data check`, the counts of a training run and its log all use these reasons.
 """
 
 import contextlib
@@ -10,23 +10,23 @@ from videochat_flash_jax.data.media.video_timeline import NoFrames
 from videochat_flash_jax.errors import InputError, one_line
 
 REASONS = (
-  "bad json",  # the line is no JSON object
-  "bad conversations",  # missing, empty, no answered question, or turns of another form
-  "placeholders",  # not as many `<image>` as videos and images
-  "bad media field",  # the file's kind of medium is missing, or is no path or list of paths
-  "bad times",  # start and end are no times, negative, in the wrong order, or outside the video
-  "outside data_root",  # the path climbs out of its folder
+  "bad json",  # the line is not a JSON object
+  "bad conversations",  # missing, empty, no question with an answer, or turns of another form
+  "placeholders",  # the number of `<image>` is not that of videos and images
+  "bad media field",  # the medium of the file's kind is missing, or is not a path or list of paths
+  "bad times",  # start and end are not times, negative, in the wrong order, or outside the video
+  "outside data_root",  # the path leads out of its folder
   "missing file",
   "unreadable video",
   "unreadable image",
-  "no frames",  # of a video: its header is sound, and nothing follows
-  "no features",  # the feature store has none of the row's video or image
-  "too long",  # no answer is left in the tokens of a row
+  "no frames",  # the header of the video can be read, but no frame follows it
+  "no features",  # the feature store has no features of the row's video or image
+  "too long",  # the tokens of the training row have no room for an answer
 )
 
 
 class BrokenRow(InputError):
-  """A row that cannot be used; others can, so that no run need stop for it.
+  """The error of a row that cannot be used. Other rows can be, so a training run need not stop.
 
   Attributes:
     reason: one of `REASONS`; the message begins with it.
@@ -41,17 +41,17 @@ class BrokenRow(InputError):
     self.detail = one_line(detail)
 
   def __reduce__(self):
-    return BrokenRow, (self.reason, self.detail)  # it crosses processes
+    return BrokenRow, (self.reason, self.detail)  # so that it can be sent to another process
 
 
 @contextlib.contextmanager
 def because(reason: str) -> Iterator[None]:
-  """What cannot be used inside, an `InputError`, breaks the row: `reason`.
+  """Turns an `InputError` inside the block into a `BrokenRow` with this reason.
 
       with because("unreadable video"), open_video(path) as video: ...
 
-  If a file was not found, that is the reason: "missing file"; of a video without frames it is "no
-  frames". Other errors of the system pass: they may not last.
+  If a file was not found, the reason becomes "missing file"; if a video has no frames, it becomes
+  "no frames". Other errors of the operating system are not changed, because they may be temporary.
   """
   try:
     yield

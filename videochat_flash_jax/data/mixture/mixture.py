@@ -1,18 +1,19 @@
 """Mixtures: which annotation files a training run reads, and how much of each.
 
-They are written as those of the official training code, and its published ones work as they are:
+They are written in the format of the official training code, and its published mixtures work
+unchanged:
 
   datasets:
-    - json_path: longvid.jsonl          # .json or .jsonl, rows as docs/data_format.md tells
+    - json_path: longvid.jsonl          # .json or .jsonl; docs/data_format.md describes the rows
       data_root: videos                 # folder that the rows' paths are relative to
       sampling_strategy: first:25%      # all, first, first2..4, end, random; see annotations.py
       media_type: video                 # by default what the file's first row has
       video_read_type: img              # folders of pictures
-      weight: 2.0                       # ours: how often its rows are seen in an epoch
-      seed: 1                           # ours: of sampling strategy `random`
+      weight: 2.0                       # only here: how often its rows are seen in an epoch
+      seed: 1                           # only here: of sampling strategy `random`
 
-Relative paths count from the mixture's folder (there from the working directory). Every path may
-be an address such as `gs://bucket/longvid.jsonl`.
+A relative path is relative to the mixture's folder (in the official code, to the working
+directory). Every path may be an address such as `gs://bucket/longvid.jsonl`.
 """
 
 import dataclasses
@@ -29,16 +30,18 @@ from videochat_flash_jax.errors import InputError
 
 ANNOTATION_SUFFIXES = (".json", ".jsonl")
 _MEDIA_TYPES = ("image", "video", "text", "mix")
-# The first ones name decoders of the original; here all are read alike. The rest are folders.
+# The first four name decoders of the original; here all of them are read in the same way. The last
+# two stand for folders of pictures.
 VIDEO_READ_TYPES = ("decord", "av", "gif", "lazy", "img", "frame")
 _WORDS = {"media_type": _MEDIA_TYPES, "video_read_type": VIDEO_READ_TYPES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """An annotation file's part in a mixture; paths are whole.
+  """One annotation file of a mixture, and how it is used; its paths are full paths.
 
-  Without a `data_root` the rows' paths are relative to `folder`, and may lead out of it.
+  If there is no `data_root`, the paths in the rows are relative to `folder`, and may lead out of
+  it.
   """
 
   json_path: str
@@ -53,25 +56,27 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Annotation files that are read one after the other; `path` is for messages."""
+  """Annotation files, read in this order; `path` is for messages."""
 
   path: str
   sources: tuple[Source, ...]
 
 
 def read_mixture(path: str | os.PathLike) -> Mixture:
-  """Reads a mixture (.yaml), or takes one annotation file (.json, .jsonl) for a mixture of one.
+  """Reads a mixture (.yaml); a single annotation file (.json, .jsonl) becomes a mixture, too.
 
   Raises:
-    InputError: the file cannot be read, or an entry has an unknown field or an unusable value;
-      names file, entry and field, and the nearest right word.
+    InputError: the file cannot be read, or an entry has an unknown field or a value that cannot be
+      used. The message names file, entry and field, and the most similar correct word.
   """
   path = str(path) if is_address(path) else os.path.abspath(path)
   suffix = Path(path).suffix.lower()
   if suffix in ANNOTATION_SUFFIXES:
     return Mixture(path, (Source(path, folder=os.path.dirname(path)),))
   if suffix not in (".yaml", ".yml"):
-    raise InputError(f"{path}: no mixture; give a .yaml file, or annotations (.json, .jsonl)")
+    raise InputError(
+      f"{path}: not a mixture; give a .yaml file, or an annotation file (.json, .jsonl)"
+    )
   content = _read_yaml(path)
   entries = content.get("datasets") if isinstance(content, dict) else None
   if not isinstance(entries, list) or not entries:
@@ -95,7 +100,7 @@ def _read_yaml(path):
   except (yaml.YAMLError, ValueError, RecursionError) as error:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}: {error.problem}" if mark else str(error).splitlines()[0]
-    raise InputError(f"{path}: no valid YAML ({where}); mend it") from error
+    raise InputError(f"{path}: not valid YAML ({where}); correct it") from error
 
 
 def _source(where, mixture_path, entry) -> Source:
@@ -118,7 +123,7 @@ def _source(where, mixture_path, entry) -> Source:
 
 
 def _check_value(where, field, value):
-  """Raises an `InputError` for what a field cannot be."""
+  """Raises an `InputError` for a value that a field cannot have."""
   if field == "weight":
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf:

@@ -1,4 +1,4 @@
-"""What is wrong with a row of annotations, told without its media."""
+"""Checks an annotation row without opening its media."""
 
 from collections.abc import Mapping
 
@@ -14,10 +14,10 @@ from videochat_flash_jax.data.text.conversation import PLACEHOLDER, has_answer, 
 
 
 def check_row(row: object) -> None:
-  """Checks all of a LLaVA row that can be told without its media and their folder.
+  """Checks all of a LLaVA row that can be checked without its media and their folder.
 
   Raises:
-    BrokenRow: it cannot be used.
+    BrokenRow: the row cannot be used.
   """
   check_object(row)
   kind = kind_of(row)
@@ -32,18 +32,18 @@ def check_row(row: object) -> None:
     turns = turns_of_row(row)
   kept = turns[turns[0].role == "gpt" :]
   if not has_answer(kept):
-    raise BrokenRow("bad conversations", "no answered question; add both")
+    raise BrokenRow("bad conversations", "no question with an answer; add a question and an answer")
   num_placeholders = sum(turn.text.count(PLACEHOLDER) for turn in kept)
   if num_placeholders != num_media:
     found = f"{num_placeholders} {PLACEHOLDER} for {num_media} videos or images"
-    raise BrokenRow("placeholders", f"{found}; write one for each")
+    raise BrokenRow("placeholders", f"{found}; write one {PLACEHOLDER} for each")
   with because("bad times"):
     clip = annotated_clip(row)
   if clip and clip[0] < 0:
-    raise BrokenRow("bad times", f"field 'start' is {clip[0]:g}; mend the times")
+    raise BrokenRow("bad times", f"field 'start' is {clip[0]:g}; correct the times")
 
 
 def check_object(row: object) -> None:
-  """Raises a `BrokenRow` for what is no JSON object."""
+  """Raises a `BrokenRow` if a row is not a JSON object."""
   if not isinstance(row, Mapping):
-    raise BrokenRow("bad json", "no JSON object; mend the line, or leave it out")
+    raise BrokenRow("bad json", "not a JSON object; correct or remove the line")

@@ -1,6 +1,6 @@
-r"""Tables and lists of questions become checked LLaVA rows, one on each line.
+r"""Turns tables and lists of questions into checked LLaVA rows, one on each line.
 
-A table (.csv) names its columns in the first line:
+A table (.csv) has the names of its columns in the first line:
 
   video,question,answer,start,end          {"video": "a.mp4", "start": 2.0, "end": 8.5,
   a.mp4,What moves?,A cat.,2,8.5     ->     "conversations": [{"from": "human", "value":
@@ -25,16 +25,16 @@ _COLUMNS = ("id", "video", "image", "question", "answer", "start", "end")
 
 
 def convert_rows(source: Path, out: Path) -> int:
-  """Writes the rows of a .json, .jsonl or .csv file as .jsonl, all of them or none.
+  """Writes the rows of a .json, .jsonl or .csv file as .jsonl, either all of them or none.
 
-  Paths of media stay as they are.
+  The paths of media are not changed.
 
   Returns:
     The number of rows.
 
   Raises:
-    InputError: a file cannot be read or written, or rows cannot be used; names the first one's
-      line.
+    InputError: a file cannot be read or written, or some rows cannot be used; names the line of the
+      first such row.
   """
   if os.path.lexists(out):
     raise InputError(f"{out}: exists already; give another --out")
@@ -66,18 +66,18 @@ def _write_rows(rows, source, file) -> int:
       file.write(json.dumps(row, ensure_ascii=False) + "\n")
   if broken:
     others = f" and {len(broken) - 1:,} more rows" if len(broken) > 1 else ""
-    raise InputError(f"{source} line {broken[0][0]}{others}: {broken[0][1]}; nothing is written")
+    raise InputError(f"{source} line {broken[0][0]}{others}: {broken[0][1]}; nothing was written")
   if not num_rows:
-    raise InputError(f"{source}: holds no row; nothing is written")
+    raise InputError(f"{source}: holds no row, nothing is written; give a file with rows")
   return num_rows
 
 
 def _json_rows(source) -> Iterator[tuple[int, object]]:
   with open(source, "rb") as file, open(source, "rb") as counted:
-    line, place = 1, 0
+    line, last_start = 1, 0
     for start, _, row in rows_of_file(file, str(source)):
-      line += counted.read(start - place).count(b"\n")
-      place = start
+      line += counted.read(start - last_start).count(b"\n")
+      last_start = start
       yield line, row
 
 
@@ -97,7 +97,7 @@ def _table_rows(source) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _row_of_cells(cells: dict[str, Any]) -> dict[str, Any] | None:
-  """A row, or None if the line has more cells than the table has columns."""
+  """Returns a row, or None if the line has more cells than the table has columns."""
   if None in cells:
     return None
   given = {column: cell.strip() for column, cell in cells.items() if cell and cell.strip()}
@@ -117,4 +117,4 @@ def _number(cell: str) -> float | str:
   try:
     return float(cell)
   except ValueError:
-    return cell  # told with the rest of what is wrong
+    return cell  # `check_row` reports it

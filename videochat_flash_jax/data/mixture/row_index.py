@@ -1,11 +1,12 @@
-"""An index of an annotation file: where each row stands, its kind and its number of words.
+"""An index of an annotation file: where each row begins, its kind and its number of words.
 
-A file is walked through once, in pieces, whatever its size, and the index kept in a cache. Later
-starts map it into memory, where a row costs 17 bytes, shared by all processes of a machine, and
-nothing is parsed. The rows' text stays in the file (of an address a copy is kept beside the index).
+A file of any size is read once, in pieces, and its index is kept in a cache. Later starts map the
+index into memory and parse nothing. There a row takes 17 bytes, which all processes of a machine
+share. The text of the rows stays in the annotation file. If that file is at an address, a copy of
+it is kept beside the index.
 
   cache/3f0c.../rows.npy    start and length in bytes, words, kind: one record a row
-                facts.json  what the rows are as a whole
+                facts.json  facts about all rows together
                 text        copy of a file that is not on this machine
 """
 
@@ -33,20 +34,20 @@ _VERSION = 1
 _SCRATCH = "building-"
 _DAY_SECONDS = 24 * 3600
 _RECORD = np.dtype([("start", "<i8"), ("length", "<i4"), ("words", "<i4"), ("kind", "i1")])
-_pack_record = struct.Struct("<qiib").pack  # the same, and quicker for a single one
+_pack_record = struct.Struct("<qiib").pack  # the same layout, and faster for a single record
 
 
 @dataclass(frozen=True)
 class RowIndex:
-  """An annotation file's index on the disk.
+  """The index of an annotation file, on the disk.
 
   Attributes:
-    directory: of the index.
-    text: the file in which `rows` are bytes.
-    stamp: size and time of `text` when it was read; later ones are another file.
-    num_rows: of the file, broken ones included.
+    directory: folder of the index.
+    text: the file that holds the rows' bytes.
+    stamp: size and time of `text` when it was read; if they differ, the file has changed.
+    num_rows: number of rows in the file, broken rows included.
     media_type: what the first readable row has: "image", "video" or "text".
-    digest: of all rows; the same for the same rows, wherever the file lies.
+    digest: digest of all rows; the same for the same rows, wherever the file is.
   """
 
   directory: str
@@ -57,15 +58,18 @@ class RowIndex:
   digest: str
 
   def table(self) -> np.ndarray:
-    """One record a row, mapped into memory: start, length (bytes), words, kind (of `KINDS`)."""
+    """Maps the records into memory, a structured array `[num_rows]`.
+
+    The fields of a record are start and length (in bytes), words, and kind (an index in `KINDS`).
+    """
     return np.load(Path(self.directory) / "rows.npy", mmap_mode="r")
 
   def open_text(self) -> "TextFile":
     """Opens the file that holds the rows.
 
     Raises:
-      InputError: it is another one than the index was made of.
-      OSError: it cannot be read any more.
+      InputError: the file has changed since its index was made.
+      OSError: the file can no longer be read.
     """
     file = TextFile(self.text, self.stamp)
     file.check_unchanged()
@@ -73,7 +77,7 @@ class RowIndex:
 
 
 class TextFile:
-  """Parts of an open file, which is closed with the last use of it; fit for several threads."""
+  """An open file that several threads can read parts of; closed when no longer used."""
 
   def __init__(self, path: str, stamp: tuple[int, int]):
     self._path, self._stamp = path, stamp
@@ -82,14 +86,14 @@ class TextFile:
   def check_unchanged(self) -> None:
     """Raises an `InputError` if other bytes were written into the file.
 
-    What replaced the file, or removed it, does not matter: it is still open.
+    It does not matter if the file was replaced or removed, because the old one is still open.
     """
     status = os.fstat(self._descriptor)
     if (status.st_size, status.st_mtime_ns) != tuple(self._stamp):
       raise InputError(f"{self._path}: has changed since the rows were opened; start again")
 
   def read(self, start: int, length: int) -> bytes:
-    """Bytes from a place on, fewer at the end."""
+    """Reads `length` bytes from byte `start` on, fewer at the end of the file."""
     return os.pread(self._descriptor, length, start)
 
   def __del__(self):
@@ -98,68 +102,68 @@ class TextFile:
 
 
 def row_index(json_path: str, cache_dir: Path) -> RowIndex:
-  """The index of an annotation file; makes it if the cache has none of this very file.
+  """Returns the index of an annotation file, and makes it if the cache does not have it.
 
-  Safe when several processes do so at once: each makes its own, and the first one is kept. Where a
-  server does not tell whether a file has changed, it is copied at each start.
+  Several processes may do this at the same time: each makes its own index, and the first one is
+  kept. If a server does not report whether a file has changed, the file is copied at each start.
 
   Raises:
-    InputError: the file cannot be read or holds no row, it changes meanwhile, or the cache cannot
-      be used.
+    InputError: the file cannot be read or holds no row, it changes while it is read, or the cache
+      cannot be used.
   """
-  state = _state(json_path)
-  directory = _directory(cache_dir, json_path, state)
-  is_known = bool(state[1])
+  stamp = _stamp(json_path)
+  directory = _directory(cache_dir, json_path, stamp)
+  shows_changes = bool(stamp[1])
   try:
-    if is_known and (index := _kept(directory, json_path, state)):
+    if shows_changes and (index := _open_index(directory, json_path, stamp)):
       return index
     os.makedirs(cache_dir, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=_SCRATCH) as scratch:
-      made = Path(scratch, "index")
-      made.mkdir()
-      digest = _make(json_path, made)["digest"]
-      if _state(json_path) != state:
-        raise InputError(f"{json_path}: changes while it is read; start again when it is whole")
-      if not is_known:
-        directory = _directory(cache_dir, json_path, (*state, digest))
-      _put(made, directory, json_path, state)
-    index = _kept(directory, json_path, state)
+      new = Path(scratch, "index")
+      new.mkdir()
+      digest = _make_index(json_path, new)["digest"]
+      if _stamp(json_path) != stamp:
+        raise InputError(f"{json_path}: changes while it is read; start again when it is complete")
+      if not shows_changes:
+        directory = _directory(cache_dir, json_path, (*stamp, digest))
+      _move_into_cache(new, directory, json_path, stamp)
+    index = _open_index(directory, json_path, stamp)
   except OSError as error:
     raise InputError(
       f"{error.filename or cache_dir}: cannot be written or read ({error.strerror or error}); "
-      "free some room, or set VCF_CACHE_DIR to another folder"
+      "free some disk space, or set VCF_CACHE_DIR to another folder"
     ) from error
   if index is None:
-    raise InputError(f"{directory}: a damaged index, which comes back; check the disk")
+    raise InputError(f"{directory}: the index is damaged again after it was made; check the disk")
   return index
 
 
 def remove_leftovers(cache_dir: Path) -> None:
-  """Removes what processes that were killed while they made an index have left, a day ago."""
+  """Removes unfinished indices that killed processes left in the cache more than a day ago."""
   for folder in cache_dir.glob(f"{_SCRATCH}*"):
-    with contextlib.suppress(OSError):  # another process may be quicker
+    with contextlib.suppress(OSError):  # another process may have removed it already
       if time.time() - folder.stat().st_mtime > _DAY_SECONDS:
         shutil.rmtree(folder)
 
 
-def _state(json_path):
+def _stamp(json_path):
   try:
     return file_stamp(json_path)
   except OSError as error:
     raise _unreadable(json_path, error) from error
 
 
-def _directory(cache_dir, json_path, state):
-  key = hashlib.blake2b(json.dumps([_VERSION, json_path, *state]).encode(), digest_size=16)
+def _directory(cache_dir, json_path, stamp):
+  key = hashlib.blake2b(json.dumps([_VERSION, json_path, *stamp]).encode(), digest_size=16)
   return Path(cache_dir) / key.hexdigest()
 
 
-def _kept(directory, json_path, state) -> RowIndex | None:
-  """The index in a directory; None if there is none, or a damaged one."""
+def _open_index(directory, json_path, json_stamp) -> RowIndex | None:
+  """Opens the index in a directory; returns None if there is none, or if it is damaged."""
   text = directory / "text" if is_address(json_path) else json_path
   try:
     facts = json.loads((directory / "facts.json").read_text())
-    stamp = file_stamp(text) if is_address(json_path) else state
+    stamp = file_stamp(text) if is_address(json_path) else json_stamp
     index = RowIndex(str(directory), str(text), stamp, **facts)
     table = index.table()
     end = int(table["start"][-1]) + int(table["length"][-1])
@@ -168,20 +172,20 @@ def _kept(directory, json_path, state) -> RowIndex | None:
   return index if len(table) == index.num_rows and end <= stamp[0] else None
 
 
-def _put(made, directory, json_path, state):
-  """Moves a new index to its place, whole on the disk first: power may fail."""
-  for path in (*made.iterdir(), made):
+def _move_into_cache(new, directory, json_path, stamp):
+  """Moves a new index to its directory, after all of it is on the disk: power may fail."""
+  for path in (*new.iterdir(), new):
     descriptor = os.open(path, os.O_RDONLY)
     try:
       os.fsync(descriptor)
     finally:
       os.close(descriptor)
   try:
-    made.rename(directory)
+    new.rename(directory)
   except OSError:
-    if _kept(directory, json_path, state) is None:  # else another process was faster
+    if _open_index(directory, json_path, stamp) is None:  # else another process was faster
       shutil.rmtree(directory, ignore_errors=True)
-      made.rename(directory)
+      new.rename(directory)
 
 
 def _unreadable(json_path, error):
@@ -189,8 +193,8 @@ def _unreadable(json_path, error):
   return InputError(f"{json_path}: cannot be read ({problem}); check the path")
 
 
-def _make(json_path, directory):
-  """Writes the index of a file into a directory, and gives its facts."""
+def _make_index(json_path, directory):
+  """Writes the index of a file into a directory, and returns the facts of facts.json."""
   text = json_path
   if is_address(json_path):
     text = directory / "text"
@@ -222,7 +226,9 @@ def _make(json_path, directory):
       records += _pack_record(start, len(raw), _num_words(row), KINDS.index(kind))
       bar.update(start + len(raw) - bar.n)
   if media_type is None:
-    raise InputError(f"{json_path}: holds no row; give a JSON list of objects, or one on each line")
+    raise InputError(
+      f"{json_path}: holds no row; give a JSON list of objects, or one object on each line"
+    )
   np.save(directory / "rows.npy", np.frombuffer(records, _RECORD))
   num_rows = len(records) // _RECORD.itemsize
   facts = {"num_rows": num_rows, "media_type": media_type, "digest": digest.hexdigest()}
@@ -233,5 +239,5 @@ def _make(json_path, directory):
 def _num_words(row):
   try:
     return length_in_words(row)
-  except (TypeError, KeyError, AttributeError):  # no conversations that could be used
+  except (TypeError, KeyError, AttributeError):  # the conversations cannot be used
     return 0

@@ -1,4 +1,4 @@
-"""The rows of an annotation file of any size, one after the other, with their place in it."""
+"""Reads the rows of an annotation file of any size sequentially, each with its byte offset."""
 
 import json
 import math
@@ -9,17 +9,19 @@ from typing import BinaryIO, NamedTuple
 from videochat_flash_jax.errors import InputError
 
 _PIECE_BYTES = 1 << 20
-_BLANKS = re.compile(r"[ \t\r\n]*")
+_WHITESPACE = re.compile(r"[ \t\r\n]*")
 _LONGEST_ESCAPE = 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_MOST_DIGITS = 4300  # Python makes no number of more; yet it has to be told where the row ends
+# Python converts no integer with more digits. It must not fail here, so that the end of the row is
+# found.
+_MOST_DIGITS = 4300
 _decoder = json.JSONDecoder(
   parse_int=lambda digits: int(digits) if len(digits) <= _MOST_DIGITS else math.inf
 )
 
 
 class RowText(NamedTuple):
-  """A row: where it starts (bytes), its text, and what that means; None if it is no JSON."""
+  """One row: the byte where it starts, its text, and its parsed JSON (None if it is not JSON)."""
 
   start: int
   text: bytes
@@ -27,7 +29,7 @@ class RowText(NamedTuple):
 
 
 def parse_row(text: bytes) -> object:
-  """What a row's JSON means, or None if it is none."""
+  """Parses a row's JSON; returns None if it is not JSON."""
   try:
     return json.loads(text)
   except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
@@ -37,13 +39,14 @@ def parse_row(text: bytes) -> object:
 def rows_of_file(file: BinaryIO, name: str) -> Iterator[RowText]:
   """Yields the rows of a JSON list, or of a file with one JSON object on each line.
 
-  Which of the two it is shows in the beginning, not in the file's name: a list opens with `[`. But
-  where the first line is a whole list and others follow, it is a broken row among rows. No more
-  than a piece of the file and one row are held.
+  The content decides which of the two it is, not the file's name: a list begins with `[`. There is
+  one exception. If the first line is a complete list and other lines follow, it is a broken row of
+  a file with one row on each line. No more than one piece of the file and one row are kept in
+  memory.
 
   Raises:
-    InputError: a list's JSON is broken, so that where its rows begin cannot be told, or something
-      follows it.
+    InputError: the JSON of a list is broken, so that the start of the next row is unknown, or
+      something follows the list.
   """
   mark = file.read(len(_BYTE_ORDER_MARK))
   start = len(mark) if mark == _BYTE_ORDER_MARK else 0
@@ -56,14 +59,14 @@ def rows_of_file(file: BinaryIO, name: str) -> Iterator[RowText]:
 
 
 def _is_row_among_rows(file):
-  """Whether the first line that is not blank is a whole list, and not all that there is."""
+  """Returns whether the first line with text is a complete list, and more text follows it."""
   line = file.readline(_PIECE_BYTES)
   while line.isspace():
     line = file.readline(_PIECE_BYTES)
-  return line.endswith(b"\n") and parse_row(line) is not None and not _is_rest_blank(file)
+  return line.endswith(b"\n") and parse_row(line) is not None and not _is_rest_whitespace(file)
 
 
-def _is_rest_blank(file):
+def _is_rest_whitespace(file):
   return all(piece.isspace() for piece in iter(lambda: file.read(_PIECE_BYTES), b""))
 
 
@@ -76,49 +79,50 @@ def _lines(file, start):
 
 
 def _list_elements(file, name, start):
-  """Yields the elements of a list, parsing piece by piece.
+  """Yields the elements of a list, and parses piece by piece.
 
-  A piece is decoded as Latin-1, in which a character is a byte: places in the text are places in
-  the file. All that structures JSON is ASCII, and an element that is not is decoded again.
+  A piece is decoded as Latin-1, where each character is one byte: an offset in the text is an
+  offset in the file. All characters that structure JSON are ASCII. An element with other characters
+  is decoded again, as UTF-8.
   """
-  text, base, place = file.read(_PIECE_BYTES).decode("latin-1"), start, 0
-  place = text.index("[") + 1
+  text, base = file.read(_PIECE_BYTES).decode("latin-1"), start
+  offset = text.index("[") + 1
   num_read = 0
   while True:
-    place = _BLANKS.match(text, place).end()
-    if text[place : place + 1] == "]":
+    offset = _WHITESPACE.match(text, offset).end()
+    if text[offset : offset + 1] == "]":
       break
     try:
-      value, end = _decoder.raw_decode(text, place)
-      after = _BLANKS.match(text, end).end()
+      value, end = _decoder.raw_decode(text, offset)
+      after = _WHITESPACE.match(text, end).end()
       follower = text[after : after + 1]
     except (json.JSONDecodeError, RecursionError) as error:
-      _refuse_broken(error, text, base, name, num_read)
+      _check_rest_may_complete(error, text, base, name, num_read)
       follower = ""
     if follower and follower in ",]":
-      raw = text[place:end].encode("latin-1")
-      yield RowText(base + place, raw, value if raw.isascii() else parse_row(raw))
+      raw = text[offset:end].encode("latin-1")
+      yield RowText(base + offset, raw, value if raw.isascii() else parse_row(raw))
       num_read += 1
       if follower == "]":
-        place = after
+        offset = after
         break
-      place = after + 1
+      offset = after + 1
     elif follower:
       raise _broken(name, num_read, base + after)
     else:  # the piece ends within the element
-      more = file.read(max(_PIECE_BYTES, len(text) - place)).decode("latin-1")
+      more = file.read(max(_PIECE_BYTES, len(text) - offset)).decode("latin-1")
       if not more:
         raise _broken(name, num_read, base + len(text))
-      text, base, place = text[place:] + more, base + place, 0
-  if _BLANKS.match(text, place + 1).end() < len(text) or not _is_rest_blank(file):
+      text, base, offset = text[offset:] + more, base + offset, 0
+  if _WHITESPACE.match(text, offset + 1).end() < len(text) or not _is_rest_whitespace(file):
     raise InputError(
-      f"{name}: something follows the list of rows, which ends at byte {base + place + 1:,}; give "
-      "one list, or one row on each line (.jsonl)"
+      f"{name}: something follows the list of rows, which ends at byte {base + offset + 1:,}; give "
+      "only one list, or one row on each line (.jsonl)"
     )
 
 
-def _refuse_broken(error, text, base, name, num_read):
-  """Raises an `InputError` unless the rest of the file may complete what could not be parsed."""
+def _check_rest_may_complete(error, text, base, name, num_read):
+  """Raises an `InputError` unless the text that could not be parsed may continue in the file."""
   if isinstance(error, RecursionError):
     raise _broken(name, num_read, base) from error
   ends_early = error.msg.startswith("Unterminated") or error.pos + _LONGEST_ESCAPE >= len(text)
@@ -126,8 +130,8 @@ def _refuse_broken(error, text, base, name, num_read):
     raise _broken(name, num_read, base + error.pos) from error
 
 
-def _broken(name, num_read, place):
+def _broken(name, num_read, offset):
   return InputError(
-    f"{name}: broken JSON at byte {place:,}, after {num_read:,} rows; mend it, or write one row on "
-    "each line (.jsonl), where a broken one harms no other"
+    f"{name}: broken JSON at byte {offset:,}, after {num_read:,} rows; correct it, or write one "
+    "row on each line (.jsonl), so that a broken row does not affect the others"
   )

@@ -1,12 +1,12 @@
-"""The rows of a mixture, millions of them, read one at a time.
+"""The rows of a mixture, which may be millions, read one at a time.
 
   rows = open_rows(read_mixture("stage3.yaml"))
   len(rows), rows.kind(7)       # 3_412_087, "video"
   rows[7]                       # {"video": "/data/videos/a.mp4", "conversations": [...]}
 
-What is known of a row before it is read (kind, words) lies in small files mapped into memory, see
-row_index.py. `Rows` itself holds paths only: a worker process gets it in a few kilobytes, and opens
-the files when it needs them.
+The kind and the words of a row are known before the row is read: they are in small files mapped
+into memory, see row_index.py. `Rows` itself holds only paths. A few kilobytes are sent to a worker
+process, which opens the files when it needs them.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from videochat_flash_jax.data.mixture.annotations import (
   kind_of,
   media_length,
   media_paths,
-  with_whole_paths,
+  with_full_paths,
 )
 from videochat_flash_jax.data.mixture.broken import BrokenRow
 from videochat_flash_jax.data.mixture.mixture import Mixture, Source
@@ -34,22 +34,22 @@ from videochat_flash_jax.data.mixture.row_index import KINDS, RowIndex, TextFile
 from videochat_flash_jax.data.mixture.row_text import parse_row
 from videochat_flash_jax.errors import InputError, one_line
 
-_NUM_TOLD = 100  # rows of a source that its fingerprint names
+_NUM_IN_FINGERPRINT = 100  # rows of each source
 
 
 def rows_cache() -> Path:
-  """Where indices are kept: `VCF_CACHE_DIR`, or ~/.cache/vcflash, and there `rows`."""
+  """Returns the folder of the indices: `rows` in `VCF_CACHE_DIR`, or in ~/.cache/vcflash."""
   return Path(os.environ.get("VCF_CACHE_DIR", Path.home() / ".cache" / "vcflash")) / "rows"
 
 
 def open_rows(
   mixture: Mixture, cache_dir: str | os.PathLike | None = None, max_frames: int = 512
 ) -> "Rows":
-  """Opens the rows of a mixture; indexes annotation files that were never opened before.
+  """Opens the rows of a mixture; makes the indices that are not in the cache yet.
 
   Args:
-    mixture: of `read_mixture`.
-    cache_dir: of the indices; by default `rows_cache`.
+    mixture: from `read_mixture`.
+    cache_dir: folder of the indices; by default `rows_cache`.
     max_frames: the most frames of a video, for `Rows.lengths`.
 
   Raises:
@@ -64,10 +64,11 @@ def open_rows(
 def open_usable_rows(
   mixture: Mixture, cache_dir: str | os.PathLike | None = None
 ) -> tuple["Rows | None", dict[Source, str]]:
-  """As `open_rows`, but for the sources of which no row can be read.
+  """Opens rows as `open_rows` does, but leaves out the sources of which no row can be read.
 
   Returns:
-    The rows of all others, None if there are none; and of each of those, why.
+    The rows of all other sources, None if there are none; and for each source that is left out,
+    why.
   """
   parts, problems = [], {}
   for source in mixture.sources:
@@ -90,7 +91,7 @@ def _open_part(source, cache_dir, parts_before) -> "_Part":
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-  """One source's rows; `rows` are their numbers in the mixture."""
+  """The rows of one source; `rows` are their indices in the mixture."""
 
   source: Source
   index: RowIndex
@@ -98,43 +99,46 @@ class _Part:
 
   @functools.cached_property
   def numbers(self) -> range | np.ndarray:
-    """Numbers in the file of the rows kept."""
+    """The indices, in the annotation file, of the kept rows."""
     return kept_rows(self.index.num_rows, self.source.sampling_strategy, self.source.seed)
 
   @functools.cached_property
   def table(self) -> np.ndarray:
+    """The index of the annotation file, mapped into memory; see `RowIndex.table`."""
     return self.index.table()
 
   @functools.cached_property
   def text(self) -> TextFile:
+    """The annotation file, open."""
     return self.index.open_text()
 
   @property
   def media_type(self) -> str:
+    """What the rows of this source show: of the mixture, or else of the file's first row."""
     return self.source.media_type or self.index.media_type
 
   def kinds(self) -> np.ndarray:
-    """Place in `KINDS` of each row's kind."""
+    """Returns the kind of each row as an index in `KINDS`, integers `[rows]`."""
     if self.media_type in ("image", "video"):
       return np.full(len(self.rows), KINDS.index(self.media_type), np.int8)
     return self.column("kind")
 
   def column(self, name: str) -> np.ndarray:
-    """A column of the index, of the rows kept."""
+    """Returns a column of the index for the kept rows, `[rows]`."""
     whole, numbers = self.table[name], self.numbers
     if isinstance(numbers, range):
       return whole[numbers.start : numbers.stop]
     return whole[numbers]
 
   def number(self, index: int) -> int:
-    """Number in the file of a row of the mixture."""
+    """Returns the index, in the annotation file, of a row of the mixture."""
     return int(self.numbers[index - self.rows.start])
 
   def parse(self, index: int) -> object:
-    """A row as it is written, None if that is no JSON.
+    """Returns a row as it is in the file, or None if it is not JSON.
 
     Raises:
-      InputError: the annotation file cannot be read any more, or has changed.
+      InputError: the annotation file can no longer be read, or has changed.
     """
     try:
       record = self.table[self.number(index)]
@@ -143,8 +147,8 @@ class _Part:
         self.text.check_unchanged()
     except OSError as error:
       raise InputError(
-        f"{self.source.json_path}: cannot be read any more ({error.strerror or error}); put it, or "
-        "its index, back and start again"
+        f"{self.source.json_path}: can no longer be read ({error.strerror or error}); restore it, "
+        "or its index, and start again"
       ) from error
     return row
 
@@ -154,7 +158,7 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Rows of a mixture, those of its sources one after the other; see the module's example."""
+  """The rows of a mixture, first all of the first source, and so on; see the module's example."""
 
   path: str
   _parts: tuple[_Part, ...]
@@ -164,11 +168,12 @@ class Rows:
     return self._parts[-1].rows.stop
 
   def __getitem__(self, index: int) -> dict:
-    """Reads a row, checked, with whole paths of its media.
+    """Reads and checks a row; its media have full paths.
 
     Raises:
-      BrokenRow: it cannot be used; the message begins with the reason and names file and row.
-      InputError: the annotation file is gone or has changed, and with it all its rows.
+      BrokenRow: the row cannot be used; the message begins with the reason and names file and row.
+      InputError: the annotation file is missing or has changed, so that none of its rows can be
+        read.
     """
     part = self._part(index)
     try:
@@ -178,18 +183,18 @@ class Rows:
       raise BrokenRow(error.reason, f"{where}: {error.detail}") from error
 
   def kind(self, index: int) -> str:
-    """What a row shows: "video", "image" or "text"; of a broken one, what its file has."""
+    """Returns what a row shows: "video", "image" or "text"; for a broken row, what its file has."""
     part = self._part(index)
     if part.media_type in ("image", "video"):
       return part.media_type
     return KINDS[part.table["kind"][part.number(index)]]
 
   def has(self, kind: str) -> bool:
-    """Whether any row is of this kind."""
+    """Returns whether any row is of this kind."""
     return any((part.kinds() == KINDS.index(kind)).any() for part in self._parts)
 
   def draw_of_kind(self, kind: str, most: int, rng: np.random.Generator) -> list[int]:
-    """Different rows of a kind from anywhere in the mixture, all of them if there are no more."""
+    """Draws different rows of a kind from the whole mixture, at most `most` and at most all."""
     same = [
       np.flatnonzero(part.kinds() == KINDS.index(kind)) + part.rows.start for part in self._parts
     ]
@@ -197,7 +202,7 @@ class Rows:
     return rng.choice(same, min(most, len(same)), replace=False).tolist()
 
   def media(self, index: int) -> list[str]:
-    """Whole paths of a row's media; none of a row that cannot be used."""
+    """Returns the full paths of a row's media; no path for a row that cannot be used."""
     with contextlib.suppress(BrokenRow):
       row = self[index]
       kind = kind_of(row)
@@ -205,13 +210,13 @@ class Rows:
     return []
 
   def source(self, index: int) -> str:
-    """Path of the annotation file that a row is from."""
+    """Returns the path of the annotation file that holds a row."""
     return self._part(index).source.json_path
 
   def label(self, index: int) -> str:
-    """A row's name: its id or first medium, or else its number in the file, from 1.
+    """Returns a row's name: its id or its first medium, else its number in the file, from 1.
 
-    The latter also where the file cannot be read any more: messages need names.
+    It is the number also if the file can no longer be read: messages need a name.
     """
     part, row = self._part(index), None
     with contextlib.suppress(InputError):
@@ -226,17 +231,17 @@ class Rows:
 
   @functools.cached_property
   def lengths(self) -> np.ndarray:
-    """Estimated length of every row, int32 [N]: words, and those that its media count for."""
+    """Estimated length of every row, int32 `[N]`: its words, and those that its media count for."""
     extra = np.array([media_length(kind, self.max_frames) for kind in KINDS], np.int32)
     return np.concatenate([part.column("words") + extra[part.kinds()] for part in self._parts])
 
   def words(self, indices: range) -> np.ndarray:
-    """Words of the conversations of rows that follow one another in one source."""
+    """Returns how many words the conversations of consecutive rows of one source have."""
     part = self._part(indices.start)
     return part.column("words")[indices.start - part.rows.start :][: len(indices)]
 
   def index_bytes(self) -> int:
-    """What the indices take on the disk."""
+    """Returns how many bytes the indices take on the disk."""
     folders = {part.index.directory for part in self._parts}
     return sum(file.stat().st_size for folder in folders for file in Path(folder).iterdir())
 
@@ -252,19 +257,20 @@ class Rows:
 
   @property
   def source_ranges(self) -> list[tuple[int, int]]:
-    """First row of each source, and the one after its last."""
+    """For each source, the index of its first row and the index after its last row."""
     return [(part.rows.start, part.rows.stop) for part in self._parts]
 
   @property
   def fingerprint(self) -> str:
-    """Tells mixtures apart: the same for the same rows and settings, wherever they lie."""
-    facts = [self.max_frames]  # it decides the lengths, and these the order
+    """A digest that is the same for the same rows and settings, wherever the files are."""
+    facts = [self.max_frames]  # the lengths depend on it, and the order on the lengths
     for part in self._parts:
       settings = dataclasses.asdict(part.source)
-      for place in ("json_path", "data_root", "folder"):
-        del settings[place]
-      # Which rows `random` keeps is NumPy's to say, and may change with it.
-      facts.append([part.index.digest, settings, [int(n) for n in part.numbers[:_NUM_TOLD]]])
+      for path in ("json_path", "data_root", "folder"):
+        del settings[path]
+      # The rows that `random` keeps may change with the version of NumPy.
+      first_kept = [int(number) for number in part.numbers[:_NUM_IN_FINGERPRINT]]
+      facts.append([part.index.digest, settings, first_kept])
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
   def _part_number(self, index):
@@ -280,14 +286,14 @@ class Rows:
 
 
 def _checked(row: object, part: _Part) -> dict:
-  """A row with whole paths, of which all is right that can be told without its media."""
+  """Returns a row with full paths, after all checks that need no media."""
   check_object(row)
   source = part.source
   if part.media_type in ("image", "video"):
     folder, kind = source.data_root or source.folder, part.media_type
-  else:  # as in the original, not below data_root
+  else:  # as in the original, the paths are not relative to data_root
     folder, kind = source.folder, kind_of(row)
   confined = folder == source.data_root
-  row = with_whole_paths(row, kind, folder, source.video_read_type, confined)
+  row = with_full_paths(row, kind, folder, source.video_read_type, confined)
   check_row(row)
   return row

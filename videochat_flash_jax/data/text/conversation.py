@@ -1,20 +1,22 @@
-r"""Conversations to token ids and labels: templates, the time message, label rules.
+# Over 300 lines: templates, labels and the checks of a row are one set of rules.
+r"""Turns conversations into token ids and labels: templates, the time message, label rules.
 
-A visual item is written `<image>` in a text, whatever its kind, and stands as `VISUAL_SLOT` among
-the ids; its tokens are put there later. One training row, template `qwen_2`:
+A video or an image is written `<image>` in a text, and becomes one id `VISUAL_SLOT` among the token
+ids; its visual tokens are inserted there later. One training row, template `qwen_2`:
 
   row      human "What moves?<image>", gpt "A cat."
   placed   human "<image>\nWhat moves?", gpt "A cat."                     `place_media`
   text     <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n
            <|im_start|>user\n<image>\nWhat moves?<|im_end|>\n
            <|im_start|>assistant\nA cat.<|im_end|>\n
-  ids      every turn tokenized by itself, `<image>` -> -200              `encode_dialog`
-  labels   the assistant's turns and all turn marks, -100 elsewhere
+  ids      each turn is tokenized separately, `<image>` -> -200           `encode_dialog`
+  labels   the assistant's turns and all turn markers, -100 elsewhere
 
-The rules are those of the official training code, odd ones included: the released weights were
-trained so. Three faults are not copied: a misspelt mode of the time message is an error (there it
-gives the long form), no row is edited in place (there a second pass doubles the message), and a
-row with a wrong number of placeholders is refused (there it fails later or trains on nonsense).
+The rules are those of the official training code, including its odd ones, because the released
+weights were trained with them. Three of its faults are not copied. A misspelt mode of the time
+message is an error (there it gives the long form). No row is changed in place (there a second pass
+over a row adds the message twice). A row with a wrong number of placeholders is an error (there it
+fails later, or the model is trained on nonsense).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,35 +32,35 @@ IGNORE_LABEL = -100
 PLACEHOLDER = "<image>"
 ANSWER_HEADER = f"{IM_START}assistant\n"
 
-# qwen_1_5 and qwen_2 are two published names of one template (ChatML); plain is for stage 1.
+# qwen_1_5 and qwen_2 are two published names of the same template (ChatML); plain is for stage 1.
 TEMPLATES = ("qwen_2", "qwen_1_5", "plain")
 
 _SYSTEM = f"{IM_START}system\nYou are a helpful assistant.{IM_END}\n"
 _CHATML_ROLES = {"human": "user", "gpt": "assistant"}
-_MARKER_WORD = "QA_GT_caption_based_noisy"  # Left in some public rows by their makers.
+_MARKER_WORD = "QA_GT_caption_based_noisy"  # The authors of some public rows left it in the texts.
 
 
 class Turn(NamedTuple):
-  """One turn: `role` is "human" or "gpt"; a `text` of None is an answer still to be written."""
+  """One turn: `role` is "human" or "gpt"; if `text` is None, the answer is not yet generated."""
 
   role: str
   text: str | None
 
 
 class TokenizedText(NamedTuple):
-  """Token ids `[length]` with their training labels `[length]`, both int32."""
+  """Token ids `[length]` and their training labels `[length]`, both int32."""
 
   ids: np.ndarray
   labels: np.ndarray
 
 
 def time_message(mode: str | None, seconds: float, frame_seconds: Sequence[float]) -> str:
-  """Tells the model how long the video is and which frames it sees, in the training form.
+  """States how long the video is and which frames the model sees, in the form used in training.
 
-  Mode None gives no message, "short" the number of frames, "long" their times.
+  Mode None gives no message, "short" gives the number of frames, and "long" also gives their times.
 
   Raises:
-    InputError: any other mode.
+    InputError: the mode is another one.
   """
   if mode not in (None, "short", "long"):
     raise InputError(f"time message mode {mode!r} is unknown; use 'short', 'long' or none")
@@ -70,22 +72,25 @@ def time_message(mode: str | None, seconds: float, frame_seconds: Sequence[float
 
 
 def render_prompt(turns: Iterable[Turn], template: str = "qwen_2") -> str:
-  """Writes turns as the text a model reads; an empty or None text leaves its turn open.
+  """Writes turns as the text that the model reads; an empty or None text leaves its turn open.
 
   Raises:
-    InputError: unknown template, or an answer in `plain`, which renders what comes before it.
+    InputError: the template is unknown, or it is `plain`, which has no answers, and there is one.
   """
   _check_template(template)
   if template != "plain":
     return _SYSTEM + "".join(_chatml_turn(turn.role, turn.text or None) for turn in turns)
   texts = [turn.text or "" for turn in turns]
   if any(texts[1::2]):
-    raise InputError("template 'plain' renders one text and an open answer; use 'qwen_2'")
+    raise InputError("template 'plain' renders one text without an answer; use 'qwen_2'")
   return "".join(f"{text}\n" for text in texts if text)
 
 
 def tokenize_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-  """Ids of a text, with `VISUAL_SLOT` for every placeholder: "a<image>b" -> [a, -200, b]."""
+  """Returns the ids of a text, with `VISUAL_SLOT` for each placeholder.
+
+  "a<image>b"  ->  [a, -200, b]
+  """
   first, *rest = text.split(PLACEHOLDER)
   ids = tokenizer.encode(first)
   for part in rest:
@@ -94,25 +99,32 @@ def tokenize_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def video_opening(num_frames: int, seconds: float) -> str:
-  r"""Before the first question: "<image>\nThe video lasts for ... are sampled from it. ".
+  r"""Returns the text before the first question about a video.
 
-  A blank separates it from the question, in training a line break; both as in the official code.
+  It is "<image>\nThe video lasts for ... are sampled from it. ". The question follows after a
+  space; in training it follows after a line break. Both are as in the official code.
   """
   return f"{PLACEHOLDER}\n{_duration_sentence(seconds, num_frames, 'from it')} "
 
 
 def image_opening(num_images: int) -> str:
-  r"""Before the first question, `<image>\n` for each: "<image>\n<image>\nWhich is bigger?"."""
+  r"""Returns the text before the first question about images: `<image>\n` for each of them.
+
+  Two images give "<image>\n<image>\n", as in "<image>\n<image>\nWhich is bigger?".
+  """
   return f"{PLACEHOLDER}\n" * num_images
 
 
 def inference_prompt(
   question: str, tokenizer: Tokenizer, opening: str = "", history: Sequence[tuple[str, str]] = ()
 ) -> list[int]:
-  """Ids of a chat up to the answer to `question`.
+  """Returns the ids of a chat up to the start of the answer to `question`.
 
-  `opening`, of what is seen, stands before the first question only; `history` holds earlier
-  (question, answer) pairs, oldest first.
+  Args:
+    question: the question, without placeholder.
+    tokenizer: gives the ids.
+    opening: of the video or images; it is put before the first question only.
+    history: earlier (question, answer) pairs, the oldest first.
 
   Raises:
     InputError: a question is empty or holds the placeholder.
@@ -120,18 +132,19 @@ def inference_prompt(
   ids = tokenizer.encode(_SYSTEM)
   for past_question, answer in history:
     ids += _question_ids(past_question, opening, tokenizer)
-    ids += tokenizer.encode(_chatml_turn("gpt", answer))  # a placeholder written by it is text
+    ids += tokenizer.encode(_chatml_turn("gpt", answer))  # an `<image>` in an answer is plain text
     opening = ""
   ids += _question_ids(question, opening, tokenizer)
   return ids + tokenizer.encode(_chatml_turn("gpt", None))
 
 
 def place_media(turns: Iterable[Turn], message: str = "") -> list[Turn]:
-  r"""Puts placeholder and time message (or "") where training expects them; gives new turns.
+  r"""Moves placeholders, and adds the time message (or ""), as training expects; returns new turns.
 
-  In every turn, in this order: a single placeholder that is not at the start moves there with a
-  line break behind it, and the rest is stripped; the message follows each placeholder; the marker
-  word of noisy public rows is removed. Several placeholders stay where they are.
+  In every turn, in this order: a single placeholder that is not at the start is moved there, with a
+  line break after it, and the rest of the text is stripped; the message is added after each
+  placeholder; the marker word of noisy public rows is removed. If there are several placeholders,
+  they are not moved.
 
     "What moves?\n<image>"  ->  "<image>\nThe video lasts ... from it. \nWhat moves?"
   """
@@ -144,48 +157,52 @@ def encode_dialog(
   has_media: bool = True,
   label_style: str = "qwen",
 ) -> TokenizedText:
-  """Ids and labels of a ChatML conversation; a first turn from the assistant is dropped.
+  """Returns ids and labels of a ChatML conversation; a first turn of the assistant is dropped.
 
-  Label style "qwen" is that of the official code: the assistant's whole turns, header included,
-  and every single line break, `<|im_start|>` and `<|im_end|>` of all turns, the system's too.
-  "clean" is what the model has to write: the answers, and the `<|im_end|>` after each. Another
-  raises `InputError`. Without `has_media` placeholders are plain text.
+  Label style "qwen" is that of the official code. The loss then counts the whole turns of the
+  assistant with their headers, and every single line break, `<|im_start|>` and `<|im_end|>` of all
+  turns, the system's turn included. Style "clean" counts what the model has to generate: the
+  answers, and the `<|im_end|>` after each answer. Without `has_media`, placeholders are plain text.
+
+  Raises:
+    InputError: the label style is another one.
   """
   if label_style not in ("qwen", "clean"):
     raise InputError(f"label style {label_style!r} is unknown; use 'qwen' or 'clean'")
   ids = tokenizer.encode(_SYSTEM)
-  learnt = [False] * len(ids)
+  in_loss = [False] * len(ids)
   header_length = len(tokenizer.encode(ANSWER_HEADER))
   for turn in _without_opening_answer(turns):
     text = _chatml_turn(turn.role, turn.text)
     turn_ids = tokenize_prompt(text, tokenizer) if has_media else tokenizer.encode(text)
-    turn_learnt = [turn.role == "gpt"] * len(turn_ids)
+    turn_in_loss = [turn.role == "gpt"] * len(turn_ids)
     if label_style == "clean":
-      turn_learnt[:header_length] = [False] * header_length
-      turn_learnt[-1] = False  # The line break between turns.
+      turn_in_loss[:header_length] = [False] * header_length
+      turn_in_loss[-1] = False  # The line break between turns.
     ids += turn_ids
-    learnt += turn_learnt
+    in_loss += turn_in_loss
   if label_style == "qwen":
-    marks = {tokenizer.newline_id, tokenizer.im_start_id, tokenizer.im_end_id}
-    learnt = [known or token in marks for known, token in zip(learnt, ids, strict=True)]
-  return _with_labels(ids, learnt)
+    markers = {tokenizer.newline_id, tokenizer.im_start_id, tokenizer.im_end_id}
+    in_loss = [counts or token in markers for counts, token in zip(in_loss, ids, strict=True)]
+  return _with_labels(ids, in_loss)
 
 
 def encode_caption(turns: Sequence[Turn], tokenizer: Tokenizer) -> TokenizedText:
-  r"""Ids and labels of stage 1: a visual slot, then the answer and a line break, both learnt.
+  r"""Returns ids and labels of stage 1: a visual slot, then the answer and a line break.
 
-  The question is dropped: (human "<image>\nSay it.", gpt "A cat.") reads "<image>A cat.\n".
+  The loss counts the answer and the line break. The question is dropped: (human "<image>\nSay it.",
+  gpt "A cat.") becomes "<image>A cat.\n".
   """
   ids = tokenize_prompt(f"{PLACEHOLDER}{turns[1].text}\n", tokenizer)
   return _with_labels(ids, [True] * len(ids))
 
 
 def turns_of_row(row: Mapping) -> list[Turn]:
-  """Checks the `conversations` of a LLaVA row and gives its turns; the row stays as it is.
+  """Checks the `conversations` of a LLaVA row and returns its turns; the row is not changed.
 
   Raises:
-    InputError: `conversations` is missing or empty, or a turn is no {"from": "human" or "gpt",
-      "value": text}.
+    InputError: `conversations` is missing or empty, or a turn is not of the form {"from": "human"
+      or "gpt", "value": text}.
   """
   conversations = row.get("conversations")
   if not isinstance(conversations, list) or not conversations:
@@ -197,13 +214,13 @@ def turns_of_row(row: Mapping) -> list[Turn]:
       found = f"conversations[{index}]: field 'from' is {turn.get('from')!r}"
       raise _row_error(row, f"{found}; use 'human' or 'gpt'")
     if not isinstance(turn.get("value"), str):
-      raise _row_error(row, f"conversations[{index}]: field 'value' is no text; write what is said")
+      raise _row_error(row, f"conversations[{index}]: field 'value' is not a text; give a string")
     turns.append(Turn(turn["from"], turn["value"]))
   return turns
 
 
 def has_answer(turns: Iterable[Turn]) -> bool:
-  """Whether there is an answer, and not only blanks in its place."""
+  """Returns whether there is an answer with more than white space."""
   return any(turn.role == "gpt" and turn.text.strip() for turn in turns)
 
 
@@ -214,14 +231,17 @@ def encode_row(
   message: str = "",
   label_style: str = "qwen",
 ) -> TokenizedText:
-  """Ids and labels of one LLaVA row, checked; see the module's example.
+  """Checks one LLaVA row and returns its ids and labels; see the module's example.
 
-  A row has `conversations`, and `video` or `image` (a path or a list of paths) or neither.
-  `message` is what `time_message` gives for the sampled frames; `label_style` is that of
-  `encode_dialog`, while `plain` always learns the whole caption.
+  Args:
+    row: with `conversations`, and either `video` or `image` (a path or a list of paths) or neither.
+    tokenizer: gives the ids.
+    template: one of `TEMPLATES`.
+    message: what `time_message` gives for the sampled frames.
+    label_style: as in `encode_dialog`; with template `plain`, the loss counts the whole caption.
 
   Raises:
-    InputError: names the row and the field that cannot be used.
+    InputError: the row cannot be used; names the row and the field.
   """
   _check_template(template)
   turns = turns_of_row(row)
@@ -231,11 +251,13 @@ def encode_row(
     turns = place_media(turns, message)
   kept = _without_opening_answer(turns)
   if not has_answer(kept):
-    raise _row_error(row, "field 'conversations' has no answered question; add both")
+    raise _row_error(
+      row, "field 'conversations' has no question with an answer; add a question and an answer"
+    )
   num_placeholders = sum(turn.text.count(PLACEHOLDER) for turn in kept)
   if num_placeholders != num_media:
     found = f"{num_placeholders} {PLACEHOLDER} for {num_media} videos or images"
-    raise _row_error(row, f"field 'conversations' has {found}; write one for each")
+    raise _row_error(row, f"field 'conversations' has {found}; write one {PLACEHOLDER} for each")
   if template != "plain":
     return encode_dialog(turns, tokenizer, num_media > 0, label_style)
   if num_media != 1 or len(turns) != 2 or len(kept) != 2 or PLACEHOLDER in turns[1].text:
@@ -260,9 +282,11 @@ def _chatml_turn(role: str, text: str | None) -> str:
 
 def _question_ids(question: str, opening: str, tokenizer: Tokenizer) -> list[int]:
   if not question.strip():
-    raise InputError("the question is empty; ask something")
+    raise InputError("the question is empty; give a question")
   if PLACEHOLDER in question:
-    raise InputError(f"the question holds {PLACEHOLDER}, which stands for what is seen; remove it")
+    raise InputError(
+      f"the question holds {PLACEHOLDER}, which stands for the video or image; remove it"
+    )
   return tokenize_prompt(_chatml_turn("human", opening + question), tokenizer)
 
 
@@ -278,10 +302,10 @@ def _without_opening_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
   return turns[1:] if turns[0].role == "gpt" else turns
 
 
-def _with_labels(ids: list[int], learnt: list[bool]) -> TokenizedText:
+def _with_labels(ids: list[int], in_loss: list[bool]) -> TokenizedText:
   array = np.array(ids, np.int32)
-  kept = np.array(learnt) & (array != VISUAL_SLOT)
-  return TokenizedText(array, np.where(kept, array, np.int32(IGNORE_LABEL)))
+  has_label = np.array(in_loss) & (array != VISUAL_SLOT)
+  return TokenizedText(array, np.where(has_label, array, np.int32(IGNORE_LABEL)))
 
 
 def _row_error(row: Mapping, problem: str) -> InputError:

@@ -1,6 +1,6 @@
-r"""Text to token ids and back, for the Qwen2 vocabulary and for the tiny model's own.
+r"""Converts text to token ids and back, for the Qwen2 vocabulary and for that of the tiny model.
 
-Both tokenizers recognise the chat tokens inside a text, so a rendered prompt needs one call:
+Both tokenizers recognise the chat tokens inside a text, so one call encodes a rendered prompt:
 
   text  <|im_start|>user\nHi<|im_end|>\n
   ids   151644 872 198 13048 151645 198        (the Qwen2 vocabulary)
@@ -22,29 +22,29 @@ IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 
-# Where Qwen2 cuts a text before merging bytes: contractions, words with one leading sign, single
-# digits, signs with the line breaks behind them, line breaks, blanks.
+# How Qwen2 splits a text before it merges bytes: contractions, words with one sign before them,
+# single digits, signs with the line breaks after them, line breaks, spaces.
 _QWEN2_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# SentencePiece writes a blank as this letter inside its pieces.
-_BLANK = "\u2581"
-_BLANK_BYTES = ["<0xE2>", "<0x96>", "<0x81>"]
+# SentencePiece writes a space as this character inside its pieces.
+_SPACE = "\u2581"
+_SPACE_BYTES = ["<0xE2>", "<0x96>", "<0x81>"]
 
-# Bytes that are no whole UTF-8 character decode to this one.
+# Bytes that do not form a complete UTF-8 character are decoded to this character.
 _REPLACEMENT = "\ufffd"
 
 
 class Tokenizer(abc.ABC):
-  """What the rest of the package needs of a vocabulary.
+  """What the rest of the package needs from a tokenizer and its vocabulary.
 
   Attributes:
-    vocab_size: number of ids, the added tokens included. An embedding table may have more rows.
+    vocab_size: number of ids, added tokens included. An embedding table may have more rows.
     im_start_id: id of `<|im_start|>`, which opens a turn.
-    im_end_id: id of `<|im_end|>`, which closes it.
-    pad_id: id of `<|endoftext|>`, which fills short rows of a batch.
+    im_end_id: id of `<|im_end|>`, which closes a turn.
+    pad_id: id of `<|endoftext|>`, which fills the short rows of a batch.
     newline_id: id of a single line break.
     stop_ids: ids that end an answer.
   """
@@ -52,7 +52,7 @@ class Tokenizer(abc.ABC):
   vocab_size: int
 
   def __init__(self, source: Path):
-    """Finds the chat tokens; raises `InputError` naming `source` when one is missing."""
+    """Finds the chat tokens; raises an `InputError` that names `source` if one is missing."""
     missing = [t for t in (IM_START, IM_END, END_OF_TEXT) if self.token_id(t) is None]
     newline = self.encode("\n")
     if missing or len(newline) != 1:
@@ -68,22 +68,22 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`; chat tokens written in it become their single ids, and nothing is added."""
+    """Returns the ids of `text`. Each chat token in it becomes its single id; nothing is added."""
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
-    """Text of `ids` without chat tokens; ids outside the vocabulary are skipped."""
+    """Returns the text of `ids` without chat tokens; ids outside the vocabulary are skipped."""
 
   @abc.abstractmethod
   def token_id(self, token: str) -> int | None:
-    """Id of one entry of the vocabulary, or None."""
+    """Returns the id of one entry of the vocabulary, or None."""
 
 
 class BPETokenizer(Tokenizer):
-  """Byte-level byte-pair encoding as in Qwen2: NFC, its split pattern, then merges.
+  """Byte-level byte-pair encoding as in Qwen2: NFC, the split pattern of Qwen2, then merges.
 
-  Reads `tokenizer.json` of a directory, or else `vocab.json` + `merges.txt` with the added tokens
-  of `tokenizer_config.json` or `added_tokens.json`.
+  Reads `tokenizer.json` from a directory. If there is none, reads `vocab.json` and `merges.txt`,
+  and the added tokens from `tokenizer_config.json` or `added_tokens.json`.
 
   Raises:
     InputError: a file is missing or broken, or the chat tokens are not in the vocabulary.
@@ -98,7 +98,7 @@ class BPETokenizer(Tokenizer):
         backend = _qwen2_from_vocabulary(directory)
     except InputError:
       raise
-    except Exception as error:  # The library raises bare Exceptions for whatever it cannot read.
+    except Exception as error:  # The library raises a bare Exception for all that it cannot read.
       raise _broken(directory, error) from error
     backend.no_truncation()
     backend.no_padding()
@@ -118,9 +118,9 @@ class BPETokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """A vocabulary of `train_sentencepiece`: every text comes back from its ids unchanged.
+  """A vocabulary made by `train_sentencepiece`; decoding the ids of a text gives the same text.
 
-  Letters the vocabulary lacks become UTF-8 bytes, and blanks and line breaks are kept.
+  Characters that are not in the vocabulary become UTF-8 bytes; spaces and line breaks are kept.
 
   Raises:
     InputError: the file is missing or broken, or the chat tokens are not in the vocabulary.
@@ -135,20 +135,20 @@ class SentencePieceTokenizer(Tokenizer):
       raise _broken(path, error) from error
     self.vocab_size = self._backend.get_piece_size()
     super().__init__(path)
-    self._unprinted = {self.im_start_id, self.im_end_id, self.pad_id, self._backend.unk_id()}
+    self._without_text = {self.im_start_id, self.im_end_id, self.pad_id, self._backend.unk_id()}
 
   def encode(self, text: str) -> list[int]:
-    # The library takes U+2581 itself for a blank; spelt in bytes it comes back as it was.
+    # The library would decode U+2581 in the text to a space; encoded as bytes it is kept.
     ids: list[int] = []
-    for index, part in enumerate(text.split(_BLANK)):
+    for index, part in enumerate(text.split(_SPACE)):
       if index:
-        ids += self._backend.piece_to_id(_BLANK_BYTES)
+        ids += self._backend.piece_to_id(_SPACE_BYTES)
       ids += self._backend.encode(part)
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
     known = (int(token) for token in ids if 0 <= token < self.vocab_size)
-    return self._backend.decode([token for token in known if token not in self._unprinted])
+    return self._backend.decode([token for token in known if token not in self._without_text])
 
   def token_id(self, token: str) -> int | None:
     found = self._backend.piece_to_id(token)
@@ -156,12 +156,12 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-  """The tokenizer whose files lie in `directory`.
+  """Opens the tokenizer whose files are in `directory`.
 
-  Looks for `tokenizer.json`, then `vocab.json` + `merges.txt`, then `tokenizer.model`.
+  Looks for `tokenizer.json`, then `vocab.json` with `merges.txt`, then `tokenizer.model`.
 
   Raises:
-    InputError: there is none of these, or it cannot be read.
+    InputError: none of these files is there, or a file cannot be read.
   """
   directory = Path(directory)
   if (directory / "tokenizer.json").exists() or (directory / "vocab.json").exists():
@@ -175,10 +175,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-  """Yields the text of a growing answer, never half a character.
+  """Yields the text of a growing answer in pieces that never end within a character.
 
-  The pieces joined are `tokenizer.decode` of all ids: a piece is held back until it ends on a
-  whole character, where a text can be cut without changing what either side decodes to.
+  The joined pieces are `tokenizer.decode` of all ids. A piece is held back until it ends with a
+  complete character; there a text can be cut without changing what the two parts decode to.
 
     ids     A   <0xF0> <0x9F> <0x90> <0xB1>   !
     yields  A                        🐱        !
@@ -200,17 +200,17 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
   """Makes a small vocabulary from `sentences`, writes it to `path`, and opens it.
 
-  The same sentences give the same file. Ids: 0 unknown, then the chat tokens and the line break,
-  256 bytes, and byte-pair pieces of the corpus.
+  The same sentences give the same file. The ids are: 0 for unknown, then the chat tokens and the
+  line break, 256 bytes, and byte-pair pieces of the sentences.
 
   Args:
-    sentences: lines of text; line breaks inside them are taken as ends of lines.
+    sentences: lines of text; a line break inside one ends a line.
     path: the file to write, usually `tokenizer.model`.
-    vocab_size: the most entries; a small corpus gives fewer.
+    vocab_size: the largest number of entries; few sentences give fewer.
 
   Raises:
-    InputError: `vocab_size` is too small for the bytes and the letters of the corpus, or there is
-      no text in `sentences`.
+    InputError: `vocab_size` is too small for the bytes and the characters of the sentences, or
+      there is no text in `sentences`.
   """
   lines = [line for sentence in sentences for line in sentence.split("\n") if line]
   model = io.BytesIO()
@@ -245,13 +245,14 @@ def train_sentencepiece(
 
 
 def _qwen2_from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
-  """Builds what `tokenizer.json` would hold from the older files."""
+  """Builds from the older files what `tokenizer.json` would hold."""
   path = directory / "merges.txt"
   if not path.exists():
-    raise InputError(f"{path}: missing; vocab.json needs the merges of the same vocabulary")
+    raise InputError(f"{path}: missing; add the merges.txt that belongs to vocab.json")
   added = _added_tokens(directory)
   vocabulary, merges = models.BPE.read_file(str(directory / "vocab.json"), str(path))
-  # Every entry but the bytes comes from one merge; a file cut short would silently give other ids.
+  # Every entry except the bytes comes from one merge. If the end of the file were missing, the ids
+  # would be wrong without an error.
   num_merged = len(vocabulary.keys() - {token.content for _, token in added}) - 256
   if len(merges) != num_merged:
     raise InputError(
@@ -275,7 +276,7 @@ def _qwen2_from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
 
 
 def _added_tokens(directory: Path) -> list[tuple[int, tokenizers.AddedToken]]:
-  """Added tokens in order of their ids, which is the order the library numbers them in."""
+  """Returns the added tokens in the order of their ids: the library numbers them in this order."""
   config, plain = directory / "tokenizer_config.json", directory / "added_tokens.json"
   listed = json.loads(config.read_text("utf-8")) if config.exists() else {}
   if entries := listed.get("added_tokens_decoder"):

@@ -1,4 +1,4 @@
-"""A tokenizer of which every process that reads examples has its own."""
+"""A tokenizer that every process makes for itself."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,10 @@ from videochat_flash_jax.data.text.tokenizer import Tokenizer
 
 
 class TokenizerOfProcess:
-  """Has a tokenizer, made when it is first asked for, by every process for itself."""
+  """Has a tokenizer, which is made at its first use and never sent to another process."""
 
   def __init__(self, make_tokenizer: Callable[[], Tokenizer]):
-    """Makes nothing yet."""
+    """Stores the function; the tokenizer is made at its first use."""
     self._make_tokenizer, self._tokenizer = make_tokenizer, None
 
   def __getstate__(self) -> dict:
@@ -17,7 +17,7 @@ class TokenizerOfProcess:
 
   @property
   def tokenizer(self) -> Tokenizer:
-    """The tokenizer."""
+    """The tokenizer of this process."""
     if self._tokenizer is None:
       self._tokenizer = self._make_tokenizer()
     return self._tokenizer

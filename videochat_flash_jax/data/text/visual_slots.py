@@ -1,4 +1,4 @@
-"""Where every token stands: visual slots open up into places for visual tokens."""
+"""Opens visual slots into positions for visual tokens."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,18 @@ def open_slots(ids: Sequence[int], visual_counts: Sequence[int]) -> tuple[np.nda
   """Opens each visual slot of a tokenized text into its number of visual tokens.
 
       ids            [7, -200, 8, -200]    visual_counts [2, 1]
-      token_ids      [7, 0, 0, 8, 0]       (0 where a visual token will stand)
-      visual_index   [-1, 0, 1, -1, 2]     (which visual token of the row, -1 for text)
+      token_ids      [7, 0, 0, 8, 0]       (0 where a visual token will be inserted)
+      visual_index   [-1, 0, 1, -1, 2]     (index of the row's visual token, -1 for text)
 
   Args:
-    ids: text token ids, with `VISUAL_SLOT` for each video or image.
-    visual_counts: number of visual tokens of each slot, in order.
+    ids: `[length]`, text token ids, with `VISUAL_SLOT` for each video or image.
+    visual_counts: number of visual tokens of each slot, in the order of the slots.
 
   Returns:
-    `token_ids` and `visual_index`, int32, of the length of the sequence.
+    `token_ids` and `visual_index`, both int32 `[T]`, where T is the length after opening.
 
   Raises:
-    ValueError: the number of slots is not that of `visual_counts`.
+    ValueError: `visual_counts` does not have one number for each slot.
   """
   ids = np.asarray(ids, np.int32)
   is_slot = ids == VISUAL_SLOT
