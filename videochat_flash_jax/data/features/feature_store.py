@@ -1,4 +1,3 @@
-# Over 300 lines: the writer and the reader share one file format.
 """Keeps the features of a frozen encoder on disk, so that an hour of video is encoded only once.
 
   store = FeatureStore.open("features", key, create=True)

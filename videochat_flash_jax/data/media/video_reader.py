@@ -1,4 +1,3 @@
-# Over 300 lines: a file and a folder of pictures share one interface.
 """Reads chosen frames of a video without decoding all the others.
 
 First all packets of the file are read without decoding. This gives the time stamp of every frame,

@@ -1,4 +1,3 @@
-# Over 300 lines: templates, labels and the checks of a row are one set of rules.
 r"""Turns conversations into token ids and labels: templates, the time message, label rules.
 
 A video or an image is written `<image>` in a text, and becomes one id `VISUAL_SLOT` among the token
