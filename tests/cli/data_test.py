@@ -71,7 +71,7 @@ def test_what_cannot_be_used_gives_2_and_one_line(tmp_path, monkeypatch, capsys,
 def test_an_index_is_made_ahead(tmp_path, capsys):
   code, out, _ = data(capsys, "index", healthy(tmp_path))
   assert code == 0
-  assert "1 row(s) of 1 file(s) ready in" in out
+  assert "1 row(s) of 1 file(s) are ready after" in out
   assert len(list((tmp_path / "cache" / "rows").iterdir())) == 1
 
 
