@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     "--topology",
     required=True,
-    help="a slice of TPUs, such as v5e:4x4; if mesh.num_slices is more than 1, each slice",
+    help="a slice of TPUs, such as v5e:4x4; with several (mesh.num_slices), each of them",
   )
   parser.add_argument(
     "--program",

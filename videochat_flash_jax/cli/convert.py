@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--dtype", choices=_TYPES, help="type of the weights; by default unchanged")
   parser.add_argument(
-    "--encoder", type=Path, help="file of a video encoder (.pt) to join to --model"
+    "--encoder", type=Path, help="raw .pt file of a video encoder, to join to --model"
   )
   parser.add_argument(
     "--tower", choices=_TOWERS, help="kind of --encoder, which also sets its image size"

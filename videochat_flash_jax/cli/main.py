@@ -53,6 +53,7 @@ class _Parser(argparse.ArgumentParser):
   """An argument parser that raises `InputError`, so that its errors are one line as all others."""
 
   def error(self, message: str) -> NoReturn:
+    """Raises the error that argparse has found."""
     raise InputError(f"{message}; see `{self.prog} --help`")
 
 
