@@ -1,10 +1,10 @@
-"""The one error that is the user's to mend."""
+"""The error for bad input, which the user can correct."""
 
 
 class InputError(ValueError):
-  """Something the user gave cannot be used.
+  """The user's input cannot be used.
 
-  The message is one line: what is wrong, where (file or field), and the remedy. The command
+  The message is one line: what is wrong, where (the file or field), and the remedy. The command
   line prints it without a traceback and exits with code 2.
   """
 
@@ -13,5 +13,5 @@ class InputError(ValueError):
 
 
 def one_line(text: object) -> str:
-  r"""A text without line breaks, which names of files may hold: they are written `\n`."""
+  r"""The text with each line break written as `\n`; names of files may contain line breaks."""
   return str(text).replace("\r", "\\r").replace("\n", "\\n")

@@ -1,4 +1,4 @@
-"""Names that a package offers but imports only when they are first used (PEP 562)."""
+"""Public names of a package that are imported when they are first used (PEP 562)."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -12,12 +12,13 @@ def lazy_names(
 
   Args:
     package: the package's `__name__`.
-    homes: public name -> module that defines it, relative to the package. A name that is its own
-      home is a submodule: with `{"Fruit": "garden.tree", "garden": "garden"}`, `package.Fruit` is
-      a class of `package/garden/tree.py` and `package.garden` is the folder.
+    homes: public name -> the module that defines it, relative to the package. If both are the same,
+      the name is a submodule: with `{"Fruit": "garden.tree", "garden": "garden"}`, `package.Fruit`
+      is a class of `package/garden/tree.py` and `package.garden` is the folder.
   """
 
   def fetch(name: str) -> Any:
+    """Imports a public name: the package's `__getattr__`."""
     if name not in homes:
       raise AttributeError(f"module {package!r} has no attribute {name!r}")
     module = importlib.import_module(f"{package}.{homes[name]}")

@@ -2,7 +2,7 @@
 
 | letter | axis                                 | letter | axis                                  |
 |--------|--------------------------------------|--------|---------------------------------------|
-| B      | batch                                | T      | query length (positions of a sequence)|
+| B      | batch                                | T      | query length (tokens of a sequence)   |
 | C      | clips (groups of `clip_frames`)      | S      | key length (slots of a cache)         |
 | F      | frames of one clip                   | N      | query heads                           |
 | P      | patches, or tokens before merging    | K      | key/value heads                       |
@@ -10,7 +10,7 @@
 | E      | encoder width                        | D      | decoder width                         |
 | L      | layers                               | M      | MLP width                             |
 
-Lower-case in einsum strings (`btnh,bsnh->bnts`). Annotations are checked in tests only.
+Einsum strings have them in lower case (`btnh,bsnh->bnts`). Annotations are checked in tests only.
 """
 
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8

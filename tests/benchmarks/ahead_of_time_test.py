@@ -67,13 +67,13 @@ def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch, capsys):
   assert "pip install 'videochat_flash_jax[tpu]'" in line and captured.out == ""
 
 
-def test_of_a_config_that_is_not_there_one_is_recommended_that_can_be_compiled(capsys):
+def test_the_error_for_a_missing_config_recommends_one_that_can_be_compiled(capsys):
   assert main(["compile", "--config", "nowhere.py", "--topology", "v5e:4x4"]) == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert "nowhere.py: no such file" in line and "configs/stage3_long.py" in line
 
 
-def test_a_wrong_field_is_told_before_a_compiler_is_looked_for(monkeypatch, capsys):
+def test_a_wrong_field_is_reported_before_the_compiler_is_searched_for(monkeypatch, capsys):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   assert compile_verb("--config.optimizer.scales=(('visoin',),)") == 2
   (line,) = capsys.readouterr().err.splitlines()
@@ -96,7 +96,7 @@ def test_a_wrong_field_is_told_before_a_compiler_is_looked_for(monkeypatch, caps
     ("INTERNAL: something else", None),
   ],
 )
-def test_the_compilers_words_about_memory_are_understood(message, sizes):
+def test_the_compilers_messages_about_memory_are_understood(message, sizes):
   assert ahead_of_time.memory_wanted(message) == sizes
 
 
@@ -116,12 +116,12 @@ class Refused:
 @pytest.mark.parametrize(
   "wanted, said",
   [
-    ("15.78G", "15.78 GiB a chip wanted, 15.75 GiB there"),
-    ("1.5T", "1536.00 GiB a chip wanted, 15.75 GiB there"),
-    ("15.75G", "15.75 GiB a chip wanted, a little more than the 15.75 GiB there"),
+    ("15.78G", "15.78 GiB needed per chip, 15.75 GiB available"),
+    ("1.5T", "1536.00 GiB needed per chip, 15.75 GiB available"),
+    ("15.75G", "a little more than 15.75 GiB needed per chip, 15.75 GiB available"),
   ],
 )
-def test_what_is_wanted_is_told_apart_from_what_is_there(wanted, said):
+def test_the_error_says_how_much_is_needed_and_how_much_is_available(wanted, said):
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shape = jax.ShapeDtypeStruct((1,), jnp.float32, sharding=sharding)
   with pytest.raises(ahead_of_time.OutOfMemory) as error:

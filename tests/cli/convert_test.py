@@ -44,9 +44,9 @@ def test_a_model_that_is_none_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
   "flags, complaint",
   [
-    (["--projector", "mm_projector.bin"], "--projector and --tower complete --encoder"),
-    (["--tower", "umt-large"], "--projector and --tower complete --encoder"),
-    (["--encoder", "UMT-L_f4_vision.pt"], "--encoder needs --tower: one of umt-large, umt-hd"),
+    (["--projector", "mm_projector.bin"], "--projector and --tower need --encoder"),
+    (["--tower", "umt-large"], "--projector and --tower need --encoder"),
+    (["--encoder", "UMT-L_f4_vision.pt"], "--encoder needs --tower; give one of umt-large, umt-hd"),
     (["--encoder", "a.pt", "--tower", "umt-large"], "give a Qwen2 language model"),
     (["--encoder", "a.pt", "--tower", "siglip"], "invalid choice: 'siglip'"),
     (["--to", "orbax"], "invalid choice: 'orbax'"),

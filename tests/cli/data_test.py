@@ -71,11 +71,11 @@ def test_what_cannot_be_used_gives_2_and_one_line(tmp_path, monkeypatch, capsys,
 def test_an_index_is_made_ahead(tmp_path, capsys):
   code, out, _ = data(capsys, "index", healthy(tmp_path))
   assert code == 0
-  assert "1 row(s) of 1 file(s) ready in" in out
+  assert "1 row(s) of 1 file(s) are ready after" in out
   assert len(list((tmp_path / "cache" / "rows").iterdir())) == 1
 
 
-def test_files_that_cannot_be_read_are_passed_over_and_give_1(tmp_path, capsys):
+def test_files_that_cannot_be_read_are_skipped_and_give_1(tmp_path, capsys):
   healthy(tmp_path)
   entries = [{"json_path": name} for name in ("gone.json", "rows.json")]
   (tmp_path / "mixture.yaml").write_text(json.dumps({"datasets": entries}))
@@ -84,7 +84,7 @@ def test_files_that_cannot_be_read_are_passed_over_and_give_1(tmp_path, capsys):
   assert f"nothing of {tmp_path}/gone.json\n  {tmp_path}/gone.json: cannot be read" in out
   code, out, err = data(capsys, "index", tmp_path / "mixture.yaml")
   assert (code, err) == (1, "")
-  assert "gone.json: cannot be read" in out and "1 row(s) of 1 file(s) ready" in out
+  assert "gone.json: cannot be read" in out and "1 row(s) of 1 file(s) are ready" in out
 
 
 def test_what_killed_processes_left_is_removed_after_a_day(tmp_path, capsys):

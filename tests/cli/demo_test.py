@@ -28,7 +28,7 @@ def row(video):
 @pytest.mark.parametrize(
   "text, complaint",
   [
-    ("{}", "holds no list of rows"),
+    ("{}", "has no list of rows"),
     ("not JSON", "not valid JSON"),
     (json.dumps([row("a.mp4"), row("b.mp4")]), "not written by `vcflash demo`"),
   ],

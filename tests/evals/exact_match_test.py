@@ -53,7 +53,7 @@ def test_rows_are_counted_by_kind_and_each_video_is_watched_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "text, said",
+  "text, message",
   [
     ("not json", "not valid JSON"),
     ("[]", "no list of rows"),
@@ -61,21 +61,21 @@ def test_rows_are_counted_by_kind_and_each_video_is_watched_once(tmp_path):
     (json.dumps([{"conversations": []}]), "row 0 has no field 'video'"),
     (json.dumps([row(), {"video": "a.mp4"}]), "conversations"),
     (json.dumps([{"video": "a", "conversations": [{"from": "gpt", "value": "x"}]}]), "row 0 needs"),
-    (json.dumps([row(), row(kind=7)]), r"rows\.json: row 1: field 'kind' is no text"),
-    (json.dumps([row(kind=None)]), r"rows\.json: row 0: field 'kind' is no text"),
+    (json.dumps([row(), row(kind=7)]), r"rows\.json: row 1: field 'kind' is not text"),
+    (json.dumps([row(kind=None)]), r"rows\.json: row 0: field 'kind' is not text"),
     (json.dumps([row(question="<image>\n")]), r"rows\.json: row 0: the question .* is empty"),
     (json.dumps([row(answer=3)]), r"rows\.json: row 0: row 'a\.mp4': conversations\[1\]"),
     ("[" * 100_000, r"rows\.json: not valid JSON"),
   ],
 )
-def test_unusable_annotations_are_named(tmp_path, text, said):
+def test_unusable_annotations_are_named(tmp_path, text, message):
   file = tmp_path / "rows.json"
   file.write_text(text)
-  with pytest.raises(InputError, match=said):
+  with pytest.raises(InputError, match=message):
     read_rows(file)
 
 
-def test_rows_may_stand_one_on_each_line(tmp_path):
+def test_a_file_may_have_one_row_on_each_line(tmp_path):
   file = tmp_path / "rows.jsonl"
   file.write_text(f"{json.dumps(row())}\n\n{json.dumps(row(kind='attribute'))}\n")
   assert read_rows(file) == [row(), row(kind="attribute")]

@@ -209,8 +209,8 @@ def test_the_command_encodes_and_chats_from_what_it_kept(checkpoint, tmp_path, c
     out = capsys.readouterr().out
     said = f"1 x missing file in {tmp_path / 'rows.json'}\n  {tmp_path / 'b.mp4'}: there is no"
     assert said in out
-    assert f"2 row(s) read, {new} clip(s) and tile(s) new, 0 damaged" in out
-    assert "1 row(s) passed over; 1 entries" in out
+    assert f"2 row(s) read, {new} new clip(s) and tile(s), 0 damaged" in out
+    assert "1 row(s) skipped; 1 entries" in out
   chat = ["chat", "--model", str(checkpoint), "--video", str(tmp_path / "a.mp4")]
   chat += ["--question", QUESTION, "--max-new-tokens", "4", "--features", store]
   answers = []

@@ -41,7 +41,7 @@ def program_of(*overrides):
       r"32770 is no multiple of 4, which is mesh\.sequence",
     ),
     (["sequence_parallel=none"], r"sequence_parallel is 'none', but mesh\.sequence is 4: choose"),
-    (["mesh.sequence=3"], r"sequence 3 x tensor 1 do not make the 8 devices"),
+    (["mesh.sequence=3"], r"sequence 3 x tensor 1 do not multiply to the 8 devices"),
     (["mesh.sequence=1", "mesh.tensor=8"], r"model: 28 is no multiple of 8, .* heads"),
     (["mesh.tensor=2", "clips_per_shard=3"], r"clips_per_shard: 3 is no multiple of 2"),
     (["accumulate=16"], r"rows: 16 is no multiple of 32, .* x mesh\.fsdp x accumulate"),

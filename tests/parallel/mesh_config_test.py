@@ -14,21 +14,24 @@ from videochat_flash_jax.parallel.mesh_config import MeshConfig, mesh_shape
     ({"data": 4, "num_slices": 2}, 16, (4, 4, 1, 1)),
   ],
 )
-def test_a_free_axis_takes_the_devices_that_are_left(sizes, num_devices, shape):
+def test_an_axis_of_minus_one_gets_the_remaining_devices(sizes, num_devices, shape):
   assert mesh_shape(MeshConfig(**sizes), num_devices) == shape
 
 
 @pytest.mark.parametrize(
-  "sizes, said",
+  "sizes, message",
   [
-    ({"fsdp": 3}, "fsdp 3 .* do not make the 8 devices; change a size, or give -1 to one axis$"),
-    ({"sequence": 3}, "fsdp -1 x sequence 3 .* do not make the 8 devices; change a size$"),
-    ({"data": -1}, "data and fsdp are -1: leave only one"),
+    (
+      {"fsdp": 3},
+      "fsdp 3 .* do not multiply to the 8 devices; change a size, or set one axis to -1$",
+    ),
+    ({"sequence": 3}, "fsdp -1 x sequence 3 .* do not multiply to the 8 devices; change a size$"),
+    ({"data": -1}, "data and fsdp are -1: set all but one"),
     ({"tensor": 0}, "mesh.tensor is 0: give a positive number"),
     ({"data": 2, "num_slices": 4}, "mesh.num_slices is 4, but mesh.data is 2"),
   ],
 )
-def test_sizes_that_do_not_fit_are_refused_by_name(sizes, said):
-  with pytest.raises(InputError, match=said) as caught:
+def test_an_axis_size_that_does_not_fit_is_named_in_the_error(sizes, message):
+  with pytest.raises(InputError, match=message) as caught:
     mesh_shape(MeshConfig(**sizes), 8)
   assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ def joined(monkeypatch):
   calls = []
   for name in TPU_VARIABLES:
     monkeypatch.delenv(name, raising=False)
-  monkeypatch.setattr(jax.distributed, "initialize", lambda *told, **_: calls.append(told))
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
   return calls
 
 
@@ -71,7 +71,7 @@ def test_a_tpu_host_of_which_nothing_is_known_computes_alone(monkeypatch):
   join_processes()
 
 
-def test_jax_tells_with_the_expected_error_that_it_found_no_cluster():
+def test_jax_raises_the_expected_error_where_it_finds_no_cluster():
   """The true `initialize`, in a process where no device has been asked for."""
   found_none = f"""
 import jax
@@ -106,14 +106,14 @@ def test_a_tpu_host_that_cannot_join_says_so_in_one_line(monkeypatch, error):
   assert "\n" not in str(caught.value)
 
 
-def test_a_process_that_is_told_where_joins_there(joined):
+def test_a_process_joins_at_the_given_coordinator(joined):
   join_processes("host-0:1234", 2, 1)
   assert joined == [("host-0:1234", 2, 1)]
 
 
-def test_all_are_told_how_long_to_wait_for_one_that_says_nothing(monkeypatch):
+def test_the_heartbeat_seconds_are_given_to_jax(monkeypatch):
   waits = {}
-  monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **told: waits.update(told))
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **given: waits.update(given))
   join_processes("host-0:1234", 2, 1, heartbeat_seconds=7)
   assert waits == {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 7}
 
@@ -129,7 +129,7 @@ def test_a_process_that_cannot_join_names_the_coordinator(monkeypatch, kind):
 
 
 @pytest.mark.parametrize(
-  "told, said",
+  "given, message",
   [
     (("localhost:1", 2, None), "together, or none"),
     (("localhost", 2, 0), "coordinator is 'localhost': give host:port"),
@@ -138,14 +138,14 @@ def test_a_process_that_cannot_join_names_the_coordinator(monkeypatch, kind):
     (("localhost:1", 2, -1), "process_id is -1 of 2 processes"),
   ],
 )
-def test_what_is_told_wrongly_is_refused(joined, told, said):
-  with pytest.raises(InputError, match=said):
-    join_processes(*told)
+def test_wrong_arguments_are_refused(joined, given, message):
+  with pytest.raises(InputError, match=message):
+    join_processes(*given)
   assert joined == []
 
 
-def test_what_the_user_has_to_mend_is_no_death_of_another_process(monkeypatch):
+def test_an_input_error_is_not_taken_for_the_death_of_another_process(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(processes, "_leave_word", lambda line: None)
+  monkeypatch.setattr(processes, "_print_if_killed", lambda line: None)
   with pytest.raises(InputError, match=r"^gloo/run:"), ends_with_others():
     raise InputError("gloo/run: no such directory")

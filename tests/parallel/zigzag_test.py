@@ -27,5 +27,7 @@ def test_the_busiest_device_attends_to_hardly_more_than_the_mean(shards):
 
 
 def test_a_length_that_does_not_divide_is_refused_with_the_next_one_that_does():
-  with pytest.raises(InputError, match=r"20 tokens has no 16 equal chunks .* pad it to 32"):
+  with pytest.raises(
+    InputError, match=r"20 tokens cannot be cut into 16 equal chunks .* pad it to 32"
+  ):
     zigzag_order(20, 8)

@@ -43,7 +43,7 @@ def as_if_begun(workdir, config):
     ({"num_steps": 0}, r"config\.num_steps is 0: give a positive integer"),
     ({"clips_per_shard": 0}, r"config\.clips_per_shard is 0"),
     ({"rows": 1, "accumulate": 2}, r"config\.accumulate is 2"),
-    ({"mesh.sequence": 3}, r"mesh: .* do not make the 1 devices"),
+    ({"mesh.sequence": 3}, r"mesh: .* do not multiply to the 1 devices"),
     ({"data.features": "somewhere"}, r"config\.data\.features is 'somewhere'"),
   ],
 )
@@ -65,7 +65,7 @@ def test_the_address_of_a_bucket_is_no_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "changes, said",
   [
-    ({"mesh.data": 2}, r"do not make the 1 devices"),
+    ({"mesh.data": 2}, r"do not multiply to the 1 devices"),
     ({"data.mixture": "gone.yaml"}, r"data\.mixture is 'gone.yaml'"),
     ({"data.mixture": "bare.yaml"}, r"none\.json: cannot be read"),
     ({"init_from": "nowhere"}, r"'nowhere': no such model or directory"),

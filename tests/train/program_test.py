@@ -195,9 +195,9 @@ def test_the_encoder_alone_learns_to_name_patches():
 @pytest.mark.parametrize(
   "overrides, complaint",
   [
-    (["mesh.sequence=4"], "do not make the 1 devices"),
+    (["mesh.sequence=4"], "do not multiply to the 1 devices"),
     (["mesh.sequence=0"], r"mesh\.sequence is 0"),
-    (["mesh.sequence=1", "mesh.fsdp=2"], "do not make the 1 devices"),
+    (["mesh.sequence=1", "mesh.fsdp=2"], "do not multiply to the 1 devices"),
     (["mesh.sequence=2", "mesh.fsdp=2"], "fsdp 2 x sequence 2 x tensor 1 do not make"),
     ([*ONE_DEVICE, "optimizer.scales=(('visoin', 1.0), ('', 0.0))"], "'visoin' is the first"),
     ([*ONE_DEVICE, "optimizer.scales=(('lora_', 1.0), ('', 0.0))"], "'lora_' is the first"),

@@ -1,5 +1,6 @@
-"""How fast the parts are, beside a peer and beside what the machine can do in the same minute.
+"""Benchmarks: the speed of parts, compared with a peer and with the limits of the machine.
 
-Each of `merge`, `vit` and `decode` has a `run(repeats, ...)` that returns a report for JSON; its
-defaults are the sizes of the released models. `floors.py` says what the limits are.
+Peer and limits are measured at the same time as our code. `merge`, `vit` and `decode` have a
+`run(repeats, ...)` that returns a report for JSON; the default sizes are those of the released
+models. `floors.py` explains the limits.
 """

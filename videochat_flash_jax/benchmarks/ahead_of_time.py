@@ -1,7 +1,7 @@
-"""Compiles programs for TPUs that are not here, and says what they will need.
+"""Compiles programs for TPUs on a machine without TPUs, and reports what they will need.
 
-The compiler of TPUs comes with the extra `tpu` and needs no TPU. What it makes is what would run
-there, so memory and communication are known before a slice is rented.
+The compiler for TPUs comes with the extra `tpu` and needs no TPU. The compiled program is the one
+that would run on TPUs, so its memory and communication are known before a slice is rented.
 """
 
 import importlib.util
@@ -23,18 +23,18 @@ _EXAMPLES = "v4:2x2x2, v5e:4x4, v5e:8x8, v5p:2x2x1, v5p:4x4x4, v6e:8x8"
 _GIB = 2**30
 _UNITS = {"K": 2**10, "M": 2**20, "G": _GIB, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT])"
-# The compiler's two ways to say it; both count arguments and results, too.
-_TOO_MUCH = (
+# The two messages of the compiler about too little memory; the bytes include arguments and results.
+_OUT_OF_MEMORY = (
   re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
   re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
 )
 
 
 class OutOfMemory(Exception):
-  """A program that does not fit a chip.
+  """A program does not fit into the memory of a chip.
 
   Attributes:
-    report: what a JSON report says of it.
+    report: the part of the JSON report about it.
   """
 
   def __init__(self, report: dict[str, Any]):
@@ -43,10 +43,10 @@ class OutOfMemory(Exception):
 
 
 def prepare():
-  """Makes the TPU's compiler usable where there is no TPU; before JAX is first used.
+  """Makes the compiler for TPUs usable without a TPU; to be called before JAX is first used.
 
   Raises:
-    InputError: it is not installed.
+    InputError: the compiler is not installed.
   """
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
@@ -55,22 +55,22 @@ def prepare():
     )
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-  # A kind of machine stands for them all: the compiler complains on stderr if it is not told one.
+  # Any kind of machine will do; without one the compiler writes complaints on stderr.
   os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-64"
-  os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no questions to a cloud that this is not in
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not ask the metadata server of a cloud
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-  # What is compiled here never runs here.
+  # The compiled programs never run on this machine, so a cache is of no use.
   os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)
 
 
 def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
-  """The chips of slices such as "v5e:4x4".
+  """The chips of one or more slices such as "v5e:4x4".
 
   Args:
-    name: kind of chip, and shape of a slice.
-    num_slices: such slices, joined by the data-centre network.
+    name: kind of chip and shape of a slice.
+    num_slices: number of such slices, joined by the data-centre network.
 
   Raises:
     InputError: there is no such slice.
@@ -79,7 +79,7 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
   reason = f"kinds are {', '.join(CHIPS)}"
   is_shape = kind in CHIPS and re.fullmatch(r"\d+(x\d+){1,2}", shape)
   if kind in CHIPS and not is_shape:
-    reason = f"give the sides of a slice, too: of {kind} there are {CHIPS[kind].slices()}"
+    reason = f"give the sides of a slice, too; slices of {kind} are {CHIPS[kind].slices()}"
   if is_shape and not CHIPS[kind].has_slice(map(int, shape.split("x"))):
     reason = f"slices of {kind} are {CHIPS[kind].slices()}"
   elif is_shape:
@@ -100,19 +100,19 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
 def report(
   topology: str, program: Callable, arguments: Sequence[Any], remedy: str = "a larger slice"
 ) -> dict[str, Any]:
-  """Compiles a jitted function for the chips that its arguments are sharded over.
+  """Compiles a jitted function for the chips over which its arguments are sharded.
 
   Args:
     topology: name of the slice.
-    program: jitted.
-    arguments: shapes, with shardings; and what is static.
-    remedy: what to try if it does not fit.
+    program: a jitted function.
+    arguments: shapes with shardings, and static arguments.
+    remedy: what to try if the program does not fit.
 
   Returns:
     A JSON object; see docs/memory.md.
 
   Raises:
-    OutOfMemory: it does not fit.
+    OutOfMemory: the program does not fit into the memory of a chip.
   """
   chips = _chips(arguments)
   num_slices = len({getattr(chip, "slice_index", 0) for chip in chips})
@@ -125,7 +125,7 @@ def report(
     sizes = memory_wanted(str(error))
     if sizes is None:
       raise
-    raise OutOfMemory({**head, **_too_much(*sizes, remedy)}) from None
+    raise OutOfMemory({**head, **_out_of_memory(*sizes, remedy)}) from None
   seconds = time.perf_counter() - start
   costs = program_costs(compiled.as_text())
   kinds = sorted(costs.counts)
@@ -143,12 +143,16 @@ def report(
 
 
 def beside_next_batch(step: Callable) -> Callable:
-  """A training step that is given the batch behind its own, too, and leaves it alone.
+  """A training step with the next batch as a further argument, which it does not use.
 
-  In a run that one is on its way to the chips meanwhile, so they need room for both.
+  During a training run the next batch is copied to the chips while a step runs, so the chips need
+  memory for both.
 
   Args:
     step: jitted, `step(state, batch)`.
+
+  Returns:
+    A jitted function (state, batch, next batch).
   """
   return jax.jit(lambda state, batch, _: step(state, batch), donate_argnums=0, keep_unused=True)
 
@@ -159,16 +163,19 @@ def _chips(arguments):
 
 
 def memory_wanted(message: str) -> tuple[int, int] | None:
-  """Bytes of a chip that are wanted, and those there, from what the compiler says; or None."""
-  for pattern in _TOO_MUCH:
+  """Reads the bytes that a program needs and the bytes that a chip has from a compiler's message.
+
+  None if the message is about something else.
+  """
+  for pattern in _OUT_OF_MEMORY:
     if found := pattern.search(message):
-      wanted, wanted_unit, there, there_unit = found.groups()
-      return round(float(wanted) * _UNITS[wanted_unit]), round(float(there) * _UNITS[there_unit])
+      wanted, wanted_unit, available, unit = found.groups()
+      return round(float(wanted) * _UNITS[wanted_unit]), round(float(available) * _UNITS[unit])
   return None
 
 
 def _memory(stats):
-  """Bytes of one chip; at the peak, what is given back in place of what was taken counts once."""
+  """Bytes of one chip; results that reuse the memory of arguments count once in the peak."""
   return {
     "argument_bytes": stats.argument_size_in_bytes,
     "temporary_bytes": stats.temp_size_in_bytes,
@@ -177,13 +184,15 @@ def _memory(stats):
   }
 
 
-def _too_much(wanted, there, remedy):
-  wanted_gib, gib = (f"{size / _GIB:.2f} GiB" for size in (wanted, there))
-  but = "a little more than the " if wanted_gib == gib else ""  # the compiler has two decimals, too
+def _out_of_memory(wanted, available, remedy):
+  """The part of the report about a program that does not fit."""
+  wanted_gib, gib = (f"{size / _GIB:.2f} GiB" for size in (wanted, available))
+  # The compiler gives two decimals, too: both numbers may be the same.
+  little = "a little more than " if wanted_gib == gib else ""
   return {
-    "error": f"out of memory: {wanted_gib} a chip wanted, {but}{gib} there; try {remedy}",
+    "error": f"out of memory: {little}{wanted_gib} needed per chip, {gib} available; try {remedy}",
     "wanted_bytes": wanted,
-    "available_bytes": there,
+    "available_bytes": available,
   }
 
 
@@ -191,13 +200,17 @@ def table_row(name: str, result: dict[str, Any]) -> str:
   """A report as a row of the tables in docs/memory.md.
 
   | run | slice | peak GiB | arguments | temporary | Tflop | GB moved | collectives, GB (count) |
-  least ms of compute / memory / links, and with several slices / the data-centre network |
+  least ms of compute / memory / links (and, with several slices, / data-centre network) |
+
+  Args:
+    name: of the run.
+    result: from `report`, or `OutOfMemory.report`.
   """
   num_slices = result["num_slices"]
   head = f"| {name} | {f'{num_slices} x ' if num_slices > 1 else ''}{result['topology']} |"
   if "error" in result:
-    wanted, there = (result[f"{part}_bytes"] / _GIB for part in ("wanted", "available"))
-    return f"{head} does not fit: {wanted:.2f} of {there:.2f} GiB |" + 6 * " |"
+    wanted, available = (result[f"{part}_bytes"] / _GIB for part in ("wanted", "available"))
+    return f"{head} does not fit: {wanted:.2f} of {available:.2f} GiB |" + 6 * " |"
   collectives = ", ".join(
     f"{kind} {_short(entry['bytes'] / 1e9)} ({entry['count']:,})"
     for kind, entry in result["collectives"].items()

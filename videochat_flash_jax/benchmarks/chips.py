@@ -1,14 +1,22 @@
-"""How long the costs of a program take at the published peaks of a chip."""
+"""The least time that a program takes at the published peak speeds of a chip."""
 
 from videochat_flash_jax.benchmarks.hlo_costs import BETWEEN_SLICES, Costs
 from videochat_flash_jax.parallel.chips import Chip
 
 
 def roofline(chip: Chip, costs: Costs) -> dict[str, float | str | None]:
-  """The least seconds that each kind of work takes at the peaks; a step takes the longest of them.
+  """The least seconds of each kind of work at the peak speeds; a step takes at least the longest.
 
-  A lower bound and an estimate: no program reaches all peaks, and links are taken as if all of a
-  chip's were used at once. What is sent to other slices takes None where no peak is published.
+  These are estimates of a lower bound: no program reaches all peaks, and we assume that a chip uses
+  all its links at the same time. The time of the data-centre network is None if the peak is not
+  published.
+
+  Args:
+    chip: peak speeds.
+    costs: of one run of the program, per chip.
+
+  Returns:
+    A JSON object with seconds for each kind of work, and which of them bounds the program.
   """
   between = costs.sent[BETWEEN_SLICES]
   seconds = {

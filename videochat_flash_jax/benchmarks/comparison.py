@@ -1,4 +1,4 @@
-"""A benchmark's phases, timed beside a peer and the machine's limits; and the report of it."""
+"""Times the phases of a benchmark, compared with a peer and with the limits of the machine."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -14,12 +14,19 @@ from videochat_flash_jax.benchmarks.timing import Seconds, time_in_turns
 
 
 class Phase(NamedTuple):
-  """Something to time."""
+  """One part of a benchmark, such as prefill.
+
+  Attributes:
+    ours: runs our code.
+    work: the least work of one of the `count` equal parts.
+    peer: runs the peer's code; None without a peer.
+    count: number of equal parts in one run, such as decoded tokens.
+  """
 
   ours: Callable[[], object]
-  work: Work  # of one of `count` equal parts
+  work: Work
   peer: Callable[[], object] | None = None
-  count: int = 1  # equal parts in a run, such as decoded tokens
+  count: int = 1
 
 
 def compare(
@@ -31,18 +38,19 @@ def compare(
   peer: str | None = None,
   note: str | None = None,
 ) -> dict[str, Any]:
-  """Times phases, ours and the peer's in turns, in the same minutes as the machine's limits.
+  """Times our code, the peer's code and the limits of the machine in turns, in the same minutes.
 
   Args:
-    name: the benchmark's.
+    name: of the benchmark.
     phases: in the order in which they run.
-    shapes: sizes of what is measured.
-    repeats: runs of which the median counts.
-    peer: what we are compared with.
-    note: what a reader of the report should know.
+    shapes: sizes of the measured arrays.
+    repeats: number of runs; the report has their median.
+    peer: name and version of the peer.
+    note: for the reader of the report.
 
   Returns:
-    A report for JSON: all times in seconds, ratios below 1 where we are ahead of the peer.
+    A report for JSON. All times are in seconds; a ratio to the peer below 1 means that we are
+    faster.
   """
   pieces = dict(limit_pieces())
   for phase_name, phase in phases.items():
@@ -69,7 +77,7 @@ def compare(
 
 
 def _report(phase: Phase, ours: Seconds, peer: Seconds | None, limits: Limits) -> dict[str, Any]:
-  """One phase: our time, beside the floor's and the peer's."""
+  """The report of one phase: our time, and its ratios to the floor and to the peer's time."""
   ours = ours.of_each(phase.count)
   floor, bound = limits.floor(phase.work)
   report = {
@@ -92,14 +100,18 @@ def _report(phase: Phase, ours: Seconds, peer: Seconds | None, limits: Limits) -
 
 
 def usable_cores() -> int:
-  """Cores that this process may use; XLA on the CPU uses them all."""
+  """Number of cores that this process may use; XLA on the CPU uses them all."""
   if hasattr(os, "sched_getaffinity"):  # not on macOS
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def random_weights(make_model: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
-  """A model's graph, and small random weights: its initialisers would take minutes."""
+  """The graph of a model and small random weights; the model's own initialisers take minutes.
+
+  Args:
+    make_model: builds the model; only its shapes are used.
+  """
   graph, shapes = nnx.split(nnx.eval_shape(make_model))
   rng = np.random.default_rng(0)
   weights = jax.tree.map(

@@ -1,12 +1,13 @@
-"""What a compiled program does in one run: products, bytes moved, and collectives.
+"""Counts what a compiled program does in one run: flops, bytes accessed, and collectives.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here the text of the compiled program is
-walked: a loop's body counts as often as it runs, of a condition's branches the most costly one.
-- flops: of matrix products, convolutions and attention kernels; nothing else comes near them.
-- bytes: that instructions read from and write to the chip's main memory. What stays in its fast
-  memory (S(1) in the text), or inside of a fusion, is not moved.
-- collectives: bytes that each one takes or gives, whichever are more: of one array, or of all that
-  the compiler joined into one. What is sent to other slices is a kind of its own.
+XLA's own `cost_analysis` counts the body of a loop once. Here we walk through the text of the
+compiled program (HLO). The body of a loop counts as often as its trip count says; of the branches
+of a conditional, only the most costly one counts.
+- flops: of matrix products, convolutions and attention kernels. All other flops are few.
+- bytes: read from and written to the chip's main memory (HBM) by instructions. Arrays in the chip's
+  fast memory (S(1) in the text), and arrays inside a fusion, do not count.
+- collectives: the bytes of operands or of results, whichever are more; if the compiler has joined
+  several arrays into one collective, their sum. Bytes sent to other slices are a kind of their own.
 """
 
 import math
@@ -18,9 +19,9 @@ from videochat_flash_jax.benchmarks.hlo_flops import instruction_flops
 from videochat_flash_jax.benchmarks.hlo_text import Computation, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BETWEEN_SLICES = "between slices"  # over the data-centre network; written as `send` and `recv`
+BETWEEN_SLICES = "between slices"  # over the data-centre network; `send` and `recv` in HLO
 
-_MOVES_NOTHING = {
+_ACCESSES_NOTHING = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
   *("call", "after-all", "partition-id", "iota", "async-start", "async-done", "async-update"),
 }
@@ -28,15 +29,15 @@ _MOVES_NOTHING = {
 
 @dataclass
 class Costs:
-  """Of one chip in one run of a program.
+  """Costs of one run of a program, per chip.
 
   Attributes:
     flops: two for every multiplication.
-    num_bytes: read from and written to main memory.
-    counts: how often each kind of collective is run.
-    sizes: bytes of each kind.
-    sent: bytes of each kind that a chip must at least send to others.
-    guessed_loops: loops whose length the text does not tell; they count once.
+    num_bytes: bytes read from and written to main memory.
+    counts: for each kind of collective, how often it runs.
+    sizes: for each kind of collective, its bytes.
+    sent: for each kind of collective, the bytes that a chip must at least send to other chips.
+    guessed_loops: loops whose trip count the text does not state; they are counted as one trip.
   """
 
   flops: float = 0
@@ -47,7 +48,7 @@ class Costs:
   guessed_loops: int = 0
 
   def add(self, other: "Costs", times: int = 1):
-    """Adds so many runs of another program."""
+    """Adds the costs of `times` runs of another program."""
     self.flops += times * other.flops
     self.num_bytes += times * other.num_bytes
     for mine, theirs in zip(self._counters(), other._counters(), strict=True):
@@ -59,17 +60,24 @@ class Costs:
 
 
 def program_costs(text: str) -> Costs:
-  """Costs of a program, from `compiled.as_text()`."""
+  """Counts the costs of a program.
+
+  Args:
+    text: `compiled.as_text()`, the program in HLO.
+  """
   computations, entry = parse(text)
   return _Walk(computations).costs(entry)
 
 
 class _Walk:
+  """Walks through the computations of a program, and through those that they call."""
+
   def __init__(self, computations: dict[str, Computation]):
     self.computations = computations
     self.known: dict[str, Costs] = {}
 
   def costs(self, name: str) -> Costs:
+    """Costs of one run of a computation; each computation is walked through once."""
     if name not in self.known:
       total = Costs()
       computation = self.computations[name]
@@ -82,66 +90,76 @@ class _Walk:
     opcode, called = instruction.opcode, instruction.called()
     kind = opcode.removesuffix("-start")
     if opcode == "while":
-      length = self._loop_length(instruction, computation)
-      total.guessed_loops += length is None
-      total.add(self.costs(called["body"][0]), length or 1)
+      trip_count = self._trip_count(instruction, computation)
+      total.guessed_loops += trip_count is None
+      total.add(self.costs(called["body"][0]), trip_count or 1)
     elif opcode == "conditional":
       branches = [self.costs(name) for role in called.values() for name in role]
       total.add(max(branches, key=lambda costs: (costs.flops, costs.num_bytes)))
     elif opcode in ("call", "async-start"):
       total.add(self.costs((called.get("to_apply") or called["calls"])[0]))
     elif opcode == "fusion":
-      inside = self.costs(called["calls"][0])
+      fused = self.costs(called["calls"][0])
       if called["calls"][0].startswith("all-reduce-scatter"):
-        inside = _as_reduce_scatter(inside)
-      total.add(Costs(inside.flops, 0, inside.counts, inside.sizes, inside.sent))
+        fused = _as_reduce_scatter(fused)
+      total.add(Costs(fused.flops, 0, fused.counts, fused.sizes, fused.sent))
       total.num_bytes += self._fusion_bytes(instruction, computation, called["calls"][0])
     else:
       total.flops += instruction_flops(instruction, computation)
-      total.num_bytes += _moved_bytes(instruction, computation)
-      if kind in COLLECTIVES and _begins(instruction, computation):
+      total.num_bytes += _accessed_bytes(instruction, computation)
+      if kind in COLLECTIVES and _is_first_piece(instruction, computation):
         _add_collective(total, kind, instruction, computation)
       elif opcode == "send" and "xla_megascale" in instruction.attributes:
         _add_sent(total, BETWEEN_SLICES, instruction.arrays[0].num_bytes)
 
   def _fusion_bytes(self, instruction, computation, name):
-    """Of a fused operand that is only cut, the pieces count; so does a piece written into one."""
-    inside = self.computations[name]
+    """Bytes that a fusion reads and writes in main memory.
+
+    If a fusion only slices an operand, the bytes of the slices count. If it updates a slice of an
+    array, the bytes of the update count.
+    """
+    fused = self.computations[name]
     total = 0
-    for place, operand in enumerate(instruction.operands):
+    for index, operand in enumerate(instruction.operands):
       array = computation.instructions[operand]
       if array.main_memory_bytes:
-        total += min(array.main_memory_bytes, self._bytes_read(inside, _parameter(inside, place)))
-    results = inside.root.operands if inside.root.opcode == "tuple" else [inside.root.name]
+        total += min(array.main_memory_bytes, self._bytes_read(fused, _parameter(fused, index)))
+    results = fused.root.operands if fused.root.opcode == "tuple" else [fused.root.name]
     for result, array in zip(results, instruction.arrays, strict=False):
-      source = _behind_bitcasts(inside, inside.instructions[result])
+      source = _skip_bitcasts(fused, fused.instructions[result])
       if array.in_main_memory and source.opcode == "dynamic-update-slice":
-        total += inside.instructions[source.operands[1]].num_bytes
+        total += fused.instructions[source.operands[1]].num_bytes
       elif array.in_main_memory:
         total += array.num_bytes
     return total
 
-  def _bytes_read(self, inside, name):
-    """Bytes that a fusion reads of an operand: those of its pieces, if it is only cut."""
-    if name == inside.root.name:
+  def _bytes_read(self, fused, name):
+    """Bytes that a fused computation reads of its parameter `name`.
+
+    If the parameter is only sliced, the bytes of its slices; otherwise infinity.
+    """
+    if name == fused.root.name:
       return math.inf
     total = 0
-    for user in inside.instructions.values():
+    for user in fused.instructions.values():
       if name not in user.operands:
         continue
       if user.opcode == "bitcast":
-        total += self._bytes_read(inside, user.name)
+        total += self._bytes_read(fused, user.name)
       elif user.opcode in ("dynamic-slice", "slice", "gather"):
         total += user.num_bytes
-      elif user.opcode == "fusion":  # one within another
-        within = self.computations[user.called()["calls"][0]]
-        total += self._bytes_read(within, _parameter(within, user.operands.index(name)))
+      elif user.opcode == "fusion":  # a fusion inside a fusion
+        inner = self.computations[user.called()["calls"][0]]
+        total += self._bytes_read(inner, _parameter(inner, user.operands.index(name)))
       elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
         return math.inf
     return total
 
-  def _loop_length(self, loop, computation):
-    """From the compiler's own note, or from a condition `counter < constant`."""
+  def _trip_count(self, loop, computation):
+    """The trip count of a loop; None if it is not known.
+
+    It is stated by the compiler, or computed from a condition `counter < constant`.
+    """
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
       return int(noted[1])
     called = loop.called()
@@ -150,19 +168,19 @@ class _Walk:
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
       return None
     counter, bound = (condition.instructions[name] for name in test.operands)
-    place = re.search(r"index=(\d+)", counter.attributes)
-    if bound.opcode != "constant" or place is None:
+    index = re.search(r"index=(\d+)", counter.attributes)
+    if bound.opcode != "constant" or index is None:
       return None
     body = self.computations[called["body"][0]]
-    step = _step(body, body.root.operands[int(place[1])])
-    start = _start(computation, loop.operands[0], int(place[1]))
+    step = _step(body, body.root.operands[int(index[1])])
+    start = _start(computation, loop.operands[0], int(index[1]))
     if step is None or start is None:
       return None
     return math.ceil((int(bound.attributes) - start) / step)
 
 
 def _as_reduce_scatter(costs):
-  """The TPU's fusion of a sum over devices and the piece of it that a device keeps."""
+  """Costs of the TPU's fusion of an all-reduce with a slice of it: it is a reduce-scatter."""
   counts, sizes, sent = (
     Counter({"reduce-scatter": numbers["all-reduce"]}) for numbers in costs._counters()
   )
@@ -171,77 +189,85 @@ def _as_reduce_scatter(costs):
 
 
 def _step(body, name):
-  """By how much a loop's counter rises; None if that is no constant."""
-  source = _behind_copies(body, name)
+  """How much each trip adds to a loop's counter; None if this is not a constant."""
+  source = _skip_copies(body, name)
   if source.opcode == "add":
     for operand in source.operands:
-      constant = _behind_copies(body, operand)
+      constant = _skip_copies(body, operand)
       if constant.opcode == "constant":
         return int(constant.attributes)
   return None
 
 
-def _start(computation, name, place):
-  """Where a loop's counter starts; None if that is no constant."""
+def _start(computation, name, index):
+  """The first value of a loop's counter; None if it is not a constant."""
   carried = computation.instructions[name]
   if carried.opcode != "tuple":
     return None
-  source = _behind_copies(computation, carried.operands[place])
+  source = _skip_copies(computation, carried.operands[index])
   return int(source.attributes) if source.opcode == "constant" else None
 
 
-def _behind_copies(computation, name):
+def _skip_copies(computation, name):
+  """The instruction whose value an instruction copies or converts; or that instruction itself."""
   instruction = computation.instructions[name]
   while instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
     instruction = computation.instructions[instruction.operands[0]]
   return instruction
 
 
-def _behind_bitcasts(computation, instruction):
+def _skip_bitcasts(computation, instruction):
+  """As `_skip_copies`, for instructions inside a fusion."""
   while instruction.opcode in ("bitcast", "convert", "copy") and instruction.operands:
     instruction = computation.instructions[instruction.operands[0]]
   return instruction
 
 
-def _parameter(computation, place):
-  """Name of a computation's operand."""
+def _parameter(computation, index):
+  """Name of the parameter of a computation that has this index."""
   parameters = (i for i in computation.instructions.values() if i.opcode == "parameter")
-  return next(i.name for i in parameters if i.attributes == str(place))
+  return next(i.name for i in parameters if i.attributes == str(index))
 
 
-def _moved_bytes(instruction, computation):
+def _accessed_bytes(instruction, computation):
+  """Bytes that an instruction reads and writes in main memory; fusions are counted elsewhere."""
   opcode = instruction.opcode
   operands = [computation.instructions[name] for name in instruction.operands]
-  if opcode in _MOVES_NOTHING or opcode.endswith("-done"):
+  if opcode in _ACCESSES_NOTHING or opcode.endswith("-done"):
     return 0
-  given = _given(instruction)
+  results = _results(instruction)
   if opcode in ("dynamic-slice", "slice", "slice-start", "gather"):
-    read = sum(array.num_bytes for array in given) if operands[0].main_memory_bytes else 0
-    return read + sum(array.num_bytes for array in given if array.in_main_memory)
+    read = sum(array.num_bytes for array in results) if operands[0].main_memory_bytes else 0
+    return read + sum(array.num_bytes for array in results if array.in_main_memory)
   if opcode in ("dynamic-update-slice", "scatter"):
     return 2 * operands[-1 if opcode == "scatter" else 1].main_memory_bytes
-  written = sum(array.num_bytes for array in given if array.in_main_memory)
+  written = sum(array.num_bytes for array in results if array.in_main_memory)
   return written + sum(operand.main_memory_bytes for operand in operands)
 
 
-def _given(instruction):
-  """What an instruction makes; one that only starts gives its operands back, too."""
+def _results(instruction):
+  """The arrays that an instruction computes.
+
+  The output of an instruction that only starts an operation also contains its operands; they are
+  left out.
+  """
   opcode, arrays, num_operands = instruction.opcode, instruction.arrays, len(instruction.operands)
   if opcode == "copy-start":
-    return arrays[:1]  # before its operand
+    return arrays[:1]  # the result, then the operand
   if opcode == "send":
-    return ()  # its operand, which is only read
+    return ()  # its output is its operand, which is only read
   if opcode == "recv":
-    return arrays[:1]  # before its flags
+    return arrays[:1]  # the result, then flags
   if opcode.endswith("-start") and opcode != "all-reduce-start":
-    return arrays[num_operands : 2 * num_operands]  # behind its operands, before its semaphores
+    return arrays[num_operands : 2 * num_operands]  # operands, then results, then semaphores
   return arrays
 
 
 def _add_collective(total, kind, instruction, computation):
-  taken = sum(computation.instructions[name].num_bytes for name in instruction.operands)
-  given = sum(array.num_bytes for array in _given(instruction))
-  size, members = max(taken, given), _group_size(instruction.attributes)
+  """Adds one run of a collective to the costs."""
+  operand_bytes = sum(computation.instructions[name].num_bytes for name in instruction.operands)
+  result_bytes = sum(array.num_bytes for array in _results(instruction))
+  size, members = max(operand_bytes, result_bytes), _group_size(instruction.attributes)
   share = 2.0 if kind == "all-reduce" else 1.0
   if kind != "collective-permute":
     share *= 1 - 1 / members
@@ -249,13 +275,14 @@ def _add_collective(total, kind, instruction, computation):
 
 
 def _add_sent(total, kind, size, share=1.0):
+  """Adds a collective of `size` bytes, of which a chip sends `size * share`."""
   total.counts[kind] += 1
   total.sizes[kind] += size
   total.sent[kind] += size * share
 
 
 def _group_size(attributes):
-  """Devices that take part together, from any of the three ways in which groups are written."""
+  """Number of devices in a group of a collective; HLO writes groups in three ways."""
   if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
     return listed[1].count(",") + 1
   if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
@@ -266,8 +293,11 @@ def _group_size(attributes):
   return math.inf  # all devices
 
 
-def _begins(collective, computation):
-  """False for the second and later pieces of a collective that runs beside other work."""
+def _is_first_piece(collective, computation):
+  """Whether a collective counts; the compiler may split one into pieces that run beside other work.
+
+  Only the first piece counts.
+  """
   if "chain_id=" not in collective.attributes:
     return True
   return any(

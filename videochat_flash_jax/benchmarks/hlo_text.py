@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program (HLO) into computations and their instructions."""
+"""Parses the text of a compiled program (HLO) into computations and their instructions."""
 
 import math
 import re
@@ -13,7 +13,7 @@ _CALLED = re.compile(r"(\w+)=(?:%([\w.\-]+)|\{(%[^}]*)\})")
 
 @dataclass(frozen=True)
 class ArrayType:
-  """Shape of an array, its bytes, and whether it lies in a chip's main memory (HBM)."""
+  """Shape of an array, its bytes, and whether it is in a chip's main memory (HBM)."""
 
   shape: tuple[int, ...]
   num_bytes: int
@@ -27,8 +27,8 @@ class Instruction:
   Attributes:
     name: unique in its computation.
     opcode: such as "all-gather" or "fusion".
-    arrays: what it gives; several for a tuple.
-    operands: names of instructions.
+    arrays: types of its output; several if the output is a tuple.
+    operands: names of the instructions whose output it reads.
     attributes: the rest of the line.
   """
 
@@ -40,43 +40,43 @@ class Instruction:
 
   @property
   def num_bytes(self) -> int:
-    """Of all that it gives."""
+    """Bytes of its output."""
     return sum(array.num_bytes for array in self.arrays)
 
   @property
   def main_memory_bytes(self) -> int:
-    """Of all that it gives that lies in a chip's main memory."""
+    """Bytes of the part of its output that is in a chip's main memory."""
     return sum(array.num_bytes for array in self.arrays if array.in_main_memory)
 
   def called(self) -> dict[str, list[str]]:
-    """Names of the computations that it calls, by their roles ("body", "calls"...)."""
+    """Names of the computations that it calls, by role ("body", "calls"...)."""
     return {
       role: [one] if one else _NAME.findall(several)
       for role, one, several in _CALLED.findall(self.attributes)
     }
 
   def sizes(self, attribute: str) -> list[int]:
-    """A list of numbers among the attributes, such as `lhs_contracting_dims={1}`."""
+    """The list of numbers of an attribute, such as `lhs_contracting_dims={1}`."""
     found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
     return [int(size) for size in found[1].split(",") if size] if found else []
 
 
 @dataclass(frozen=True)
 class Computation:
-  """Instructions by name, in order, and which of them is the result."""
+  """Instructions by name, in order; `root` is the one whose output is the result."""
 
   instructions: dict[str, Instruction]
   root: Instruction
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-  """Returns the computations of a program by name, and the name of the one that is run."""
+  """Returns the computations of a program by name, and the name of the entry computation."""
   computations, entry, name, instructions, root = {}, "", None, {}, None
   for line in text.splitlines():
     if header := _HEADER.match(line):
       name, instructions, root = header[2], {}, None
       entry = name if header[1] else entry
-    elif line == "}" and name is not None:  # notes of kernels have lines that begin with one
+    elif line == "}" and name is not None:  # a kernel's text has lines that begin with "}"
       computations[name] = Computation(instructions, root)
       name = None
     elif name is not None and (found := _INSTRUCTION.match(line)):
@@ -87,7 +87,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _instruction(name, rest):
-  """`TYPE opcode(operands), attributes`; a TYPE may be a tuple, and hold parentheses."""
+  """Parses `TYPE opcode(operands), attributes`; a TYPE that is a tuple contains parentheses."""
   end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
   opcode, _, arguments = rest[end:].lstrip().partition("(")
   stop = _closing("(" + arguments, 0) - 1
@@ -100,15 +100,17 @@ def _instruction(name, rest):
 
 
 def _closing(text, start):
+  """Index of the parenthesis that closes the one at `start`."""
   depth = 0
-  for place in range(start, len(text)):
-    depth += (text[place] == "(") - (text[place] == ")")
+  for index in range(start, len(text)):
+    depth += (text[index] == "(") - (text[index] == ")")
     if depth == 0:
-      return place
+      return index
   raise ValueError(f"no closing parenthesis in {text[:80]!r}")
 
 
 def _arrays(types):
+  """The array types in the text of a type; S(1) to S(9) in a layout mean fast memory."""
   for letters, bits, sizes, layout in _ARRAY.findall(types):
     shape = tuple(int(size) for size in sizes.split(",") if size)
     num_bytes = math.ceil(math.prod(shape) * int(bits or 8) / 8) if letters != "token" else 0

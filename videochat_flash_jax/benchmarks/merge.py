@@ -1,4 +1,4 @@
-"""`vcflash bench merge`: token merging of clips, the first half of the connector."""
+"""`vcflash bench merge`: token merging of clips, the first part of the connector."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def run(
   width: int = 1024,
   num_heads: int = 16,
 ) -> dict[str, Any]:
-  """Merges random tokens [clips, tokens, width]; the defaults are UMT-L's at 224 pixels."""
+  """Merges random tokens [clips, tokens, width]; the default sizes are those of UMT-L at 224 px."""
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.standard_normal((clips, tokens, width), np.float32))
   merge = jax.jit(lambda x: merge_tokens(x, target=target, num_heads=num_heads))
@@ -33,13 +33,13 @@ def run(
 
 
 def clip_work(tokens: int, target: int, width: int, num_heads: int) -> Work:
-  """Work of one clip: similarities of every round, and each token added up twice.
+  """The least work of one clip: the similarities of each round, and two additions per token.
 
-  The sums are additions; that ours are matrix products is our choice and does not count.
+  Our code averages tokens by a matrix product, but only the additions are unavoidable and count.
   """
-  flops, left = 2 * tokens * width, tokens
+  flops, remaining = 2 * tokens * width, tokens
   for removed in merge_schedule(tokens, target):
-    destinations = left // 2
-    flops += 2 * (left - destinations) * destinations * (width // num_heads)
-    left -= removed
+    destinations = remaining // 2
+    flops += 2 * (remaining - destinations) * destinations * (width // num_heads)
+    remaining -= removed
   return Work(flops, (tokens + target) * width * FLOAT_BYTES)

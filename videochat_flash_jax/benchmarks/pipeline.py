@@ -1,10 +1,10 @@
 """`vcflash bench pipeline`: does the training step wait for its batches?
 
-Rows like those of stage 3 are packed from H.264 films of which 64 to 512 frames are seen, and from
-text. The consumer takes a batch, and sleeps for as long as a step takes, as a host does whose
-accelerator computes. How long that is, is measured before: a whole training step of a small model
+Rows like those of stage 3 are packed from text and from H.264 videos, with 64 to 512 frames of each
+video. The consumer takes a batch and then sleeps as long as a training step takes, as a host waits
+for its accelerator. The time of a step is measured first: a complete training step of a small model
 on this machine, on an eighth of a row, times eight. Real models and real chips are both much
-larger; what carries over is frames a second.
+larger; the result that also holds for them is the number of frames per second.
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ from videochat_flash_jax.train.device_batches import device_batches
 from videochat_flash_jax.train.losses import answer_loss
 from videochat_flash_jax.train.step import make_step, split_state
 
-_STEP_PARTS = 8  # of a row; the step is measured on one of them
+_STEP_PARTS = 8  # of a row; the step is measured on one part
 _CLIP_TOKENS, _CLIP_FRAMES = 64, 4
 _VOCABULARY = 768
-_ROWS_ABOUT_FILM = 8, 4, 2, 1  # short films are more
+_ROWS_ABOUT_FILM = 8, 4, 2, 1  # rows per film, from the shortest film to the longest
 _PATCH_SIZE = 16
 _STEP_WIDTH = 32  # of the encoder of the small model
 _WORKERS = 2, 0
@@ -51,17 +51,17 @@ _WORKERS = 2, 0
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-  """What is read and packed.
+  """The data that is read and packed.
 
   Attributes:
-    film_frames: of each film, at 30 a second.
-    height: of the films.
-    width: of the films.
-    num_texts: rows without a film.
-    tokens: of a row.
-    image_size: of the frames that are seen.
-    frames: the least and the most seen of a film.
-    num_batches: taken as fast as they come, and as many again at the rate of the step.
+    film_frames: number of frames of each film, at 30 per second.
+    height: of the films, in pixels.
+    width: of the films, in pixels.
+    num_texts: annotation rows without a film.
+    tokens: tokens of a training row.
+    image_size: size of the sampled frames, in pixels.
+    frames: the least and the most frames that are sampled from a film.
+    num_batches: how many batches are taken without a pause, and again with the pause of a step.
   """
 
   film_frames: tuple[int, ...] = (2000, 4000, 8000, 16_000)
@@ -78,7 +78,7 @@ STAGE3_LIKE = Load()
 
 
 def run(load: Load = STAGE3_LIKE) -> dict[str, Any]:
-  """Writes the films, measures the step, and takes batches, with workers and without."""
+  """Writes the films, measures a step, and takes batches, with and without worker processes."""
   step_seconds = _step_seconds(load)
   with tempfile.TemporaryDirectory() as folder:
     rows = open_rows(read_mixture(_write_mixture(Path(folder), load)), folder, load.frames[1])
@@ -96,14 +96,14 @@ def run(load: Load = STAGE3_LIKE) -> dict[str, Any]:
     "step": {
       "seconds": step_seconds,
       "what": f"training step of a small model (one layer of width {_STEP_WIDTH}, one of 128) on "
-      f"this machine, measured on 1/{_STEP_PARTS} of a row and scaled; the consumer sleeps so long",
+      f"this machine, measured on 1/{_STEP_PARTS} of a row and scaled; the consumer sleeps as long",
     },
     **measured,
   }
 
 
 def summary(report: dict[str, Any]) -> str:
-  """The report in a line for each number of workers.
+  """A report as text, with one line for each number of workers.
 
   pipeline (2 threads), rows of 16384 tokens, a step of 4.1 s
     workers 2     412 frames/s   tokens filled 98.1 %   waits 0.3 % of the time
@@ -132,7 +132,7 @@ def _config(load: Load, workers: int) -> DataConfig:
 
 
 def _consume(load: Load, workers: int, rows: Rows, make_tokenizer, step: float) -> dict[str, float]:
-  """Takes batches as fast as they come, then at the rate of a step of so many seconds."""
+  """Takes batches without a pause, then with a pause of `step` seconds after each batch."""
   config = _config(load, workers)
   layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
   shardings = dict.fromkeys((*PER_TOKEN, "frames"), NamedSharding(layout.mesh, layout.spec()))
@@ -162,7 +162,7 @@ def _consume(load: Load, workers: int, rows: Rows, make_tokenizer, step: float) 
 
 
 def _take(batches) -> tuple[float, int]:
-  """Seconds until the next batch is there, and how many frames it shows."""
+  """Seconds until the next batch is ready, and the number of its frames."""
   start = time.perf_counter()
   batch = jax.block_until_ready(next(batches))
   seconds = time.perf_counter() - start
@@ -171,7 +171,7 @@ def _take(batches) -> tuple[float, int]:
 
 
 def _step_seconds(load: Load) -> float:
-  """Time of a training step on one row."""
+  """Seconds of a training step on one row."""
   tiny = VideoChatFlashConfig.tiny()
   vision = {"image_size": load.image_size, "patch_size": _PATCH_SIZE, "num_heads": 1, "depth": 1}
   vision |= {"width": _STEP_WIDTH, "mlp_width": 2 * _STEP_WIDTH}
@@ -190,13 +190,15 @@ def _step_seconds(load: Load) -> float:
   per_token = np.arange(num_tokens, dtype=np.int32)[None]
   batch = dict.fromkeys(("token_ids", "labels"), per_token % _VOCABULARY) | {
     "frames": rng.integers(0, 256, shape, np.uint8),
-    "visual_index": per_token,  # everything is seen: a step costs the same wherever it is
+    # Every position has a visual token; which one it is does not change the time of a step.
+    "visual_index": per_token,
     "positions": per_token,
     "segment_ids": np.ones_like(per_token),
   }
   batch = jax.device_put(batch)
 
   def take_step():
+    """Runs one training step."""
     nonlocal state
     state, metrics = step(state, batch)
     return metrics
@@ -205,10 +207,11 @@ def _step_seconds(load: Load) -> float:
 
 
 def _write_mixture(folder: Path, load: Load) -> Path:
-  """Writes films, rows about them and rows of text alone; gives the path of the mixture."""
+  """Writes films, rows about them and rows of text only; returns the path of the mixture."""
   rng, words = np.random.default_rng(0), " ".join(vocabulary_lines(20)).split()
 
   def conversation(opening: str, least: int, most: int) -> list[dict[str, str]]:
+    """One question with an answer of random words, `least` to `most` of them."""
     answer = " ".join(rng.choice(words, rng.integers(least, most)))
     question = {"from": "human", "value": f"{opening}What happens?"}
     return [question, {"from": "gpt", "value": answer}]

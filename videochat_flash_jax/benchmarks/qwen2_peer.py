@@ -1,4 +1,4 @@
-"""The decoder of `transformers`, doing what ours does; needs the extra `bench`."""
+"""The peer of our decoder: Qwen2 of `transformers`, on the same work; needs the extra `bench`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from videochat_flash_jax.models.config import DecoderConfig
 
 
 class Qwen2Peer:
-  """`Qwen2Model` in float32 on the CPU, with torch's fused attention and its usual cache."""
+  """`Qwen2Model` in float32 on the CPU, with torch's fused attention and the default cache."""
 
   def __init__(self, config: DecoderConfig, prompt: np.ndarray, new_tokens: int):
     import torch
@@ -39,7 +39,7 @@ class Qwen2Peer:
     self._read(self._prompt)
 
   def decode(self):
-    """Decodes after the prompt read last; once only."""
+    """Decodes the new tokens after `prefill`; to be called once per prefill."""
     x = self._prompt[:, -1:]
     for _ in range(self._new_tokens):
       x = self._read(x)

@@ -1,4 +1,4 @@
-"""`vcflash bench read`: a few frames of a video, beside decoding everything and beside decord."""
+"""`vcflash bench read`: reads a few frames of a video; compared with full decoding and decord."""
 
 import importlib.metadata
 import importlib.util
@@ -23,7 +23,16 @@ IMAGE_SIZE = 224
 
 
 class Film(NamedTuple):
-  """A file to read from; and how many frames, evenly spaced, how often."""
+  """A video file, and how it is read.
+
+  Attributes:
+    num_frames: frames of the file.
+    height: in pixels.
+    width: in pixels.
+    key_frame_distance: in frames.
+    picks: number of evenly spaced frames to read.
+    repeats: number of measurements.
+  """
 
   num_frames: int
   height: int
@@ -44,7 +53,7 @@ FILMS = {
 
 
 def run(films: dict[str, Film] = FILMS) -> dict[str, Any]:
-  """Writes each film, and reads it in three ways, in turns; nothing is kept."""
+  """Writes each film and reads it in three ways, in turns; the films are deleted afterwards."""
   peer, note = None, "no peer: pip install 'videochat_flash_jax[bench]'"
   if importlib.util.find_spec("decord"):
     peer, note = f"decord {importlib.metadata.version('decord')}", None
@@ -65,7 +74,7 @@ def run(films: dict[str, Film] = FILMS) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any]) -> str:
-  """The report in a line for each film.
+  """A report as text, with one line for each film.
 
   read (2 threads): seconds for the picked frames; peer: decord 0.6.0
     10 min 1080p, key 250       14.2 s    3.91 x full decoding (55.5 s)    3.2 x decord (45.4 s)
@@ -84,6 +93,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _measure(film: Film, path: Path, with_decord: bool) -> dict[str, Any]:
+  """Times all ways to read one film; the frames of `ours` and `full` must be equal."""
   write_film(path, film.num_frames, film.height, film.width, film.key_frame_distance)
   indices = interval_indices(film.num_frames, film.picks)
   ways: dict[str, Callable[[], object]] = {
@@ -93,7 +103,7 @@ def _measure(film: Film, path: Path, with_decord: bool) -> dict[str, Any]:
   if with_decord:
     ways["decord"] = lambda: _read_with_decord(path, indices)
   elapsed = {way: [] for way in ways}
-  busy = {way: [] for way in ways}  # of all cores
+  busy = {way: [] for way in ways}  # seconds of all cores together
   results = {}
   for _ in range(film.repeats):
     for way, work in ways.items():
@@ -105,7 +115,7 @@ def _measure(film: Film, path: Path, with_decord: bool) -> dict[str, Any]:
     if not np.array_equal(ours, results["full"]):
       raise AssertionError(f"{path}: sparse reading and full decoding differ")
   seconds = {way: statistics.median(times) for way, times in elapsed.items()}
-  needed, on_the_way = frames_needed(path, indices)
+  needed, from_key_frame = frames_needed(path, indices)
   decord = seconds.get("decord")
   return {
     **film._asdict(),
@@ -121,14 +131,14 @@ def _measure(film: Film, path: Path, with_decord: bool) -> dict[str, Any]:
     "times_decord": decord and decord / seconds["ours"],
     "frames_decoded": num_decoded,
     "frames_needed": needed,
-    "frames_from_key_frame_to_pick": on_the_way,
+    "frames_from_key_frame_to_pick": from_key_frame,
     "decoded_of_needed": num_decoded / needed,
   }
 
 
 def _read(path: Path, indices: np.ndarray) -> tuple[np.ndarray, int]:
-  """Our frames, and how many were decoded for them."""
-  video_reader.known_files.clear()  # as if the file had never been opened
+  """Reads frames with our reader; also returns how many frames were decoded for them."""
+  video_reader.known_files.clear()  # as if the file were opened for the first time
   with video_reader.open_video(path) as video:
     return video.read(indices, IMAGE_SIZE), video.num_decoded
 
@@ -138,6 +148,7 @@ def _decode_everything(path: Path, indices: np.ndarray) -> np.ndarray:
   wanted, to_rgb = set(indices.tolist()), VideoReformatter()
 
   def pictures() -> Iterator[np.ndarray]:
+    """The picked frames [S, S, 3]."""
     with av.open(str(path)) as container:
       container.streams.video[0].thread_type = "AUTO"
       for number, frame in enumerate(container.decode(video=0)):
@@ -148,9 +159,10 @@ def _decode_everything(path: Path, indices: np.ndarray) -> np.ndarray:
 
 
 def _read_with_decord(path: Path, indices: np.ndarray) -> np.ndarray:
-  """As the original reads, with as many threads as decord likes.
+  """Reads frames as the official implementation does, with decord's own number of threads.
 
-  It resizes, too, other than Pillow does; that is faster for it than our resize of its frames.
+  Decord also resizes the frames. Its result is not that of Pillow, but it is faster than our resize
+  of its frames would be.
   """
   import decord
 

@@ -1,4 +1,4 @@
-"""Films for `vcflash bench read`: written in a minute, and what reading them costs at least."""
+"""Writes films for `vcflash bench read`, and counts the frames that a reader must decode."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +11,21 @@ from PIL import Image
 from videochat_flash_jax.data.media.video_timeline import read_timeline
 
 _FPS = 30
-_SCENE_FRAMES = 250  # what is encoded; longer films repeat it
+_SCENE_FRAMES = 250  # encoded once; longer films repeat them
 
 
 def write_film(path: Path, num_frames: int, height: int, width: int, key_frame_distance: int):
-  """Writes an H.264 mp4 with B-frames and closed groups.
+  """Writes an H.264 mp4 with B-frames and closed groups of pictures.
 
-  250 frames are encoded (or a film's all, if they do not repeat), and their packets written again
-  and again with later time stamps.
+  Only 250 frames are encoded (all frames, if the film has at most 600). Their packets are written
+  again and again with later time stamps, so that a long film takes only a minute.
 
   Args:
     path: of the file.
-    num_frames: a multiple of 250, or anything up to 600.
+    num_frames: a multiple of 250, or any number up to 600.
     height: in pixels.
     width: in pixels.
-    key_frame_distance: in frames; 250 is a multiple of it.
+    key_frame_distance: in frames; a divisor of 250.
   """
   scene_frames = _SCENE_FRAMES if num_frames > 600 else num_frames
   scene = path.with_suffix(".scene.mp4")
@@ -62,7 +62,7 @@ def _encode(path: Path, pictures: Iterator[np.ndarray], height: int, width: int,
 
 
 def _moving_pictures(num_frames: int, height: int, width: int) -> Iterator[np.ndarray]:
-  """A camera that pans over a textured ground, three cards that fly over it, and grain."""
+  """Frames [height, width, 3]: a moving view of a textured ground, three moving squares, noise."""
   rng = np.random.default_rng(0)
   tall, wide = height * 3 // 2, width * 3 // 2
   coarse = rng.integers(0, 256, (tall // 8, wide // 8, 3), dtype=np.uint8)
@@ -83,11 +83,12 @@ def _moving_pictures(num_frames: int, height: int, width: int) -> Iterator[np.nd
 
 
 def frames_needed(path: Path, indices: np.ndarray) -> tuple[int, int]:
-  """Counts what must be decoded of an H.264 mp4 for the frames `indices`.
+  """Counts the frames of an H.264 mp4 that must be decoded to read the frames `indices`.
 
   Returns:
-    Picked frames and the references decoded before them, from a key frame on; and all frames
-    from a key frame to the last pick of its run. The former is what a reader can come down to.
+    Two numbers. The first counts the picked frames and the reference frames decoded before them,
+    from a key frame on: the fewest frames that a reader can decode. The second counts all frames
+    from a key frame to the last picked frame of its run.
   """
   with av.open(str(path)) as container:
     timeline = read_timeline(container, container.streams.video[0], path)
@@ -97,20 +98,20 @@ def frames_needed(path: Path, indices: np.ndarray) -> tuple[int, int]:
       for packet in container.demux(video=0)
       if packet.size
     ]
-  place = {number: position for position, (number, _) in enumerate(coded)}
-  needed = on_the_way = 0
+  decode_index = {number: index for index, (number, _) in enumerate(coded)}
+  needed = from_key_frame = 0
   for picks in timeline.segments(indices.tolist()):
     key = timeline.key_frames[timeline.key_before(picks[0])]
-    stretch = coded[place[key] : max(place[pick] for pick in picks) + 1]
-    on_the_way += len(stretch)
-    needed += sum(is_reference or number in picks for number, is_reference in stretch)
-  return needed, on_the_way
+    run = coded[decode_index[key] : max(decode_index[pick] for pick in picks) + 1]
+    from_key_frame += len(run)
+    needed += sum(is_reference or number in picks for number, is_reference in run)
+  return needed, from_key_frame
 
 
 def _is_reference(packet: bytes) -> bool:
-  """Whether other frames may be predicted from a frame: H.264's nal_ref_idc of its slices."""
+  """Whether other frames may be predicted from this frame: nal_ref_idc of its H.264 slices."""
   start = 0
-  while start < len(packet):  # units of 4 bytes that tell a length, then the unit
+  while start < len(packet):  # each unit comes after 4 bytes with its length
     length = int.from_bytes(packet[start : start + 4])
     header = packet[start + 4]
     if header & 31 in (1, 5):  # a slice

@@ -1,4 +1,4 @@
-"""Wall-clock times of several pieces of work, measured in turns."""
+"""Measures wall-clock times of several pieces of code in turns."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Seconds(NamedTuple):
-  """Times of one piece of work: the middle and the best of all repeats."""
+  """Times of one piece of code in seconds: the median and the best of all repeats."""
 
   median: float
   best: float
@@ -22,11 +22,11 @@ class Seconds(NamedTuple):
 def time_in_turns(
   pieces: Mapping[Hashable, Callable[[], object]], repeats: int
 ) -> dict[Hashable, Seconds]:
-  """Runs A B C, A B C, ..., so that a busy minute strikes all alike.
+  """Runs A B C, A B C, ..., so that other work on the machine slows all of them equally.
 
   Args:
-    pieces: name -> work. What it returns is waited for, since JAX returns before it is done.
-    repeats: rounds that count; one more goes before, to compile and warm up.
+    pieces: name -> function. We wait for its result, since JAX returns before it has computed.
+    repeats: rounds that count; one more round comes first, to compile and to warm up.
   """
   elapsed = {name: [] for name in pieces}
   for _ in range(repeats + 1):

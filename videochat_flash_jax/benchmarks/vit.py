@@ -16,7 +16,7 @@ UMT_L = VideoChatFlashConfig.qwen2_7b_res224().vision
 
 
 def run(repeats: int = 3, *, clips: int = 2, config: VisionConfig = UMT_L) -> dict[str, Any]:
-  """Encodes random clips with random weights."""
+  """Encodes random clips [clips, clip_frames, S, S, 3] with random weights."""
   graph, weights = random_weights(lambda: UMT(config, rngs=nnx.Rngs(0)))
   size = config.image_size
   rng = np.random.default_rng(0)
@@ -32,7 +32,13 @@ def run(repeats: int = 3, *, clips: int = 2, config: VisionConfig = UMT_L) -> di
 
 
 def work(config: VisionConfig, clips: int, num_weights: int) -> Work:
-  """Matrix products of all patches, and attention within each clip."""
+  """The least work: the matrix products of all patches, and attention within each clip.
+
+  Args:
+    config: sizes of the encoder.
+    clips: number of clips.
+    num_weights: number of values in all weights.
+  """
   patches = config.clip_frames * config.grid_size**2
   patch_values = 3 * config.patch_size**2
   products = config.depth * config.width * (4 * config.width + 2 * config.mlp_width)

@@ -1,1 +1,1 @@
-"""The command line `vcflash`; one module a verb (see `main.py`)."""
+"""The command line `vcflash`; each verb is one module (see `main.py`)."""

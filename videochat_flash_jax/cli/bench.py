@@ -1,4 +1,4 @@
-"""`vcflash bench`: speed beside a peer and beside the machine's limits, in the same minutes."""
+"""`vcflash bench`: measures speed, compared with a peer and with the limits of the machine."""
 
 import argparse
 import importlib
@@ -10,33 +10,33 @@ EXAMPLE = "vcflash bench merge --json"
 BENCHMARKS = {
   "merge": "token merging: 16 clips, 784 to 64 tokens",
   "vit": "video encoder: UMT-L, 2 clips of 4 frames",
-  "decode": "decoder: 4 layers of Qwen2 1.5B, 4096 tokens read and 32 written",
+  "decode": "decoder: 4 layers of Qwen2 1.5B, prefill of 4096 tokens and decoding of 32",
   "read": "video reading: 64 frames of a 10-minute 1080p file, and short files; takes minutes",
-  "pipeline": "batches of long videos: does a step wait for them?",
+  "pipeline": "batches of long videos: does a training step wait for its batch?",
 }
 _THREADS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-  """Adds the verb's options to its parser."""
+  """Adds the options of the verb to its parser."""
   listing = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
   parser.add_argument("benchmark", choices=BENCHMARKS, help=listing)
   parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace):
-  """Runs one benchmark, on two cores at most, and prints its report."""
+  """Runs one benchmark on at most two cores, and prints its report."""
   if hasattr(os, "sched_setaffinity"):  # not on macOS
-    # Before JAX and torch start their threads, of which each makes one a core.
+    # This must be set before JAX and torch start their threads: each starts one per core.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_THREADS])
   module = importlib.import_module(f"videochat_flash_jax.benchmarks.{args.benchmark}")
   report = module.run()
-  describe = getattr(module, "summary", summary)  # a benchmark without floors has its own
+  describe = getattr(module, "summary", summary)  # a benchmark without floors has its own summary
   print(json.dumps(report, indent=2) if args.json else describe(report))
 
 
 def summary(report: dict) -> str:
-  """The report in a line for each phase.
+  """A report as text, with one line for each phase.
 
   decode (float32, 2 threads, cpu), median of 3; peer: transformers 5.23.0, torch 2.13.0
     prefill        8.52 s     1.05 x floor (flops)    0.81 x peer (10.5 s)

@@ -1,4 +1,4 @@
-"""`vcflash compile`: the program of a config, compiled for TPUs that are not here."""
+"""`vcflash compile`: compiles the program of a config for TPUs, without having any."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from videochat_flash_jax.cli.config_file import add_config_argument, read_config
 EXAMPLE = "vcflash compile --config configs/stage3_long.py --topology v5e:8x8 --config.rows=16"
 TAKES_OVERRIDES = True
 
-# What to try if a program does not fit.
+# What the error message proposes if a program does not fit.
 _TRAINING = (
   "more chips along mesh.sequence or mesh.fsdp, fewer rows, tokens_per_row, clips_per_shard or "
   "tiles_per_shard, fewer trained parts, or a larger slice"
@@ -19,28 +19,33 @@ _ANSWERING = (
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-  """Adds the verb's options to its parser."""
+  """Adds the options of the verb to its parser."""
   add_config_argument(parser)
   parser.add_argument(
     "--topology",
     required=True,
-    help="a slice of TPUs, such as v5e:4x4; with mesh.num_slices each of them",
+    help="a slice of TPUs, such as v5e:4x4; with several (mesh.num_slices), each of them",
   )
   parser.add_argument(
     "--program",
     choices=("train", "prefill", "decode"),
     default="train",
-    help="a training step; the reading of prompts of tokens_per_row tokens each, among them those "
-    "of clips_per_shard clips; or a token decoded behind them",
+    help="train: a training step; prefill: reading prompts of tokens_per_row tokens, which include "
+    "the tokens of clips_per_shard clips; decode: one token after such prompts",
   )
   parser.add_argument("--table", action="store_true", help="print a row of markdown, not JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-  """Compiles and prints what it takes, for each stage if there are any; 2 if one does not fit."""
+  """Compiles the program and prints what it needs; for a config with stages, once per stage.
+
+  Returns:
+    The exit code: 2 if a program does not fit.
+  """
   config = read_config(args.config, args.overrides, example="configs/stage3_long.py")
 
-  from videochat_flash_jax.benchmarks import ahead_of_time  # imports JAX: not for a typing error
+  # These import JAX, so they come after the config is read.
+  from videochat_flash_jax.benchmarks import ahead_of_time
   from videochat_flash_jax.train.config import run_configs, train_settings
 
   runs = {stage: train_settings(run) for stage, run in run_configs(config).items()}
@@ -50,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     name += f" --program {args.program}"
   slices = {settings.mesh.num_slices for settings in runs.values()}
   devices = {number: ahead_of_time.topology_devices(args.topology, number) for number in slices}
-  # All of them are built before the first one is compiled: a mistake in the last is told at once.
+  # All programs are built before the first is compiled, so that every mistake is reported at once.
   programs = {
     stage: _program(args.program, settings, devices[settings.mesh.num_slices])
     for stage, settings in runs.items()
@@ -60,13 +65,13 @@ def run(args: argparse.Namespace) -> int:
     for stage, report in reports.items():
       print(ahead_of_time.table_row(f"{name} {stage}".rstrip(), report))
   else:
-    told = reports.get("", {"stages": reports})
-    print(json.dumps({"config": name, **told}, indent=2))
+    body = reports.get("", {"stages": reports})
+    print(json.dumps({"config": name, **body}, indent=2))
   return 2 if any("error" in report for report in reports.values()) else 0
 
 
 def _report(args, settings, program, arguments):
-  """What one program takes, or that it does not fit."""
+  """Compiles one program: what it needs, or by how much it does not fit."""
   from videochat_flash_jax.benchmarks import ahead_of_time
 
   remedy = _TRAINING if args.program == "train" else _ANSWERING
@@ -79,7 +84,7 @@ def _report(args, settings, program, arguments):
 
 
 def _program(name, settings, devices):
-  """A jitted program, and the shapes of its arguments."""
+  """The jitted program of this name, and the shapes of its arguments."""
   if name == "train":
     from videochat_flash_jax.benchmarks.ahead_of_time import beside_next_batch
     from videochat_flash_jax.train.program import train_program

@@ -1,4 +1,4 @@
-"""`vcflash convert`: writes a checkpoint in the layout of the released ones."""
+"""`vcflash convert`: writes a checkpoint in the layout of the released models."""
 
 import argparse
 import os
@@ -13,30 +13,36 @@ _TOWERS = ("umt-large", "umt-hd-large", "internvideo2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the options."""
+  """Adds the options of the verb to its parser."""
   parser.add_argument(
     "--model",
     required=True,
-    help="'tiny', a checkpoint directory, a training run's WORKDIR or a name on the hub; with "
-    "--encoder, a Qwen2 model",
+    help="'tiny', a checkpoint directory, the WORKDIR of a training run, or a name on the hub; "
+    "with --encoder, a Qwen2 model",
   )
   parser.add_argument("--to", choices=["hf"], default="hf", help="the layout to write")
-  parser.add_argument("--out", type=Path, required=True, help="directory to write; must be new")
-  parser.add_argument("--dtype", choices=_TYPES, help="of the weights; by default as they are")
-  parser.add_argument("--encoder", type=Path, help="raw video encoder (.pt) to join to --model")
-  parser.add_argument("--tower", choices=_TOWERS, help="what --encoder is, and its picture size")
   parser.add_argument(
-    "--projector", type=Path, help="mm_projector.bin of stage 1; by default it is drawn at random"
+    "--out", type=Path, required=True, help="directory to write; it must not exist"
   )
-  parser.add_argument("--seed", type=int, default=0, help="of a projector drawn at random")
+  parser.add_argument("--dtype", choices=_TYPES, help="type of the weights; by default unchanged")
+  parser.add_argument(
+    "--encoder", type=Path, help="raw .pt file of a video encoder, to join to --model"
+  )
+  parser.add_argument(
+    "--tower", choices=_TOWERS, help="kind of --encoder, which also sets its image size"
+  )
+  parser.add_argument(
+    "--projector", type=Path, help="mm_projector.bin of stage 1; by default random weights"
+  )
+  parser.add_argument("--seed", type=int, default=0, help="seed of a random projector")
 
 
 def run(args: argparse.Namespace) -> None:
-  """Opens or joins the checkpoint, and writes it."""
+  """Opens a checkpoint, or joins one from parts, and writes it."""
   if args.encoder is None and (args.projector is not None or args.tower is not None):
-    raise InputError("--projector and --tower complete --encoder; give it, or leave them out")
+    raise InputError("--projector and --tower need --encoder; give it, or leave them out")
   if args.encoder is not None and args.tower is None:
-    raise InputError(f"--encoder needs --tower: one of {', '.join(_TOWERS)}")
+    raise InputError(f"--encoder needs --tower; give one of {', '.join(_TOWERS)}")
   if args.seed < 0:
     raise InputError(f"--seed is {args.seed}; give 0 or more")
   if os.path.lexists(args.out):

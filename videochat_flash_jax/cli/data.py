@@ -1,4 +1,4 @@
-"""`vcflash data`: checks, converts, indexes and encodes annotations before a run reads them."""
+"""`vcflash data`: checks, converts, indexes and encodes annotations before a training run."""
 
 import argparse
 import json
@@ -11,43 +11,62 @@ EXAMPLE = "vcflash data check mixture.yaml --all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares what can be done, and the options of each."""
+  """Adds the actions of the verb, and the options of each action, to its parser."""
   actions = parser.add_subparsers(title="actions", metavar="<action>", required=True)
 
   def add(run_action, name, text):
+    """Adds one action and returns its parser."""
     action = actions.add_parser(
       name, help=text, description=text, allow_abbrev=False, formatter_class=parser.formatter_class
     )
     action.set_defaults(run_action=run_action)
     return action
 
-  check = add(_check, "check", "Read every annotation, open media, and tell what is broken.")
+  check = add(
+    _check, "check", "Read every annotation, open media files, and report what is broken."
+  )
   check.add_argument("mixture", help="a mixture (.yaml) or one annotation file (.json, .jsonl)")
   check.add_argument("--all", action="store_true", help="open all videos and images")
-  check.add_argument("--sample", type=int, default=16, help="rows of a source whose media to open")
+  check.add_argument(
+    "--sample", type=int, default=16, help="number of rows per source whose media are opened"
+  )
   check.add_argument("--json", action="store_true", help="print one JSON object")
 
-  convert = add(_convert, "convert", "Write questions of a table as checked annotations.")
+  convert = add(_convert, "convert", "Convert a table of questions to checked annotations.")
   convert.add_argument("rows", type=Path, help="a .csv, .json or .jsonl file")
-  convert.add_argument("--out", type=Path, required=True, help=".jsonl file to write; must be new")
+  convert.add_argument(
+    "--out", type=Path, required=True, help=".jsonl file to write; it must not exist"
+  )
 
-  index = add(_index, "index", "Make the indices that a run would make when it starts.")
+  index = add(_index, "index", "Make the row indices that a training run makes when it starts.")
   index.add_argument("mixture", help="a mixture (.yaml) or one annotation file (.json, .jsonl)")
 
-  encode = add(_encode, "encode", "Keep what a frozen encoder makes of videos and images.")
+  encode = add(_encode, "encode", "Store a frozen encoder's features of videos and images.")
   encode.add_argument("mixture", help="a mixture (.yaml) or one annotation file (.json, .jsonl)")
-  encode.add_argument("--model", required=True, help="whose encoder: a directory or a released one")
-  encode.add_argument("--out", required=True, help="folder of features; a second run goes on there")
   encode.add_argument(
-    "--frames", type=int, nargs=2, default=(64, 512), metavar=("LEAST", "MOST"), help="of a video"
+    "--model", required=True, help="model with the encoder: a directory or a released model"
   )
   encode.add_argument(
-    "--sampling", default="dynamic_fps1", choices=("dynamic_fps1", "middle"), help="of frames"
+    "--out", required=True, help="folder of features; a second run continues there"
+  )
+  encode.add_argument(
+    "--frames",
+    type=int,
+    nargs=2,
+    default=(64, 512),
+    metavar=("MIN", "MAX"),
+    help="frames of a video",
+  )
+  encode.add_argument(
+    "--sampling",
+    default="dynamic_fps1",
+    choices=("dynamic_fps1", "middle"),
+    help="how frames are sampled",
   )
 
 
 def run(args: argparse.Namespace) -> int | None:
-  """Does the chosen action."""
+  """Runs the chosen action."""
   return args.run_action(args)
 
 
@@ -80,10 +99,10 @@ def _index(args) -> int:
   if problems and len(mixture.sources) == 1:
     raise InputError(problems[mixture.sources[0]])
   for problem in problems.values():
-    print(f"passed over: {problem}")
+    print(f"skipped: {problem}")
   if rows:
     print(
-      f"{args.mixture}: {len(rows):,} row(s) of {len(rows.sources)} file(s) ready in "
+      f"{args.mixture}: {len(rows):,} row(s) of {len(rows.sources)} file(s) are ready after "
       f"{time.perf_counter() - start:.1f} s; the indices take {rows.index_bytes() / 1e6:,.1f} MB"
     )
   return int(bool(problems))
@@ -102,7 +121,7 @@ def _encode(args) -> int:
   check_roots(rows)
   ExampleConfig(
     tuple(args.frames), args.sampling, image_size=1
-  )  # refused before many gigabytes are read
+  )  # raises errors before many gigabytes are read
   chat = VideoChat.from_pretrained(args.model, features=args.out)
   size, tiling = chat.config.vision.image_size, chat.config.tiling
   config = ExampleConfig(tuple(args.frames), args.sampling, image_size=size, tiling=tiling)
@@ -111,8 +130,8 @@ def _encode(args) -> int:
     for line in broken_lines(source):
       print(line)
   print(
-    f"{args.out}: {report.rows:,} row(s) read, {report.clips:,} clip(s) and tile(s) new, "
-    f"{report.damaged:,} damaged video(s) among them, {report.broken:,} row(s) passed over; "
-    f"{len(chat.features):,} entries there"
+    f"{args.out}: {report.rows:,} row(s) read, {report.clips:,} new clip(s) and tile(s), "
+    f"{report.damaged:,} damaged video(s) among them, {report.broken:,} row(s) skipped; "
+    f"{len(chat.features):,} entries in the folder"
   )
   return int(report.broken > 0)

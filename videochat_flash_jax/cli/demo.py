@@ -1,4 +1,4 @@
-"""`vcflash demo`: the embedded model watches a film made on the spot, and is asked about it."""
+"""`vcflash demo`: writes a synthetic video, and the embedded model answers questions about it."""
 
 import argparse
 import logging
@@ -13,16 +13,20 @@ EXAMPLE = "vcflash demo"
 
 _SECONDS = 120
 _QUESTIONS = 3
-_SEED = 2026  # of a film that training never saw
+_SEED = 2026  # of a video that was not used in training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the options."""
-  parser.add_argument("--out", type=Path, default=Path("demo"), help="where the film is kept")
+  """Adds the options of the verb to its parser."""
+  parser.add_argument("--out", type=Path, default=Path("demo"), help="directory for the video")
 
 
 def run(args: argparse.Namespace) -> int:
-  """Makes the film, watches it, asks three questions; exit code 1 if an answer is wrong."""
+  """Writes the video, encodes it and asks three questions.
+
+  Returns:
+    The exit code: 1 if an answer is wrong.
+  """
   from videochat_flash_jax.evals.exact_match import read_rows
   from videochat_flash_jax.inference.chat import VideoChat
   from videochat_flash_jax.synthetic.world import write_dataset
@@ -34,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     write_dataset(args.out, 1, (_SECONDS, _SECONDS), _SEED, questions_per_video=_QUESTIONS + 1)
   rows = read_rows(annotations)
   if len({row["video"] for row in rows}) > 1:
-    raise InputError(f"{annotations}: not written by `vcflash demo`; give another --out")
+    raise InputError(f"{annotations}: was not written by `vcflash demo`; give another --out")
   path, asked = args.out / rows[0]["video"], rows[:_QUESTIONS]
 
-  print("Times include compiling, where it is announced.")
+  print("Times include compilation, where it is announced.")
   video = VideoChat.from_pretrained("tiny").watch(path)
   print(
     f"\n{path}: {video.seconds:.0f} s, {video.num_frames} frames, "

@@ -1,4 +1,4 @@
-"""`vcflash evaluate`: how many of an annotation file's questions a model answers right."""
+"""`vcflash evaluate`: counts how many questions of an annotation file a model answers right."""
 
 import argparse
 import json
@@ -8,29 +8,32 @@ EXAMPLE = "vcflash evaluate --model tiny --annotations synth/annotations.json --
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the options."""
+  """Adds the options of the verb to its parser."""
   parser.add_argument(
-    "--model", default="tiny", help="'tiny', a checkpoint directory, or a released model"
+    "--model", default="tiny", help="'tiny', a checkpoint directory, or a released model's name"
   )
-  parser.add_argument("--annotations", type=Path, required=True, help="JSON list of LLaVA rows")
-  parser.add_argument("--max-frames", type=int, help="the most frames to look at")
+  parser.add_argument(
+    "--annotations", type=Path, required=True, help="LLaVA rows: a .json list, or .jsonl"
+  )
+  parser.add_argument("--max-frames", type=int, help="the most frames to encode of a video")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
-  """Answers every row and prints the score."""
+  """Answers the question of every row and prints the scores."""
   from videochat_flash_jax.evals.exact_match import evaluate, read_rows
   from videochat_flash_jax.inference.chat import VideoChat
 
-  rows = read_rows(args.annotations)  # a bad file is told before the model is loaded
+  rows = read_rows(args.annotations)  # a bad file is reported before the model is loaded
   wrong = []
 
-  def note(row, question, answer, truth, right):
+  def note_wrong(row, question, answer, truth, right):
+    """Keeps the answers that are wrong, for the report."""
     if not right:
       wrong.append({"id": row.get("id"), "question": question, "answer": answer, "truth": truth})
 
   chat = VideoChat.from_pretrained(args.model)
-  scores = evaluate(chat, rows, args.annotations.parent, args.max_frames, note)
+  scores = evaluate(chat, rows, args.annotations.parent, args.max_frames, note_wrong)
   report = {
     kind: {"rows": score.rows, "right": score.right, "accuracy": score.accuracy}
     for kind, score in scores.items()

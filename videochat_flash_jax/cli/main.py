@@ -1,17 +1,18 @@
 """The command line: `vcflash <verb> ...`.
 
-A verb is a module of this folder with
+A verb is a line in `VERBS`, and a module of this folder with
 
-  EXAMPLE                 a command that runs, shown under `vcflash <verb> --help`
-  add_arguments(parser)   its options, for argparse
-  run(args)               the work; returns an exit code, or None for 0
-  TAKES_OVERRIDES = True  optional: options argparse does not know are not errors but arrive, in
-                          order, as `args.overrides` (`train` hands them to ml_collections)
+  EXAMPLE                 a command that runs; it is shown by `vcflash <verb> --help`
+  add_arguments(parser)   adds the options of the verb to its argparse parser
+  run(args)               does the work; returns an exit code, or None for 0
+  TAKES_OVERRIDES = True  optional: options that argparse does not know are not errors; they are
+                          put into `args.overrides` in their order (`train` gives them to
+                          ml_collections)
 
-and a line in `VERBS`. Only the chosen verb's module is imported, so that `--help` is instant.
+Only the module of the chosen verb is imported, so that `--help` is fast.
 
-Exit codes: 0 done, 2 the user's input cannot be used (one line on stderr), 130 interrupted. Any
-other failure is a fault of this package and keeps its traceback.
+Exit codes: 0 success, 2 the user's input cannot be used (one line on stderr), 130 interrupted. Any
+other failure is a bug of this package and keeps its traceback.
 """
 
 import argparse
@@ -30,18 +31,18 @@ from videochat_flash_jax.errors import InputError
 VERBS = {
   "chat": "Ask questions about a video, or about images.",
   "demo": "See the embedded model answer questions about a video.",
-  "evaluate": "Count the right answers to an annotation file's questions.",
+  "evaluate": "Count the right answers to the questions of an annotation file.",
   "synth": "Write synthetic videos, with questions and their answers.",
   "data": "Check, convert, index and encode annotations.",
   "train": "Train a model from a config file.",
-  "compile": "Compile a config's program for TPUs that are not here.",
-  "convert": "Write a checkpoint, or its parts, in the layout of the hub.",
-  "bench": "Measure speed beside a peer and the machine's limits.",
+  "compile": "Compile a config's program for TPUs, on a machine without TPUs.",
+  "convert": "Write a checkpoint, or join one from parts, in the layout of the hub.",
+  "bench": "Measure speed, compared with a peer and with the machine's limits.",
 }
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-  """Shows defaults, where there are some, and leaves the lines of the epilog as they are."""
+  """Shows the default values of options, and keeps the line breaks of the epilog."""
 
   def _get_help_string(self, action):
     shown = action.default is not None and action.default is not False
@@ -49,9 +50,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class _Parser(argparse.ArgumentParser):
-  """An argument parser whose complaints are an `InputError`: one line, as for any bad input."""
+  """An argument parser that raises `InputError`, so that its errors are one line as all others."""
 
   def error(self, message: str) -> NoReturn:
+    """Raises the error that argparse has found."""
     raise InputError(f"{message}; see `{self.prog} --help`")
 
 
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   Args:
     argv: arguments after the program's name, by default the process's own.
   """
-  # Programs compiled once are kept for the next command; JAX reads this when it is imported.
+  # The cache keeps compiled programs for the next command; JAX reads these when it is imported.
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "vcflash"))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
   try:
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except InputError as error:
     print(f"vcflash: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return 2
-  except BrokenPipeError:  # the reader of our output has gone, as in `vcflash ... | head`
+  except BrokenPipeError:  # the reader of our output has ended, as in `vcflash ... | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except KeyboardInterrupt:
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_verb(argv: list[str]) -> int:
-  """Parses `argv` and runs its verb; of all verbs' parsers only the chosen one has options."""
+  """Parses `argv` and runs its verb; only the parser of the chosen verb gets its options."""
   parser = _Parser(
     prog="vcflash", description="Watch hours of video and answer questions about them."
   )
@@ -90,12 +92,12 @@ def _run_verb(argv: list[str]) -> int:
       verb,
       help=description,
       description=description,
-      allow_abbrev=False,  # half an option is a mistake, as half a config field is
+      allow_abbrev=False,  # a part of an option's name is an error, as for config fields
       formatter_class=_Help,
     )
   if not argv or argv[0].startswith("-"):
     parser.parse_args(argv)  # exits after --help and --version
-    parser.error("the verb comes first")
+    parser.error("give the verb first")
 
   module = _verb_module(argv[0])
   verb_parser = verb_parsers.choices[argv[0]]
@@ -110,7 +112,7 @@ def _run_verb(argv: list[str]) -> int:
 
 
 def _verb_module(verb: str) -> ModuleType:
-  """Imports a verb's module; an unknown verb is an error that names the nearest right ones."""
+  """Imports the module of a verb; the error for an unknown verb proposes similar verbs."""
   if verb not in VERBS:
     near = difflib.get_close_matches(verb, VERBS, n=2)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the verbs are {', '.join(VERBS)}"

@@ -1,4 +1,4 @@
-"""`vcflash synth`: videos of a synthetic world, with questions whose answers are known."""
+"""`vcflash synth`: writes videos of a synthetic world, with questions and their answers."""
 
 import argparse
 from pathlib import Path
@@ -10,14 +10,14 @@ EXAMPLE = "vcflash synth --out /tmp/synth --videos 4 --frames 8:64 --seed 7"
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-  """Adds the verb's options to its parser."""
-  parser.add_argument("--out", type=Path, required=True, help="directory to write")
+  """Adds the options of the verb to its parser."""
+  parser.add_argument("--out", type=Path, required=True, help="directory to write into")
   parser.add_argument("--videos", type=int, default=50, help="number of videos")
   parser.add_argument(
     "--frames",
     default="8:64",
     metavar="MIN:MAX",
-    help="sampled frames (seconds) of a video: a multiple of 4 in this range",
+    help="frames of a video, one per second: a multiple of 4 in this range",
   )
   parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same files")
   parser.add_argument(
@@ -27,12 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser):
     help=f"comma-separated kinds of question: {', '.join(synthetic.QUESTION_KINDS)}",
   )
   parser.add_argument(
-    "--questions-per-video", type=int, default=4, help="rows a video (fewer if little happens)"
+    "--questions-per-video",
+    type=int,
+    default=4,
+    help="questions per video (fewer if little happens in it)",
   )
 
 
 def run(args: argparse.Namespace):
-  """Writes `videos/*.mp4` and `annotations.json`, and says how many."""
+  """Writes `videos/*.mp4` and `annotations.json`, and prints how many."""
   for name, least in (("videos", 1), ("questions_per_video", 1), ("seed", 0)):
     if getattr(args, name) < least:
       flag = name.replace("_", "-")

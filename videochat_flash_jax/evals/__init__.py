@@ -1,1 +1,1 @@
-"""Scores on annotation files."""
+"""Evaluation: how well a model answers the questions of an annotation file."""

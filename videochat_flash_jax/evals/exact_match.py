@@ -1,4 +1,4 @@
-"""Share of an annotation file's questions whose answer is right, word for word."""
+"""Exact match: the share of questions whose answer is word for word the true answer."""
 
 import dataclasses
 import json
@@ -15,14 +15,14 @@ from videochat_flash_jax.inference.chat import VideoChat
 
 @dataclasses.dataclass
 class Score:
-  """Counts of rows and of right answers."""
+  """Number of annotation rows, and of right answers among them."""
 
   rows: int = 0
   right: int = 0
 
   @property
   def accuracy(self) -> float:
-    """Share of right answers; 0 without rows."""
+    """The share of right answers; 0 if there are no rows."""
     return self.right / self.rows if self.rows else 0.0
 
 
@@ -33,24 +33,27 @@ def evaluate(
   max_frames: int | None = None,
   on_answer: Callable[[dict, str, str, str, bool], None] = lambda *_: None,
 ) -> dict[str, Score]:
-  """Asks every row's question, each in a conversation of its own.
+  """Asks the question of every row in a new conversation, and counts the right answers.
+
+  Upper and lower case, and a full stop at the end, make no difference.
 
   Args:
     chat: the model.
-    rows: LLaVA rows as `read_rows` gives them. A row's `kind`, if any, gets a score of its own.
-    folder: what a row's `video` is relative to: the folder of the annotation file.
-    max_frames: the most frames to look at.
-    on_answer: told each row, its question, the model's answer, the truth, and whether they agree.
+    rows: LLaVA rows from `read_rows`. Each value of their field `kind` gets its own score.
+    folder: the folder of the annotation file; paths in the field `video` are relative to it.
+    max_frames: the most frames to encode of a video.
+    on_answer: is called after each answer with the row, its question, the model's answer, the true
+      answer, and whether they agree.
 
   Returns:
-    The score of each kind, and of "all".
+    The score of each kind, and of "all" rows.
 
   Raises:
     InputError: a video cannot be used.
   """
   scores = defaultdict(Score)
   path, video = None, None
-  by_video = sorted(rows, key=lambda row: row["video"])  # watch each video once
+  by_video = sorted(rows, key=lambda row: row["video"])  # encode each video once
   for row in tqdm(by_video, "answering", unit="row", leave=False, disable=None):
     if row["video"] != path:
       path = row["video"]
@@ -71,12 +74,12 @@ def read_rows(annotations: Path) -> list[dict]:
   """Reads and checks an annotation file.
 
   Args:
-    annotations: LLaVA rows with one question and one answer each, a list (.json) or one on each
-      line (.jsonl); `video` is relative to the file.
+    annotations: a file of LLaVA rows, each with one question and its answer: a list (.json) or one
+      row on each line (.jsonl). The field `video` is a path relative to the file.
 
   Raises:
-    InputError: it is missing, is no JSON, is empty, or a row has no video, a `kind` that is
-      no text, or not exactly one question with its answer.
+    InputError: the file is missing, is not JSON or is empty; or a row has no `video`, has a `kind`
+      that is not text, or has not exactly one question with its answer.
   """
   try:
     text = annotations.read_text("utf-8")
@@ -87,9 +90,9 @@ def read_rows(annotations: Path) -> list[dict]:
   except OSError as error:
     raise InputError(f"{annotations}: cannot be read ({error.strerror}); check the path") from error
   except (ValueError, RecursionError) as error:
-    raise InputError(f"{annotations}: not valid JSON ({error}); mend the file") from error
+    raise InputError(f"{annotations}: not valid JSON ({error}); correct the file") from error
   if not isinstance(rows, list) or not rows:
-    raise InputError(f"{annotations}: holds no list of rows; write one with `vcflash synth`")
+    raise InputError(f"{annotations}: has no list of rows; write such a file with `vcflash synth`")
   for number, row in enumerate(rows):
     _check_row(row, f"{annotations}: row {number}")
   return rows
@@ -97,17 +100,19 @@ def read_rows(annotations: Path) -> list[dict]:
 
 def _check_row(row, where):
   if not isinstance(row, dict) or not isinstance(row.get("video"), str):
-    raise InputError(f"{where} has no field 'video'; add the file's path")
+    raise InputError(f"{where} has no field 'video' with text; add the path of the video")
   if not isinstance(row.get("kind", ""), str):
-    raise InputError(f"{where}: field 'kind' is no text; write one or leave it out")
+    raise InputError(f"{where}: field 'kind' is not text; write a text or remove the field")
   try:
     turns = turns_of_row(row)
   except InputError as error:
     raise InputError(f"{where}: {error}") from error
   if [turn.role for turn in turns] != ["human", "gpt"]:
-    raise InputError(f"{where} needs one question and one answer in 'conversations'")
+    raise InputError(
+      f"{where} needs one question and one answer in 'conversations'; correct the row"
+    )
   if not _without_placeholder(turns[0].text):
-    raise InputError(f"{where}: the question in 'conversations' is empty; write what to ask")
+    raise InputError(f"{where}: the question in 'conversations' is empty; write a question")
 
 
 def _without_placeholder(question):

@@ -1,4 +1,4 @@
-"""Watch a video or look at images once, then ask about them: the five-minute path."""
+"""`VideoChat`: encode a video or images once, then ask questions about them. Start here."""
 
 import dataclasses
 import time
@@ -44,7 +44,7 @@ from videochat_flash_jax.parallel.sharding import weight_spec
 
 
 class VideoChat:
-  """A model and its tokenizer, ready to watch videos and to look at images.
+  """A model and its tokenizer, ready to answer questions about videos and images.
 
   chat = VideoChat.from_pretrained("tiny")
   video = chat.watch("match.mp4", max_frames=512)
@@ -59,9 +59,16 @@ class VideoChat:
     layout: Layout = ONE_DEVICE,
     features: str | Path | None = None,
   ):
-    """Takes a model over; it must not be used elsewhere afterwards.
+    """Takes over a model, which must not be used elsewhere afterwards.
 
-    For `layout` see `Engine`, for `features` see `from_pretrained`.
+    Args:
+      model: with its weights.
+      tokenizer: the one that the model was trained with.
+      layout: see `Engine`.
+      features: see `from_pretrained`.
+
+    Raises:
+      InputError: the tokenizer has more tokens than the model, or `features` cannot be used.
     """
     if tokenizer.vocab_size > model.config.decoder.vocab_size:
       raise InputError(
@@ -88,25 +95,26 @@ class VideoChat:
     mesh: MeshConfig | None = None,
     features: str | Path | None = None,
   ) -> "VideoChat":
-    """Loads a checkpoint in the released layout, or of a training run.
+    """Loads a checkpoint in the released layout, or a checkpoint of a training run.
 
     Args:
-      name: "tiny", the model that ships with the package; a directory; or a released model.
-        WORKDIR of a run gives its newest checkpoint, WORKDIR/checkpoints/STEP that one.
+      name: "tiny", the model that comes with the package; a directory; or the name of a released
+        model. WORKDIR of a training run means its newest checkpoint, and WORKDIR/checkpoints/STEP
+        the checkpoint of that step.
       dtype: of the weights and of the computation; by default float32 on a CPU, else bfloat16.
-      context: the most tokens of a prompt and its answer, instead of the checkpoint's own limit.
-        A longer prompt is refused; nothing is ever cut off.
-      yarn: stretches the context that the model was trained with by a factor, as the published
-        needle test does by 4; a `YarnConfig` also says how long that context was.
-      dropout: visual tokens to drop between layers, such as `DropoutConfig.model_card()`; False
-        for none, None for what the checkpoint says, which is none for the released ones.
-      mesh: how all devices share the work; None for one device alone. `MeshConfig(tensor=4)`
-        splits the model and its cache over four, and watches videos on all that there are.
-      features: a folder in which the encoder's output is kept, in bfloat16, made if it is missing:
-        a video that was watched before, with as many frames, is neither decoded nor encoded again.
+      context: the most tokens of a prompt and its answer together, in place of the checkpoint's own
+        limit. A longer prompt is an error; nothing is ever cut off.
+      yarn: the factor by which the context is stretched beyond the one of training (the published
+        needle test uses 4); a `YarnConfig` also says how long the context of training was.
+      dropout: which visual tokens are dropped between layers, such as `DropoutConfig.model_card()`.
+        False: none are dropped. None: as the checkpoint says; the released ones drop none.
+      mesh: how all devices share the work; None for one device. `MeshConfig(tensor=4)` shards the
+        model and its cache over four devices, and encodes videos on all devices.
+      features: a folder for the encoder's output, in bfloat16; it is made if it is missing. A video
+        that is watched again with equally many frames is neither decoded nor encoded again.
 
     Raises:
-      InputError: no such model, its files cannot be used, or one of the settings cannot be.
+      InputError: there is no such model, its files cannot be used, or a setting is not valid.
     """
     if context is not None and context < 1:
       raise InputError(f"context is {context}; give a positive number of tokens")
@@ -114,7 +122,9 @@ class VideoChat:
     if factor is not None and not (isinstance(factor, int | float) and 1 <= factor < 1e6):
       raise InputError(f"yarn is {yarn!r}; give a factor of 1 or more, such as 4.0")
     if not (dropout is None or dropout is False or isinstance(dropout, DropoutConfig)):
-      raise InputError(f"dropout is {dropout!r}; give DropoutConfig.model_card(), say, or False")
+      raise InputError(
+        f"dropout is {dropout!r}; give False, or a DropoutConfig such as DropoutConfig.model_card()"
+      )
     directory = checkpoint_directory(name)
     if dtype is None:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -122,11 +132,13 @@ class VideoChat:
     layout = ONE_DEVICE if mesh is None else Layout(make_mesh(mesh), replicate_weights=True)
 
     def make_model(config):
+      """Builds the model with the settings of the caller."""
       config = _with_settings(config, context, yarn, dropout)
-      check_mesh(config, layout)  # before many gigabytes are read
+      check_mesh(config, layout)  # before the weights, many gigabytes, are read
       return VideoChatFlash(config, rngs=nnx.Rngs(0))
 
     def sharding_of(path, shape):
+      """The sharding of one weight; None without a mesh."""
       if layout.mesh is None:
         return None
       return NamedSharding(layout.mesh, weight_spec(path, len(shape), replicated=True))
@@ -136,34 +148,38 @@ class VideoChat:
   def watch(
     self, path: str | Path, max_frames: int | None = None, *, progress: bool = True
   ) -> WatchedVideo:
-    """Decodes and encodes a video once.
+    """Decodes and encodes a video, once for all questions.
 
     Args:
-      path: a video file, or a folder of numbered images (one a second).
-      max_frames: the most frames to look at; by default the model's own bound. One frame a
-        second is sampled, fewer where the video is longer than that.
-      progress: whether a terminal shows a progress bar.
+      path: a video file, or a folder of numbered images (one per second).
+      max_frames: the most frames to encode; by default the model's own bound. One frame per second
+        is sampled, or fewer, evenly spaced, if the video has more seconds than this bound.
+      progress: if True, a terminal shows a progress bar.
 
     Raises:
-      InputError: the file is missing, is no video, or ends early; or another process writes into
-        the folder of features.
+      InputError: the file is missing, is no video, or ends early; or another process is writing
+        into the folder of features.
     """
     start, vision = time.perf_counter(), self.config.vision
-    quiet = None if progress else True  # None: quiet unless a terminal is there to see it
+    quiet = None if progress else True  # None: tqdm shows the bar only on a terminal
 
-    def shown(frames, count):
+    def with_progress(frames, count):
+      """Yields the frames and shows how many of `count` are done."""
       return tqdm(frames, "watching", count, unit="frame", leave=False, disable=quiet)
 
     def choose(info):
+      """Indices of the frames to encode."""
       return inference_indices(info.num_frames, info.fps, self.config.sampling, max_frames)
 
     if self.features is None:
       with open_video(path) as reader:
         info, indices = reader.info, choose(reader.info)
-        frames = shown(reader.frames(indices, vision.image_size), len(indices))
+        frames = with_progress(reader.frames(indices, vision.image_size), len(indices))
         visual_tokens = self.engine.encode(group_clips(frames, vision.clip_frames))
     else:
-      info, indices, features = video_features(path, choose, self.engine, self.features, shown)
+      info, indices, features = video_features(
+        path, choose, self.engine, self.features, with_progress
+      )
       visual_tokens = self.engine.project(features)
     visual_tokens.block_until_ready()
     return WatchedVideo(
@@ -176,17 +192,17 @@ class VideoChat:
     )
 
   def look(self, images: ImageSource | Sequence[ImageSource]) -> SeenImages:
-    """Encodes one image in detail, or several at a glance.
+    """Encodes one image in detail, or several images with one tile each.
 
-    A single image is cut into tiles, as many as its size asks for, beside a base view of the
-    whole; of several each is padded to a square and becomes one tile.
+    A single image is cut into tiles (how many depends on its size), and a base view shows the whole
+    image. Each of several images is padded to a square and becomes one tile.
 
     Args:
-      images: an image or a list of images, each a path, a Pillow image or an array uint8
+      images: an image or a list of images. Each is a path, a Pillow image or an array uint8
         [height, width, 3]. A list of one is a single image.
 
     Raises:
-      InputError: there is no image, one is missing or is no picture.
+      InputError: the list is empty, or an image is missing or cannot be read.
     """
     images = images if isinstance(images, list | tuple) else [images]
     if not images:
@@ -205,11 +221,13 @@ class VideoChat:
     return SeenImages(self.engine, self.tokenizer, visual_tokens[order], 1, len(tiles))
 
   def ask(self, question: str, **options) -> str | Iterator[str]:
-    """Answers a question about nothing seen, in a conversation of its own.
+    """Answers a question without any video or image, in a new conversation.
+
+    To ask about a video or images, call `ask` of what `watch` or `look` returns.
 
     Args:
       question: a text.
-      **options: those of `Conversation.ask`, by which a video or images are asked about.
+      **options: the options of `Conversation.ask`.
     """
     return Conversation(self.engine, self.tokenizer).ask(question, **options)
 
@@ -220,7 +238,7 @@ def _with_settings(
   yarn: YarnConfig | float | None,
   dropout: DropoutConfig | Literal[False] | None,
 ) -> VideoChatFlashConfig:
-  """The config of a checkpoint, with what a user sets; see `VideoChat.from_pretrained`."""
+  """The config of a checkpoint, changed by the caller's settings; see `from_pretrained`."""
   decoder = config.decoder
   if yarn is not None:
     if not isinstance(yarn, YarnConfig):

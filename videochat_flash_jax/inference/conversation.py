@@ -1,4 +1,4 @@
-"""Questions and answers about a video, about images, or about nothing."""
+"""Conversations: questions and answers about a video, about images, or about neither."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -23,15 +23,16 @@ MAX_NEW_TOKENS = 256
 
 
 class Conversation:
-  """What a model has seen, if anything, and what was said about it.
+  """A conversation, about a video or images if there are any.
 
-  Every question continues the conversation; `reset` begins a new one. What the model has read
-  stays in its cache: a later question costs its own tokens only.
+  Every question continues the conversation; `reset` begins a new one. The KV cache keeps all tokens
+  that the model has read, so a later question only costs its own tokens.
 
   Attributes:
-    history: (question, answer) pairs so far.
-    prefill_seconds: wall time of reading the last question and what was new before it.
-    decode_seconds: wall time of writing the last answer.
+    history: the (question, answer) pairs so far.
+    prefill_seconds: wall time of reading the last question, and all tokens before it that were not
+      in the cache.
+    decode_seconds: wall time of generating the last answer.
   """
 
   def __init__(
@@ -44,10 +45,11 @@ class Conversation:
     """Begins a conversation.
 
     Args:
-      engine: a model.
-      tokenizer: that of the model.
-      visual_tokens: [V, D] of all that is seen, in the order in which it is read; or None.
-      visual_counts: how many of them belong to each video or image.
+      engine: runs the model.
+      tokenizer: the tokenizer of the model.
+      visual_tokens: [V, D], the visual tokens of the video or of all images, in the order in which
+        the model reads them; None without video or images.
+      visual_counts: for each video or image, the number of its visual tokens.
     """
     self.history: list[tuple[str, str]] = []
     self.prefill_seconds = self.decode_seconds = 0.0
@@ -57,9 +59,10 @@ class Conversation:
       visual_tokens = jnp.zeros((0, engine.config.decoder.width), engine.dtype)
     self._visual_tokens = visual_tokens
     self._visual_counts = visual_counts
-    self._turn: object | None = None  # the question that is being answered
+    self._turn: object | None = None  # identifies the question that is being answered
     self._reading: Reading | None = None
-    self._known = np.zeros((2, 0), np.int32)  # token ids and visual index of what was read
+    # [2, T]: token ids and visual index of the tokens in the cache.
+    self._cached = np.zeros((2, 0), np.int32)
 
   def ask(
     self,
@@ -71,18 +74,19 @@ class Conversation:
     top_p: float = 1.0,
     seed: int = 0,
   ) -> str | Iterator[str]:
-    """Answers a question about what was seen.
+    """Answers the next question of the conversation.
 
     Args:
-      question: the next turn of the conversation.
-      stream: give an iterator over pieces of the answer instead of the whole.
+      question: a text.
+      stream: if True, return an iterator over pieces of the answer instead of the whole answer.
       max_new_tokens: the most tokens of the answer.
       temperature: 0 is greedy; see `Sampling`.
-      top_p: sample from the likeliest tokens that hold this probability.
+      top_p: sample from the most likely tokens whose probabilities sum to this.
       seed: of the sampling.
 
     Raises:
-      InputError: the question is empty, or it does not fit into the context.
+      InputError: the question is empty or no text, it does not fit into the context, or an option
+        is not valid.
     """
     if max_new_tokens < 1:
       raise InputError(f"max_new_tokens is {max_new_tokens}; give at least 1")
@@ -90,7 +94,7 @@ class Conversation:
     if not isinstance(question, str):
       raise InputError(f"the question is {question!r}; give a text")
     if any("\ud800" <= letter <= "\udfff" for letter in question):
-      raise InputError("the question is not valid UTF-8 text; type it again")
+      raise InputError("the question is not valid UTF-8 text; write it again")
     ids = inference_prompt(question, self._tokenizer, self._opening(), self.history)
     self._turn = turn = object()
     pieces = self._answer(turn, question, ids, max_new_tokens, sampling)
@@ -102,13 +106,13 @@ class Conversation:
     self._turn = None
 
   def _opening(self) -> str:
-    """The text before the first question, with a placeholder for each video or image."""
+    """The text before the first question, with one slot for each video or image."""
     return ""
 
   def _answer(self, turn, question, ids, max_new_tokens, sampling):
-    """Yields the answer in pieces, then adds question and answer to the history."""
+    """Yields the answer in pieces of text, then adds question and answer to the history."""
     stop_ids = self._tokenizer.stop_ids
-    new_ids = (t for t in self._write(turn, ids, max_new_tokens, sampling) if t not in stop_ids)
+    new_ids = (t for t in self._generate(turn, ids, max_new_tokens, sampling) if t not in stop_ids)
     answer = ""
     for piece in stream_text(self._tokenizer, new_ids):
       answer += piece
@@ -117,66 +121,71 @@ class Conversation:
     self.history.append((question, answer))
 
   def _check_turn(self, turn):
-    """A stream that was overtaken must not go on: the cache holds another question by now."""
+    """Stops a streamed answer after a later call: the cache now has the tokens of that call."""
     if self._turn is not turn:
-      raise InputError("this answer was overtaken by a later call; finish a stream before the next")
+      raise InputError(
+        "this answer was overtaken by a later call; read a stream to its end before the next call"
+      )
 
-  def _write(self, turn, ids, max_new_tokens, sampling):
-    """Yields the token ids of an answer; keeps `_reading` and `_known` true at every yield."""
+  def _generate(self, turn, ids, max_new_tokens, sampling):
+    """Yields the token ids of an answer; `_reading` and `_cached` agree at every yield."""
     self._check_turn(turn)
     engine = self._engine
     sequence = np.stack(open_slots(ids, self._visual_counts))
     start = time.perf_counter()
-    num_known = self._num_known(sequence)
-    prompt = Prompt(*sequence[:, num_known:], self._visual_tokens)
+    num_cached = self._num_cached(sequence)
+    prompt = Prompt(*sequence[:, num_cached:], self._visual_tokens)
     before = None
-    if num_known:  # slots behind the part that is still true are simply written again
-      before = self._reading.rewound(num_known)
-    reading = engine.read([prompt], max_new_tokens, after=before)  # may refuse: nothing is lost
-    self._reading, self._known = jax.block_until_ready(reading), sequence
+    if num_cached:  # slots of the cache behind these tokens are overwritten
+      before = self._reading.rewound(num_cached)
+    reading = engine.read([prompt], max_new_tokens, after=before)  # an error here changes nothing
+    self._reading, self._cached = jax.block_until_ready(reading), sequence
     self.prefill_seconds = time.perf_counter() - start
     self.decode_seconds = 0.0
     start = time.perf_counter()
     for tokens, longer in engine.write(reading, max_new_tokens, sampling):
       self._reading = longer
       new = tokens[0][tokens[0] >= 0]
-      self._known = np.concatenate([self._known, [new, np.full_like(new, -1)]], axis=1)
+      self._cached = np.concatenate([self._cached, [new, np.full_like(new, -1)]], axis=1)
       self.decode_seconds += time.perf_counter() - start
       yield from new.tolist()
       self._check_turn(turn)
       start = time.perf_counter()
 
-  def _num_known(self, sequence):
-    """How many tokens of `sequence` the cache holds already; the last one is always read."""
+  def _num_cached(self, sequence):
+    """How many of the first tokens of `sequence` [2, T] need not be read again.
+
+    The last token is always read, since its logits are needed.
+    """
     if self._reading is None:
       return 0
-    length = min(self._known.shape[1], sequence.shape[1] - 1)
-    same = (self._known[:, :length] == sequence[:, :length]).all(axis=0)
-    num_known = length if same.all() else int(same.argmin())
-    return num_known if self._stays_read(sequence, num_known) else 0
+    length = min(self._cached.shape[1], sequence.shape[1] - 1)
+    same = (self._cached[:, :length] == sequence[:, :length]).all(axis=0)
+    num_cached = length if same.all() else int(same.argmin())
+    return num_cached if self._is_reusable(sequence, num_cached) else 0
 
-  def _stays_read(self, sequence, num_known):
-    """Whether the first tokens, read anew, would be what the cache holds.
+  def _is_reusable(self, sequence, num_cached):
+    """Whether reading the first `num_cached` tokens again would give the same cache.
 
-    Which visual tokens are dropped depends on how many there are and, where attention chooses, on
-    the question.
+    With dropout it may not: which visual tokens are dropped depends on how many there are and,
+    where attention chooses, on the question.
     """
     dropout = self._engine.config.dropout
     if dropout is None:
       return True
     if dropout.kind != "uniform" and (sequence[1] >= 0).any():
       return False
-    unknown = np.concatenate([self._known[1, num_known:], sequence[1, num_known:]])
-    return bool((unknown < 0).all())
+    changed = np.concatenate([self._cached[1, num_cached:], sequence[1, num_cached:]])
+    return bool((changed < 0).all())  # no visual token among them
 
 
 class WatchedVideo(Conversation):
-  """A video that a model has seen, and a conversation about it.
+  """An encoded video, and a conversation about it.
 
   Attributes:
-    num_frames: frames seen.
+    num_frames: number of encoded frames.
     seconds: duration of the video.
-    watch_seconds: wall time of decoding and encoding.
+    watch_seconds: wall time of decoding and encoding it.
   """
 
   def __init__(
@@ -188,7 +197,7 @@ class WatchedVideo(Conversation):
     seconds: float,
     watch_seconds: float,
   ):
-    """Made by `VideoChat.watch`."""
+    """Is called by `VideoChat.watch`; `visual_tokens` are [V, D]."""
     super().__init__(engine, tokenizer, visual_tokens, [len(visual_tokens)])
     self.num_frames = num_frames
     self.seconds = seconds
@@ -201,14 +210,14 @@ class WatchedVideo(Conversation):
     )
 
   def extend(self, frames: np.ndarray, fps: float = 1.0) -> None:
-    """Appends frames of a stream that goes on; what was encoded and read before stays.
+    """Appends frames to the video; the frames before them are not encoded again.
 
     Args:
-      frames: uint8 [F, height, width, 3], F a multiple of the clip's 4 frames.
-      fps: frames a second of `frames`.
+      frames: uint8 [F, height, width, 3]; F is a multiple of the 4 frames of a clip.
+      fps: frames per second of `frames`.
 
     Raises:
-      InputError: another dtype, shape or number of frames.
+      InputError: `frames` has another dtype, shape or number of frames, or `fps` is not positive.
     """
     clip_frames = self._engine.config.vision.clip_frames
     frames = np.asarray(frames)
@@ -233,11 +242,11 @@ class WatchedVideo(Conversation):
 
 
 class SeenImages(Conversation):
-  """Images that a model has seen, and a conversation about them.
+  """Encoded images, and a conversation about them.
 
   Attributes:
-    num_images: images seen.
-    num_tiles: tiles they were encoded as, base view included.
+    num_images: number of images.
+    num_tiles: number of encoded tiles; the base view is one of them.
   """
 
   def __init__(
@@ -248,7 +257,7 @@ class SeenImages(Conversation):
     num_images: int,
     num_tiles: int,
   ):
-    """Made by `VideoChat.look`."""
+    """Is called by `VideoChat.look`; `visual_tokens` are [V, D]."""
     counts = [len(visual_tokens) // num_images] * num_images
     super().__init__(engine, tokenizer, visual_tokens, counts)
     self.num_images = num_images

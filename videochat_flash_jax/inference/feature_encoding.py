@@ -1,4 +1,4 @@
-"""Runs the encoder for a feature store: of a video to talk about, and of a mixture to train on."""
+"""Fills a feature store with the encoder's output: for one video, or for a mixture of rows."""
 
 import contextlib
 import dataclasses
@@ -42,14 +42,18 @@ from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.engine import Engine
 
 _NUM_LOCKS = 64
-_MOST_THREADS = 8  # each holds a row, of which a long video takes hundreds of megabytes
+_MAX_THREADS = 8  # each holds one row; the frames of a long video take hundreds of megabytes
 
 
 def open_features(path: str | Path, engine: Engine) -> FeatureStore:
-  """Opens, or makes, the store of the features of an engine's encoder.
+  """Opens the store of features of an engine's encoder, or makes a new one.
+
+  Args:
+    path: a folder.
+    engine: its encoder computes the features.
 
   Raises:
-    InputError: the folder holds those of another, or other things.
+    InputError: the folder has features of another encoder, or other files.
   """
   weights = weights_digest(engine.vision_weights())
   key = FeatureKey.of(engine.config, str(engine.dtype), weights)
@@ -57,7 +61,12 @@ def open_features(path: str | Path, engine: Engine) -> FeatureStore:
 
 
 def group_clips(frames: Iterable[np.ndarray], clip_frames: int) -> Iterator[np.ndarray]:
-  """Frames as clips `[F, S, S, 3]`; their number is a multiple of F."""
+  """Groups frames [S, S, 3] into clips [F, S, S, 3].
+
+  Args:
+    frames: a multiple of F of them.
+    clip_frames: F.
+  """
   frames = iter(frames)
   while clip := list(itertools.islice(frames, clip_frames)):
     yield np.stack(clip)
@@ -68,19 +77,19 @@ def video_features(
   choose: Callable[[VideoInfo], np.ndarray],
   engine: Engine,
   store: FeatureStore,
-  shown: Callable[[Iterable[np.ndarray], int], Iterable[np.ndarray]],
+  with_progress: Callable[[Iterable[np.ndarray], int], Iterable[np.ndarray]],
 ) -> tuple[VideoInfo, np.ndarray, np.ndarray]:
-  """Features of a video out of a store; encoded into it first if they are not there.
+  """Reads the features of a video from a store; if they are missing, encodes the video first.
 
   Args:
     path: of the video.
-    choose: gives the numbers of the frames to look at.
-    engine: whose encoder the store is of.
-    store: of `open_features`.
-    shown: passes on frames, whose number it is told; to show progress.
+    choose: returns the indices of the frames to encode.
+    engine: its encoder computes the features.
+    store: from `open_features`.
+    with_progress: is given the frames and their number, and yields the frames; shows progress.
 
   Returns:
-    Facts of the video, the numbers of the frames, and bfloat16 `[C, V, E]`.
+    Facts about the video, the indices of its encoded frames, and features bfloat16 [C, V, E].
   """
   info = store.video_info(path)
   if info is not None:
@@ -95,7 +104,7 @@ def video_features(
     if entry not in store:
       with store.writing() as writer:
         if entry not in writer:
-          frames = shown(video.frames(indices, vision.image_size), len(indices))
+          frames = with_progress(video.frames(indices, vision.image_size), len(indices))
           clips = group_clips(frames, vision.clip_frames)
           writer.put(entry, engine.encode_features(clips))
           if video.damaged:
@@ -107,13 +116,13 @@ def video_features(
 
 @dataclasses.dataclass
 class EncodingReport:
-  """What became of a mixture.
+  """The result of `encode_mixture`.
 
   Attributes:
-    rows: how many there are.
-    clips: clips and tiles encoded.
-    damaged: videos among them of which other frames stood in for some that cannot be read.
-    sources: what is wrong with which row of which source.
+    rows: number of annotation rows.
+    clips: number of clips and tiles that were encoded.
+    damaged: number of encoded videos in which other frames replace frames that cannot be read.
+    sources: for each source of the mixture, its rows that cannot be used, with the reasons.
   """
 
   rows: int = 0
@@ -123,57 +132,63 @@ class EncodingReport:
 
   @property
   def broken(self) -> int:
-    """Rows that were passed over."""
+    """Number of rows that were skipped."""
     return sum(source.broken.total() for source in self.sources)
 
 
 def encode_mixture(
   rows: Rows, config: ExampleConfig, engine: Engine, store: FeatureStore
 ) -> EncodingReport:
-  """Encodes all that the rows of a mixture show, but for what is in the store already.
+  """Encodes the videos and images of all rows of a mixture, except those already in the store.
 
   Args:
     rows: of the mixture.
-    config: how frames are chosen; `image_size` is that of the encoder.
-    engine: whose encoder the store is of.
-    store: of `open_features`.
+    config: how frames are chosen; `image_size` is the encoder's.
+    engine: its encoder computes the features.
+    store: from `open_features`.
 
   Raises:
-    InputError: another process writes into the store, the disk is full, or there are images and
-      the encoder gives fewer tokens of a tile than of a clip.
+    InputError: another process is writing into the store, the disk is full, or the mixture has
+      images and the encoder makes fewer tokens from a tile than from a clip.
   """
   vision, tokens = engine.config.vision, engine.config.connector.clip_tokens
   if (patches := vision.grid_size**2) < tokens and rows.has("image"):
     raise InputError(
-      f"{engine.config.name} makes {patches} tokens of an image and {tokens} of a clip, "
-      "so a store cannot hold both; take the images out of the mixture"
+      f"{engine.config.name} makes {patches} tokens from an image and {tokens} from a clip, "
+      "so one store cannot hold both; remove the images from the mixture"
     )
   reports = {source.json_path: SourceReport(source.json_path) for source in rows.sources}
   report = EncodingReport(sources=list(reports.values()))
   with store.writing() as writer:
     media = _RowMedia(rows, config, store)
-    num_threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
     options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
     read = grain.MapDataset.range(len(rows)).map(media.read).to_iter_dataset(options)
-    waiting = {"video": _Waiting(engine, writer), "image": _Waiting(engine, writer)}
+    queues = {"video": _EntryQueue(engine, writer), "image": _EntryQueue(engine, writer)}
     bar = tqdm(read, "encoding", len(rows), unit="row", leave=False, disable=None)
     for number, row in enumerate(bar):
       report.rows += 1
       if row.broken:
         reports[rows.source(number)].add_broken(rows.label(number), row.broken)
       for entry in row.entries:
-        waiting[row.kind].add(entry)
+        queues[row.kind].add(entry)
         report.clips += len(entry.clips)
         report.damaged += entry.is_damaged
       if row.video:
         writer.put_video(*row.video)
-    for kind in waiting.values():
-      kind.encode()
+    for queue in queues.values():
+      queue.encode()
   return report
 
 
 class _Entry(NamedTuple):
-  """What is to be encoded: `clips` uint8 `[C, F, S, S, 3]`, or the tiles of an image."""
+  """A video or an image to encode.
+
+  Attributes:
+    name: key in the store.
+    clips: uint8 [C, F, S, S, 3]; each tile of an image is a clip of one frame.
+    is_damaged: whether other frames replace frames of the video that cannot be read.
+  """
 
   name: bytes
   clips: np.ndarray
@@ -181,7 +196,7 @@ class _Entry(NamedTuple):
 
 
 class _ReadRow(NamedTuple):
-  """What a row shows that is not in the store, and was not read for another row before."""
+  """The media of a row that are not in the store and were not read for an earlier row."""
 
   kind: str = "video"
   entries: Sequence[_Entry] = ()
@@ -190,26 +205,33 @@ class _ReadRow(NamedTuple):
 
 
 class _RowMedia:
-  """Reads the media of rows, in threads; what several rows show is read once."""
+  """Reads the media of rows in several threads; media that several rows share are read once."""
 
   def __init__(self, rows: Rows, config: ExampleConfig, store: FeatureStore):
     self._rows, self._config, self._store = rows, config, store
-    self._read: set[bytes] = set()  # entries on their way to the store
+    self._read: set[bytes] = set()  # entries that were read, and may not be in the store yet
     self._locks = [threading.Lock() for _ in range(_NUM_LOCKS)]
 
   def read(self, number: int) -> _ReadRow:
+    """Reads the media of one row; errors are reported in `_ReadRow.broken`."""
     try:
       row = self._rows[number]
       return self._read_images(row) if row.get("video") is None else self._read_video(row)
     except BrokenRow as error:
-      broken = BrokenRow(error.reason, error.detail)  # that one's traceback keeps the file open
+      broken = BrokenRow(
+        error.reason, error.detail
+      )  # the traceback of `error` would keep the file open
     except OSError as error:
       broken = BrokenRow(f"unreadable {self._rows.kind(number)}", str(error))
     return _ReadRow(broken=broken)
 
   @contextlib.contextmanager
   def _once(self, entry: bytes) -> Iterator[bool]:
-    """Whether an entry is to be read inside; who asks meanwhile waits, in case that fails."""
+    """Yields whether the caller should read an entry inside the block.
+
+    Another thread that asks for the same entry waits for the end of the block. If the block fails,
+    that thread reads the entry.
+    """
     with self._locks[entry[0] % _NUM_LOCKS]:
       is_new = entry not in self._read and entry not in self._store
       yield is_new
@@ -242,19 +264,21 @@ class _RowMedia:
     return _ReadRow("image", entries)
 
 
-class _Waiting:
-  """Entries that wait until they fill groups of the encoder, since most are small."""
+class _EntryQueue:
+  """Collects entries until they fill a group of the encoder, since most entries are small."""
 
   def __init__(self, engine: Engine, writer: FeatureWriter):
     self._engine, self._writer = engine, writer
     self._entries: list[_Entry] = []
 
   def add(self, entry: _Entry):
+    """Adds an entry, and encodes all if there are enough clips."""
     self._entries.append(entry)
     if sum(len(entry.clips) for entry in self._entries) >= CLIPS_PER_FILE:
       self.encode()
 
   def encode(self):
+    """Encodes all collected entries and writes them to the store."""
     if not self._entries:
       return
     clips = itertools.chain.from_iterable(entry.clips for entry in self._entries)

@@ -1,1 +1,1 @@
-"""Many devices: the mesh, what is sharded over which of its axes, and the zigzag order."""
+"""Many devices: the mesh, how arrays are sharded over it, and how the processes of a run agree."""

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, so that all of them go on, or none."""
+"""Agreement between the processes of a run: all of them continue, or all stop with an error."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,39 +9,44 @@ from jax.experimental import multihost_utils
 
 from videochat_flash_jax.errors import InputError
 
-_MOST_BYTES = 4000  # of a text; the rest is cut off
+_MAX_BYTES = 4000  # of a text; the rest is cut off
 
 
 def allgather_text(text: str) -> list[str]:
-  """What each process says, in their order; to be called by all of them, who wait for each other.
+  """Returns the texts of all processes, in the order of the processes.
+
+  All processes must call this function; each waits until all have called it.
 
   Args:
-    text: of this process.
+    text: the text of this process. Only its first 4,000 bytes are sent.
   """
   if jax.process_count() == 1:
     return [text]
-  told = np.zeros(_MOST_BYTES, np.uint8)
-  encoded = np.frombuffer(text.encode()[:_MOST_BYTES], np.uint8)
-  told[: len(encoded)] = encoded
-  rows = multihost_utils.process_allgather(told)
+  buffer = np.zeros(_MAX_BYTES, np.uint8)
+  encoded = np.frombuffer(text.encode()[:_MAX_BYTES], np.uint8)
+  buffer[: len(encoded)] = encoded
+  rows = multihost_utils.process_allgather(buffer)
   return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 @contextlib.contextmanager
-def raise_together() -> Iterator[None]:
-  """What one process refuses in this block, all refuse; they leave it together.
+def raise_on_all_processes() -> Iterator[None]:
+  """If one process raises an `InputError` in this block, all processes raise one.
+
+  All processes must enter the block; at its end each waits for the others.
 
   Raises:
-    InputError: that of this process, or "process 1: " and that of the first one that has any.
+    InputError: the error of this process, if it has one. Otherwise the error of the first process
+      that has one, with "process 1: " before it.
   """
-  own = None
+  own_error = None
   try:
     yield
   except InputError as error:
-    own = error
-  refusals = allgather_text(str(own or ""))
-  if own is not None:
-    raise own
-  for number, refusal in enumerate(refusals):
-    if refusal:
-      raise InputError(f"process {number}: {refusal}")
+    own_error = error
+  messages = allgather_text(str(own_error or ""))
+  if own_error is not None:
+    raise own_error
+  for process, message in enumerate(messages):
+    if message:
+      raise InputError(f"process {process}: {message}")

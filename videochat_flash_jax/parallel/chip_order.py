@@ -1,7 +1,8 @@
-"""Which chip of a slice stands where in a mesh: a ring goes from link to link, and closes.
+"""Arranges the chips of a TPU slice in a mesh, so that neighbours in a ring are linked.
 
-A ring waits for its slowest hop. So a slice is cut into boxes of as many chips as a ring has, and
-a box is gone through as a comb, which ends beside its beginning:
+A ring is as slow as its slowest hop, so every hop should be one link. A slice is cut into boxes
+with as many chips as a ring has. Within a box the ring follows a closed path shaped like a comb.
+Each number below is a chip's index in its ring; the last chip is linked to chip 0:
 
   v5e:4x4 as one ring      as four rings
   15  0  1  2              3 0  3 0
@@ -24,45 +25,58 @@ from videochat_flash_jax.errors import InputError
 def chip_grid(shape: tuple[int, int, int, int], chips: Sequence[jax.Device]) -> np.ndarray:
   """Arranges the chips of one slice along data, fsdp, sequence and tensor.
 
-  Neighbours along `sequence`, and its ends, are linked if it is even, the slice can be cut into its
-  boxes, and `tensor` is 1. Else JAX arranges the chips: close to each other, not always linked.
+  Neighbours along `sequence`, and its first and last chip, are linked if `sequence` is even,
+  `tensor` is 1, and the slice can be cut into boxes of `sequence` chips. Otherwise JAX arranges the
+  chips: they are close to each other, but not always linked.
+
+  Args:
+    shape: sizes of the four axes; their product is the number of chips.
+    chips: all chips of the slice.
+
+  Returns:
+    The chips in an array of this shape.
 
   Raises:
-    InputError: JAX cannot.
+    InputError: JAX cannot arrange the chips in this shape.
   """
-  by_place, (*_, sequence, tensor) = _by_place(chips), shape
-  box = _box(by_place.shape, sequence) if by_place is not None and tensor == 1 else None
+  grid, (*_, sequence, tensor) = _by_coordinates(chips), shape
+  box = _box_sides(grid.shape, sequence) if grid is not None and tensor == 1 else None
   if box is not None:
-    return np.array([_comb(b) for b in _comb(_cut(by_place, box))]).reshape(shape)
+    boxes = _closed_path(_cut_into_boxes(grid, box))
+    return np.array([_closed_path(b) for b in boxes]).reshape(shape)
   try:
     return mesh_utils.create_device_mesh(shape, chips, allow_split_physical_axes=True)
   except (TypeError, NotImplementedError, ValueError) as error:
     sizes = " x ".join(map(str, shape))
     raise InputError(
-      f"mesh: data x fsdp x sequence x tensor of {sizes} cannot be laid over the links of a slice "
-      f"of {len(chips)} chips ({' '.join(str(error).split())}); change a size or the slice"
+      f"mesh: data x fsdp x sequence x tensor of {sizes} cannot be arranged on a slice of "
+      f"{len(chips)} chips ({' '.join(str(error).split())}); change a size or the slice"
     ) from error
 
 
-def _by_place(chips):
-  """The chips in an array of three axes, as they are linked; None if they do not fill a box."""
-  places = [getattr(chip, "coords", None) for chip in chips]
-  if None in places:
+def _by_coordinates(chips):
+  """The chips in an array with three axes, in which neighbours are linked.
+
+  None if a chip has no coordinates, or if the chips do not fill a box.
+  """
+  coordinates = [getattr(chip, "coords", None) for chip in chips]
+  if None in coordinates:
     return None
-  first = np.min(places, axis=0)
-  sides = np.max(places, axis=0) - first + 1
-  if len({tuple(place) for place in places}) < len(chips) or math.prod(sides) != len(chips):
+  first = np.min(coordinates, axis=0)
+  sides = np.max(coordinates, axis=0) - first + 1
+  if len({tuple(xyz) for xyz in coordinates}) < len(chips) or math.prod(sides) != len(chips):
     return None
   grid = np.empty(sides, object)
-  for chip, place in zip(chips, places, strict=True):
-    grid[tuple(place - first)] = chip
+  for chip, xyz in zip(chips, coordinates, strict=True):
+    grid[tuple(xyz - first)] = chip
   return grid
 
 
-def _box(sides, num_chips):
-  """Sides of the most compact boxes into which a slice can be cut, with a closed way through each.
+def _box_sides(sides, num_chips):
+  """Sides of the most compact box of so many chips that divides the slice and has a closed path.
 
-  There is one through an even number of chips that do not stand in a row.
+  A box has a closed path if its number of chips is even and they do not all lie on one line (or if
+  there are only two). None if there is no such box.
   """
   divisors = ([n for n in range(1, side + 1) if side % n == 0] for side in sides)
   boxes = [b for b in itertools.product(*divisors) if math.prod(b) == num_chips]
@@ -70,24 +84,27 @@ def _box(sides, num_chips):
   return min(boxes, key=sum, default=None)
 
 
-def _cut(grid, box):
-  """An array of boxes, each an array of chips."""
+def _cut_into_boxes(grid, box):
+  """Cuts the chips into boxes with sides `box`: an array whose items are arrays of chips."""
   boxes = np.empty([side // part for side, part in zip(grid.shape, box, strict=True)], object)
-  for place in np.ndindex(boxes.shape):
-    parts = zip(place, box, strict=True)
-    boxes[place] = grid[tuple(slice(p * side, (p + 1) * side) for p, side in parts)]
+  for index in np.ndindex(boxes.shape):
+    parts = zip(index, box, strict=True)
+    boxes[index] = grid[tuple(slice(i * side, (i + 1) * side) for i, side in parts)]
   return boxes
 
 
-def _comb(box):
-  """Goes through an array of three axes, from each item to one beside it, and back if it can."""
+def _closed_path(box):
+  """Lists the items of an array with three axes so that each is a neighbour of the one before it.
+
+  The last item is a neighbour of the first, where the sides allow it.
+  """
   even_first = sorted(range(3), key=lambda axis: (box.shape[axis] == 1, box.shape[axis] % 2))
   box = box.transpose(even_first).copy()
-  if box.shape[2] > 1:  # a snake through two axes is one
+  if box.shape[2] > 1:  # first merge two axes into one, by going to and fro through them
     box[1::2] = box[1::2, ::-1].copy()
     box = box.reshape(-1, box.shape[2])
   else:
     box = box[..., 0]
-  # To and fro beside the first column, and back along it.
+  # Go to and fro through all columns but the first, and return through the first: the comb.
   box[1::2, 1:] = box[1::2, :0:-1].copy()
   return [*box[:, 1:].flat, *box[::-1, 0]]

@@ -1,31 +1,34 @@
-"""What TPU chips can do at most, and which slices there are, as published.
+"""Published peak speeds of TPU chips, and the slices that can be rented.
 
-Source: cloud.google.com/tpu/docs, pages v4, v5e, v5p and v6e (read in 2026). Of the links, what a
-chip can send over all of them at once counts: v5e has 1,600 Gbit/s, also published as 400 GB/s for
-both directions together. Of the data-centre network, a chip's share: of a v5p 50 Gbit/s; of a pod
-of 256 v5e 6.4 Tbit/s, of as many v6e 25.6. Of v4 nothing is published.
+Source: cloud.google.com/tpu/docs, pages v4, v5e, v5p and v6e (read in 2026).
+- Links: what a chip can send over all its links at the same time. A v5e has 1,600 Gbit/s, which is
+  also published as 400 GB/s for both directions together.
+- Data-centre network: the share of one chip. A v5p has 50 Gbit/s. A pod of 256 v5e has 6.4 Tbit/s,
+  a pod of 256 v6e 25.6 Tbit/s. For v4 nothing is published.
 """
 
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# All slices of chips that are linked in two dimensions; and in three those that are less than a
-# cube of 4 x 4 x 4 chips, of which the larger ones are made.
+# _FLAT: all slices of the chips that are linked in two dimensions. _PARTS_OF_A_CUBE: for chips that
+# are linked in three dimensions, the slices smaller than a cube of 4 x 4 x 4 chips. Larger slices
+# consist of whole cubes.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 
 class Chip(NamedTuple):
-  """Published peaks of one chip, and of slices.
+  """Published peak speeds of one kind of chip, and its slices.
 
   Attributes:
-    flops_per_second: bfloat16 operations.
-    memory_bytes_per_second: that main memory moves.
-    sent_bytes_per_second: over all links.
-    data_centre_bytes_per_second: sent to other slices; None if it is not published.
-    small_slices: sides of those that are not made of cubes.
-    most_chips: of a slice of cubes; 0 if there are none.
+    flops_per_second: bfloat16 operations per second.
+    memory_bytes_per_second: bytes per second that main memory (HBM) reads and writes.
+    sent_bytes_per_second: bytes per second that a chip sends over all its links.
+    data_centre_bytes_per_second: bytes per second that a chip sends to other slices; None if this
+      is not published.
+    small_slices: sides of the slices that do not consist of whole cubes.
+    max_chips: chips of the largest slice of cubes; 0 if there are no such slices.
   """
 
   flops_per_second: float
@@ -33,21 +36,21 @@ class Chip(NamedTuple):
   sent_bytes_per_second: float
   data_centre_bytes_per_second: float | None
   small_slices: tuple[tuple[int, ...], ...]
-  most_chips: int = 0
+  max_chips: int = 0
 
   def has_slice(self, sides: Iterable[int]) -> bool:
-    """Whether there is a slice with these sides, turned if need be."""
+    """Whether there is a slice with these sides, in any order."""
     sides = sorted(sides)
-    of_cubes = len(sides) == 3 and all(side > 0 and side % 4 == 0 for side in sides)
+    has_cubes = len(sides) == 3 and all(side > 0 and side % 4 == 0 for side in sides)
     is_small = sides in map(sorted, self.small_slices)
-    return is_small or (of_cubes and math.prod(sides) <= self.most_chips)
+    return is_small or (has_cubes and math.prod(sides) <= self.max_chips)
 
   def slices(self) -> str:
-    """Which slices there are, in words."""
+    """The slices of this kind of chip, as text for an error message."""
     small = ", ".join("x".join(map(str, sides)) for sides in self.small_slices)
-    if not self.most_chips:
+    if not self.max_chips:
       return small
-    return f"{small}, and multiples of 4 along three sides, of at most {self.most_chips:,} chips"
+    return f"{small}, and multiples of 4 along three sides, of at most {self.max_chips:,} chips"
 
 
 CHIPS = {
@@ -57,7 +60,8 @@ CHIPS = {
   "v6e": Chip(918e12, 1638e9, 400e9, 25.6e12 / 8 / 256, _FLAT),
 }
 
-# What JAX calls a device -> its name here; the longest that the name begins with counts.
+# JAX's name of a device -> our name of the chip. The name of a device may begin with several of
+# these: the longest one counts.
 _DEVICE_KINDS = {
   "TPU v4": "v4",
   "TPU v5 lite": "v5e",
@@ -70,6 +74,10 @@ _DEVICE_KINDS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Bfloat16 operations a second of a chip that JAX calls so (`device.device_kind`), if known."""
+  """Bfloat16 operations per second of a chip; None if the chip is not known.
+
+  Args:
+    device_kind: `device.device_kind` of JAX, such as "TPU v5 lite".
+  """
   known = [kind for kind in _DEVICE_KINDS if device_kind.startswith(kind)]
   return CHIPS[_DEVICE_KINDS[max(known, key=len)]].flops_per_second if known else None

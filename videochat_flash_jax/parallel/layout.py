@@ -1,6 +1,7 @@
-"""How the arrays of one step lie on a mesh: what models are handed to run on many devices.
+"""`Layout`: how the arrays of one step are sharded over a mesh of devices.
 
-Without a mesh every method gives back what it got, so models are written once.
+Models receive a `Layout` and call its methods, so that the same code runs on one device and on
+many. Without a mesh every method returns its input unchanged.
 """
 
 import dataclasses
@@ -27,16 +28,18 @@ from videochat_flash_jax.parallel.zigzag import unzigzag_order, zigzag_order
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A mesh, and how attention reaches tokens on other devices.
+  """A mesh of devices, and how attention reads keys and values that other devices hold.
 
   Attributes:
     mesh: from `make_mesh`; None for one device.
-    sequence_parallel: "none": a row is on one device; "all_gather": keys and values of the whole
-      row are gathered for each layer; "ring": they travel, and no device ever holds them all. The
-      latter two are read only when `sequence` is split.
-    zigzag: every array with a value per token is in the order of `zigzag_order`.
-    replicate_weights: weights are split over `tensor` alone and replicated over the other axes,
-      as inference keeps them. Otherwise each layer's weights are gathered when it is computed.
+    sequence_parallel: "none": each row is on one device. "all_gather": each layer gathers the keys
+      and values of the whole row on every device. "ring": keys and values are sent around a ring
+      of devices, and no device ever holds them all. "all_gather" and "ring" make a difference only
+      if the mesh's axis `sequence` is larger than 1.
+    zigzag: if True, every array with one value per token is in the order of `zigzag_order`.
+    replicate_weights: if True, weights are sharded over `tensor` only and replicated over the
+      other axes, as inference needs them. If False, weights are sharded over all axes but `data`,
+      and each layer's weights are gathered when the layer is computed.
   """
 
   mesh: Mesh | None = None
@@ -56,43 +59,53 @@ class Layout:
 
   @property
   def axes(self) -> Mapping[str, str | tuple[str, ...] | None]:
-    """The axis of the mesh along which a named axis is split, or several, or None."""
+    """For each named array axis, the mesh axis (or axes, or None) over which it is sharded."""
     return REPLICATED_AXES if self.replicate_weights else MESH_AXES
 
   @property
   def row_shards(self) -> int:
-    """Devices, or groups of them, over which the rows of a batch are spread."""
+    """The number of parts into which the rows of a batch are sharded."""
     return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in self.axes["batch"])
 
   @property
   def sequence_shards(self) -> int:
-    """Devices over which the tokens of a row are spread."""
+    """The number of devices over which the tokens of one row are sharded."""
     return 1 if self.mesh is None else self.mesh.shape["sequence"]
 
   def spec(self, *axes: str) -> PartitionSpec:
-    """How an array with these named axes (keys of MESH_AXES) is split."""
+    """The partition spec of an array with these named axes (keys of `MESH_AXES`)."""
     return PartitionSpec(*(self.axes[axis] for axis in axes))
 
   def constrain(self, x: jax.Array, *axes: str) -> jax.Array:
-    """Says how an activation is split; axes that are not named are whole."""
+    """Fixes how an activation is sharded; trailing axes without a name are replicated.
+
+    Args:
+      x: any shape.
+      *axes: names of the first axes of x, keys of `MESH_AXES`.
+    """
     if self.mesh is None:
       return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*axes)))
 
   def device_put(self, arrays: Any, *axes: str) -> Any:
-    """Spreads a tree of arrays, which need not be on the mesh yet, over its devices."""
+    """Shards a tree of arrays over the mesh; the arrays may be on the host or on any device.
+
+    Args:
+      arrays: a tree of arrays that all have the same named axes.
+      *axes: names of their first axes, keys of `MESH_AXES`.
+    """
     if self.mesh is None:
       return arrays
     return jax.device_put(arrays, NamedSharding(self.mesh, self.spec(*axes)))
 
   def shard_map(self, function: Callable, inputs: Sequence[Any], output: Any) -> Callable:
-    """Makes `function` run on every device with that device's shards alone.
+    """Returns a function that runs `function` on every device, on that device's shards only.
 
     Args:
-      function: of arrays (or trees of them), to arrays.
-      inputs: for each argument the names of its axes, as a tuple, or a tree of such; for nested
-        dicts of weights, these dicts, whose paths tell.
-      output: as of an input, for the result; or one for all of several.
+      function: takes arrays (or trees of arrays) and returns an array or a tree of arrays.
+      inputs: one entry per argument: a tuple of axis names, or a tree of such tuples. For weights,
+        give the nested dicts themselves: their paths say how each weight is sharded.
+      output: axis names of the result, in the same form; one tuple may stand for all results.
     """
     if self.mesh is None:
       return function
@@ -103,11 +116,11 @@ class Layout:
         self._weight_specs(axes) if isinstance(axes, dict) else self._specs(axes) for axes in inputs
       ),
       out_specs=self._specs(output),
-      check_vma=False,  # the check knows no `cond` whose branches differ in what varies
+      check_vma=False,  # the check rejects a `cond` whose branches vary over different axes
     )
 
   def _specs(self, axes):
-    return jax.tree.map(lambda names: self.spec(*names), axes, is_leaf=_are_names)
+    return jax.tree.map(lambda names: self.spec(*names), axes, is_leaf=_is_axis_names)
 
   def _weight_specs(self, weights):
     return jax.tree_util.tree_map_with_path(
@@ -118,18 +131,20 @@ class Layout:
     )
 
   def gather_layer(self, layer: nnx.Module, prefix: str) -> nnx.Module:
-    """One layer of a stack, whose turn has come, split over `tensor` alone.
+    """Gathers the weights of one layer just before it is computed.
 
-    Gradients are split again as the weights were, device by device as they are summed.
+    Afterwards they are sharded over `tensor` only, and replicated over the other axes. In the
+    backward pass the gradients are sharded as the stored weights are: summed and split in one step.
 
     Args:
-      layer: cut out of the stack.
+      layer: one layer, taken out of its stack.
       prefix: path of the stack, such as "decoder.layers.stacked".
     """
     if self.mesh is None or self.replicate_weights:
       return layer
 
     def gather(path, leaf):
+      """Gathers one weight of the layer."""
       path = f"{prefix}.{dotted_path(path)}"
       split, gathered = (
         NamedSharding(self.mesh, PartitionSpec(*weight_spec(path, leaf.ndim + 1, replicated=g)[1:]))
@@ -141,7 +156,9 @@ class Layout:
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(gather, nnx.to_pure_dict(weights)))
 
   def gather_shards(self, weights: dict) -> dict:
-    """As `gather_layer`, for whole parts of a model, inside of `shard_map`.
+    """Gathers the weights of whole parts of a model; to be called inside `shard_map`.
+
+    The result is sharded as that of `gather_layer`: over `tensor` only.
 
     Args:
       weights: nested dicts of this device's shards, with paths as in `parallel.sharding`.
@@ -150,6 +167,7 @@ class Layout:
       return weights
 
     def gather(path, shard):
+      """Gathers one weight from its shards on all devices."""
       dotted = dotted_path(path)
       split, gathered = (weight_spec(dotted, shard.ndim, replicated=g) for g in (False, True))
       for axis, (before, after) in enumerate(zip(split, gathered, strict=True)):
@@ -159,38 +177,53 @@ class Layout:
 
     return jax.tree_util.tree_map_with_path(gather, weights)
 
-  def vocab_ids(self, num_words: int) -> jax.Array:
-    """Inside of `shard_map`: ids of this device's share of the vocabulary, of so many words."""
-    return jax.numpy.arange(num_words) + num_words * self.axis_index("vocabulary")
+  def vocab_ids(self, num_ids: int) -> jax.Array:
+    """The vocabulary ids [num_ids] in this device's shard; to be called inside `shard_map`.
+
+    With `tensor` 2 and a vocabulary of 8, the devices have ids 0 1 2 3 and 4 5 6 7.
+
+    Args:
+      num_ids: how many vocabulary ids each device has.
+    """
+    return jax.numpy.arange(num_ids) + num_ids * self.axis_index("vocabulary")
 
   def axis_index(self, axis: str) -> int | jax.Array:
-    """Inside of `shard_map`: which shard of a named axis this device has."""
+    """The number of this device's shard along a named axis; to be called inside `shard_map`."""
     return 0 if self.mesh is None else jax.lax.axis_index(self.axes[axis])
 
   def reduce_over(self, collective: Callable, x: jax.Array, axis: str) -> jax.Array:
-    """Inside of `shard_map`: `jax.lax.psum`, `pmax` or `pmean` over the shards of a named axis."""
+    """Reduces `x` over all shards of a named axis; to be called inside `shard_map`.
+
+    Args:
+      collective: `jax.lax.psum`, `jax.lax.pmax` or `jax.lax.pmean`.
+      x: this device's array.
+      axis: a key of `MESH_AXES`.
+    """
     return x if self.mesh is None else collective(x, self.axes[axis])
 
   def from_zigzag(self, x: jax.Array) -> jax.Array:
-    """An array with a value per token [B, T, ...] in the order of the text."""
+    """Puts tokens [B, T, ...] back from this layout's order into the order of the text."""
     if not self.zigzag:
       return x
     return x[:, unzigzag_order(x.shape[1], self.sequence_shards)]
 
   def to_zigzag(self, x: jax.Array) -> jax.Array:
-    """The inverse of `from_zigzag`: as this layout keeps the tokens."""
+    """Puts tokens [B, T, ...] from the order of the text into the order of this layout."""
     if not self.zigzag:
       return x
     return x[:, zigzag_order(x.shape[1], self.sequence_shards)]
 
 
-def _are_names(axes):
+def _is_axis_names(axes):
   return isinstance(axes, tuple) and all(isinstance(name, str) for name in axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(weight, split, gathered):
-  """Else the compiler would sum whole gradients on every device, to keep a part of them."""
+  """Gathers a weight; the custom gradient is sharded as the stored weight is.
+
+  Without it the compiler would sum whole gradients on every device, and then keep a part of them.
+  """
   return jax.lax.with_sharding_constraint(weight, gathered)
 
 

@@ -1,13 +1,14 @@
-"""Devices in a grid with four named axes.
+"""Builds the mesh: all devices in a grid with four named axes.
 
-| axis       | what is split along it                                             |
+| axis       | what is sharded over it                                            |
 |------------|--------------------------------------------------------------------|
-| `data`     | rows of the batch; weights are copied                              |
+| `data`     | rows of the batch; weights are replicated                          |
 | `fsdp`     | rows of the batch, and weights, which are gathered layer by layer  |
-| `sequence` | the tokens of a row, and weights, as along `fsdp`                  |
+| `sequence` | the tokens of a row, and weights, as over `fsdp`                   |
 | `tensor`   | heads, MLP and vocabulary                                          |
 
-Clips are independent until they are spliced, and split along all four.
+Clips do not depend on each other until they are spliced into the text, so they are sharded over all
+four axes.
 """
 
 import logging
@@ -24,10 +25,11 @@ from videochat_flash_jax.parallel.mesh_config import AXES, MeshConfig, mesh_shap
 
 _log = logging.getLogger("videochat_flash_jax")
 
-# XLA may run collectives that do not depend on each other in another order on each CPU device: then
-# they wait for each other for ever, or, being told apart by kind and size alone, take each other's
-# values. The first flag fixes their order; the others keep a loop from going on beside what follows
-# it. A program read back from a cache has lost that order. TPUs and GPUs fix theirs when compiling.
+# If two collectives do not depend on each other, XLA may run them in a different order on each CPU
+# device. Then they wait for each other for ever, or they exchange their values, because XLA on the
+# CPU knows collectives only by kind and size. The first flag fixes the order of collectives; the
+# others keep XLA from running a loop at the same time as the operations after it. A program that
+# comes from the compilation cache has lost this order. On TPUs and GPUs the compiler fixes it.
 CPU_FLAGS = (
   "--xla_cpu_enable_concurrency_optimized_scheduler=false",
   "--xla_cpu_multi_thread_eigen=false",
@@ -36,14 +38,18 @@ CPU_FLAGS = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Arranges devices (all of them by default); on TPUs as they are linked, see `chip_order`.
+  """Arranges devices in a mesh; on TPUs neighbours in the mesh are linked, see `chip_order`.
 
-  Several CPU devices are for tests, and need `CPU_FLAGS` in XLA_FLAGS and no cache of compiled
-  programs: otherwise a warning is logged.
+  Several CPU devices are for tests. They need `CPU_FLAGS` in XLA_FLAGS, and no compilation cache;
+  without these settings a warning is logged.
+
+  Args:
+    config: sizes of the axes.
+    devices: all devices by default.
 
   Raises:
-    InputError: see `mesh_shape`; there are not as many slices as the config says; or its axes do
-      not fit the links.
+    InputError: the sizes do not fit the number of devices (see `mesh_shape`), the number of slices
+      is not the one in the config, or the axes do not fit the links between the chips.
   """
   devices = list(jax.devices() if devices is None else devices)
   if len(devices) > 1 and devices[0].platform == "cpu":
@@ -61,14 +67,14 @@ def _check_cpu_settings():
   cached = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
   if cached or not set(CPU_FLAGS) <= set(flags):
     _log.warning(
-      "several CPU devices give wrong numbers now and then, or stand still; start again with "
-      "XLA_FLAGS holding %s, and JAX_ENABLE_COMPILATION_CACHE=false",
+      "several CPU devices sometimes compute wrong numbers or wait for ever; to prevent this, "
+      "start again with %s in XLA_FLAGS, and with JAX_ENABLE_COMPILATION_CACHE=false",
       " ".join(CPU_FLAGS),
     )
 
 
 def _grid_of_slices(config, shape, devices):
-  """One slice after another along `data`, each arranged alike."""
+  """Places the slices one behind another along `data`; all slices have the same order inside."""
   _check_slices(config, devices)
   slices: dict[int, list] = {}
   for device in devices:
@@ -78,7 +84,7 @@ def _grid_of_slices(config, shape, devices):
 
 
 def _check_slices(config, devices):
-  """Refuses a number of slices that is not that of the devices; those of a CPU are all in one."""
+  """Raises an error unless the config has the true number of slices; CPU devices are one slice."""
   num_slices = len({getattr(device, "slice_index", 0) for device in devices})
   if config.num_slices != num_slices:
     raise InputError(

@@ -16,10 +16,17 @@ _SIZES = integer("a positive integer, or -1 for what is left")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many devices stand along each axis; -1 takes those that are left, once.
+  """How many devices the mesh has along each axis.
 
-  With several slices (pods joined by the data-centre network), `data` counts them first: its
-  neighbours are the only ones that talk over the slow network.
+  One axis may be -1: it gets all remaining devices.
+
+  Attributes:
+    data: rows of the batch are sharded over it; weights are replicated.
+    fsdp: rows and weights are sharded over it.
+    sequence: the tokens of a row, and weights, are sharded over it.
+    tensor: heads, MLP and vocabulary are sharded over it.
+    num_slices: slices of TPUs that are joined by the data-centre network. The slices are neighbours
+      along `data`, so only `data` communicates over this slow network. It divides `data`.
   """
 
   data: int = field(1, _SIZES, "Devices among which rows are split; each has all weights.")
@@ -30,28 +37,35 @@ class MeshConfig:
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
-  """Sizes of the four axes for so many devices.
+  """Returns the sizes of the four axes, with the number of devices in place of -1.
+
+  `MeshConfig(sequence=4)` on 8 devices gives (1, 2, 4, 1).
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: a size is not positive, more than one is -1, their product is not the number of
+      devices, or `num_slices` does not divide `data`.
   """
   sizes = [getattr(config, axis) for axis in AXES]
   for axis, size in zip(AXES, sizes, strict=True):
     if size != -1 and size < 1:
-      raise InputError(f"mesh.{axis} is {size}: give a positive number, or -1 for what is left")
+      raise InputError(
+        f"mesh.{axis} is {size}: give a positive number, or -1 for the remaining devices"
+      )
   if sizes.count(-1) > 1:
-    raise InputError(f"mesh: {' and '.join(_free_axes(sizes))} are -1: leave only one axis free")
+    raise InputError(
+      f"mesh: {' and '.join(_free_axes(sizes))} are -1: set all but one of them to a number"
+    )
   given = math.prod(size for size in sizes if size != -1)
   if -1 in sizes and num_devices % given == 0:
     sizes[sizes.index(-1)] = num_devices // given
   if math.prod(sizes) != num_devices:
     shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    remedy = "change a size" if -1 in sizes else "change a size, or give -1 to one axis"
-    raise InputError(f"mesh: {shape} do not make the {num_devices} devices; {remedy}")
+    remedy = "change a size" if -1 in sizes else "change a size, or set one axis to -1"
+    raise InputError(f"mesh: {shape} do not multiply to the {num_devices} devices; {remedy}")
   if config.num_slices < 1 or sizes[0] % config.num_slices:
     raise InputError(
       f"mesh.num_slices is {config.num_slices}, but mesh.data is {sizes[0]}: "
-      "give data a multiple of the slices"
+      "set mesh.data to a multiple of mesh.num_slices"
     )
   return tuple(sizes)
 

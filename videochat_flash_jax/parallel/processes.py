@@ -1,8 +1,8 @@
-"""Several processes, one for each host, that compute as one.
+"""Starts and ends a run that has several processes, one on each host.
 
-A program that computes on several hosts calls `join_processes` before anything else asks JAX for
-its devices: from then on `jax.devices()` are those of all hosts, of which `make_mesh` makes one
-mesh. When one process dies the others end, too, since none can go on without it.
+A program that runs on several hosts calls `join_processes` before anything else asks JAX for its
+devices. From then on `jax.devices()` lists the devices of all hosts, and `make_mesh` makes one mesh
+of them. If one process dies, the others end too, since they cannot continue without it.
 """
 
 import atexit
@@ -17,10 +17,10 @@ import jax
 
 from videochat_flash_jax.errors import InputError
 
-_ANOTHER_DIED = "another process of the run has died"
-_GO_ON = "start all of them again with the same command, to go on from the newest checkpoint"
-# What gloo, and JAX's coordination service, say of a process that is gone.
-_FROM_OTHERS = re.compile("gloo|coordination", re.IGNORECASE)
+_PEER_DIED = "another process of the run has died"
+_REMEDY = "start all processes again with the same command, to continue from the newest checkpoint"
+# Words in the errors of gloo and of JAX's coordination service after another process has died.
+_PEER_FAILURE = re.compile("gloo|coordination", re.IGNORECASE)
 
 
 def join_processes(
@@ -29,117 +29,126 @@ def join_processes(
   process_id: int | None = None,
   heartbeat_seconds: int = 100,
 ):
-  """Joins the processes of a run; to be called before anything is computed.
+  """Joins this process to the other processes of the run.
 
-  On TPUs nothing has to be told: environment or metadata server say which hosts and slices there
-  are. Elsewhere every process is told all three; one that is told nothing computes alone. JAX waits
-  five minutes for processes that do not come, and then ends the program with a message of its own.
+  It must be called before anything is computed. On TPUs no argument is needed: the environment or
+  the metadata server lists all hosts and slices. On other devices give the first three arguments in
+  every process; a process without them computes alone. JAX waits five minutes for missing
+  processes, and then ends the program with its own message.
 
   Args:
-    coordinator: "host:port" of the first process, where all others find each other.
-    num_processes: how many there are.
-    process_id: this one's number, from 0.
-    heartbeat_seconds: after which a process that says nothing is taken for dead.
+    coordinator: "host:port" of the first process; all processes connect to it.
+    num_processes: the number of processes.
+    process_id: the number of this process, counted from 0.
+    heartbeat_seconds: a process that sends no sign of life for so long is taken for dead.
 
   Raises:
-    InputError: only some of the three are given, or they cannot be; or JAX cannot start to join.
+    InputError: only some of the first three arguments are given, one is not valid, or JAX cannot
+      join the processes.
   """
-  told = (coordinator, num_processes, process_id)
+  given = (coordinator, num_processes, process_id)
   waits = {
     "heartbeat_timeout_seconds": heartbeat_seconds,
-    "shutdown_timeout_seconds": heartbeat_seconds,  # behind one that failed and left the others
+    # At its end a process waits so long for others that may have failed.
+    "shutdown_timeout_seconds": heartbeat_seconds,
   }
-  if all(value is None for value in told):
-    if _may_have_company():
+  if all(value is None for value in given):
+    if _may_have_peers():
       _join_on_tpu(waits)
     return
-  if any(value is None for value in told):
+  if any(value is None for value in given):
     raise InputError("give coordinator, num_processes and process_id together, or none of them")
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit():
     raise InputError(f"coordinator is {coordinator!r}: give host:port of the first process")
   if not 0 <= process_id < num_processes:
     raise InputError(f"process_id is {process_id} of {num_processes} processes: count from 0")
-  # Without a network of accelerators the CPUs talk through gloo.
+  # Where no accelerators are linked, the processes communicate through gloo on the CPU.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, **waits)
   except (RuntimeError, ValueError, OSError) as error:
     raise InputError(
       f"process {process_id} of {num_processes} could not join at {coordinator} "
-      f"({_first_line(error)}); start all of them with the same coordinator, and join first of all"
+      f"({_first_line(error)}); start all processes with the same coordinator, and join before "
+      "anything else"
     ) from error
 
 
 @contextlib.contextmanager
 def ends_with_others() -> Iterator[None]:
-  """Within it a process of several ends with one line on stderr, and exit code 1, if another dies.
+  """If another process dies while this block runs, this process ends too.
 
-  Mostly JAX notices first, and ends this one from C++ with many lines, of which the last are ours.
+  It prints one line on stderr and ends with exit code 1. Often JAX notices the death first: then
+  its C++ code prints many lines and ends the process, and our line is printed last.
   """
   if jax.process_count() == 1:
     yield
     return
   here = f"process {jax.process_index()} of {jax.process_count()}"
-  end_of_word = _leave_word(
-    f"vcflash: {here} was ended: {_ANOTHER_DIED}, or this one was killed; {_GO_ON}"
+  cancel = _print_if_killed(
+    f"vcflash: {here} was ended: {_PEER_DIED}, or this one was killed; {_REMEDY}"
   )
   try:
     yield
   except InputError:
-    raise  # which is a ValueError, and may hold any word
+    raise  # it is a ValueError whose text may contain the words of _PEER_FAILURE
   except (RuntimeError, ValueError) as error:
-    if not is_of_others(error):
+    if not is_peer_failure(error):
       raise
-    end_of_word()
-    line = f"vcflash: {here} ends, since {_ANOTHER_DIED} ({_first_line(error)}); {_GO_ON}"
+    cancel()
+    line = f"vcflash: {here} ends because {_PEER_DIED} ({_first_line(error)}); {_REMEDY}"
     print(line, file=sys.stderr, flush=True)
-    os._exit(1)  # at an orderly exit JAX would wait for the other, and then abort
+    os._exit(1)  # a normal exit would let JAX wait for the dead process, and then abort
 
 
-def is_of_others(error: Exception) -> bool:
-  """Whether an error tells that another process of the run is gone, and nothing of this one."""
-  return jax.process_count() > 1 and bool(_FROM_OTHERS.search(str(error)))
+def is_peer_failure(error: Exception) -> bool:
+  """Whether an error was caused by the death of another process, not by this process."""
+  return jax.process_count() > 1 and bool(_PEER_FAILURE.search(str(error)))
 
 
-def _leave_word(line):
-  """Has a line written to stderr if this process ends before it calls what this returns."""
+def _print_if_killed(line):
+  """Starts a shell that prints `line` on stderr if this process ends without a normal exit.
+
+  Returns a function that cancels this.
+  """
   script = 'read ended || echo "$0" >&2'
   command = ["/bin/sh", "-c", script, line]
   shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
-  def end():
+  def cancel():
+    """Ends the shell without printing."""
     if shell.returncode is None:
       shell.communicate(b"ended\n")
 
-  atexit.register(end)
-  return end
+  atexit.register(cancel)
+  return cancel
 
 
-def _may_have_company():
+def _may_have_peers():
   """Whether there is a TPU, and its environment does not say that this host is the only one."""
-  # Where JAX finds TPU chips it puts them first when it is imported, unless the user names other
-  # platforms. To ask for the devices themselves would be too late to join.
+  # When JAX is imported and finds TPU chips, it puts "tpu" first in `jax_platforms`, unless the
+  # user has named other platforms. We cannot ask for the devices: after that no process can join.
   if (jax.config.jax_platforms or "").split(",")[0] != "tpu":
     return False
   if "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:  # several slices
     return True
-  # GKE's variables, which also tell that a host is alone. An ordinary TPU VM has none of them: it
-  # has to ask its metadata server, as `jax.distributed.initialize` does.
+  # GKE sets these variables, also for a host that is alone. An ordinary TPU VM has none of them: it
+  # must ask its metadata server, as `jax.distributed.initialize` does.
   hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
   return hosts is None or "," in hosts
 
 
 def _join_on_tpu(waits):
-  """Leaves it to JAX to find out who is there, from environment and metadata server."""
+  """Joins on TPUs: JAX finds the other hosts from the environment or the metadata server."""
   try:
     jax.distributed.initialize(**waits)
   except (RuntimeError, ValueError, OSError) as error:
     if isinstance(error, ValueError) and "coordinator_address" in str(error):
-      return  # JAX has looked everywhere and found no cluster.
+      return  # JAX has searched everywhere and found no cluster
     raise InputError(
-      f"this TPU host could not join those of its slice ({_first_line(error)}); join first of all, "
-      "on every host; or set TPU_WORKER_HOSTNAMES=localhost if this is the only one"
+      f"this TPU host could not join the hosts of its slice ({_first_line(error)}); join before "
+      "anything else, on every host; or set TPU_WORKER_HOSTNAMES=localhost if there is no other"
     ) from error
 
 

@@ -1,7 +1,8 @@
-"""What is split along which axis of the mesh: two small tables.
+"""How weights and activations are sharded over the mesh: two small tables.
 
-`WEIGHTS` names the axes of every weight by its path; `MESH_AXES` says which axis of the mesh a
-named axis is split along. The state of an optimiser has its weights' paths in it, and follows them.
+`WEIGHTS` gives every weight, by its path, a name for each of its axes. `MESH_AXES` gives each named
+axis the axis of the mesh over which it is sharded. The paths in an optimiser's state contain the
+paths of the weights, so its arrays are sharded as the weights are.
 
   decoder.layers.stacked.up_proj.kernel  [L, D, M]  ->  layer, width, mlp
                                                     ->  -, (fsdp, sequence), tensor
@@ -17,49 +18,55 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from videochat_flash_jax.errors import InputError
 
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
-  "layer": None,  # visited one after another
-  "width": ("fsdp", "sequence"),  # gathered when the layer's turn comes
+  "layer": None,  # layers are computed one after another
+  "width": ("fsdp", "sequence"),  # gathered when the layer is computed
   "heads": "tensor",
   "mlp": "tensor",
-  "contracting": ("tensor", "fsdp", "sequence"),  # heads or MLP; once gathered, over `tensor` alone
+  # Heads or MLP, where the product sums over them; once gathered, sharded over `tensor` only.
+  "contracting": ("tensor", "fsdp", "sequence"),
   "vocabulary": "tensor",
-  "whole": None,
+  "replicated": None,
   "batch": ("data", "fsdp"),
   "sequence": "sequence",
-  "clips": ("sequence", "tensor"),  # of a row; with the rows, over all axes
+  "clips": ("sequence", "tensor"),  # of one row; together with the rows, over all four axes
 }
-# Of a layer whose turn has come; and always at inference, lest weights travel for every token.
+# The sharding of a layer's weights while it is computed. At inference weights always have it;
+# otherwise all of them would be sent between devices for every token.
 REPLICATED_AXES = {**MESH_AXES, "width": None, "contracting": "tensor"}
 
-# End of a path -> named axes of one layer's array; behind `stacked`, "layer" comes before them.
-# Clips are split along all axes, so the encoder and the connector split no product over `tensor`.
+# End of a path (a regex) -> names of the axes of one layer's array. A path with `stacked` has the
+# axis "layer" before these. Clips are sharded over all axes of the mesh, so the products of encoder
+# and connector are not sharded over `tensor`.
 WEIGHTS: tuple[tuple[str, tuple[str, ...]], ...] = (
   (r"embed_tokens\.embedding", ("vocabulary", "width")),
   (r"lm_head\.kernel", ("width", "vocabulary")),
   (r"decoder\..*\.[qkv]_proj\.kernel", ("width", "heads")),
   (r"decoder\..*\.[qkv]_proj\.bias", ("heads",)),
-  (r"decoder\..*\.o_proj\.kernel", ("contracting", "whole")),
+  (r"decoder\..*\.o_proj\.kernel", ("contracting", "replicated")),
   (r"decoder\..*\.(gate|up)_proj\.kernel", ("width", "mlp")),
-  (r"decoder\..*\.down_proj\.kernel", ("contracting", "whole")),
-  (r"(vision|connector)\..*\.kernel", ("whole", "width")),
-  # Adapters [in, rank] and [rank, out] are split as the kernel beside them; never along their rank.
-  (r"decoder\..*\.([qkv]|gate|up)_proj\.lora_a", ("width", "whole")),
-  (r"decoder\..*\.[qkv]_proj\.lora_b", ("whole", "heads")),
-  (r"decoder\..*\.(gate|up)_proj\.lora_b", ("whole", "mlp")),
-  (r"decoder\..*\.(o|down)_proj\.lora_a", ("contracting", "whole")),
-  (r".*\.lora_b", ("whole", "width")),
-  (r".*", ()),  # norms, biases, positions: small, and whole on every device
+  (r"decoder\..*\.down_proj\.kernel", ("contracting", "replicated")),
+  (r"(vision|connector)\..*\.kernel", ("replicated", "width")),
+  # Adapters [in, rank] and [rank, out] are sharded as the kernel beside them, but never over rank.
+  (r"decoder\..*\.([qkv]|gate|up)_proj\.lora_a", ("width", "replicated")),
+  (r"decoder\..*\.[qkv]_proj\.lora_b", ("replicated", "heads")),
+  (r"decoder\..*\.(gate|up)_proj\.lora_b", ("replicated", "mlp")),
+  (r"decoder\..*\.(o|down)_proj\.lora_a", ("contracting", "replicated")),
+  (r".*\.lora_b", ("replicated", "width")),
+  (r".*", ()),  # norms, biases, position tables: small, and replicated
 )
 
 
 def weight_spec(path: str, ndim: int, *, replicated: bool = False) -> PartitionSpec:
-  """How the array of a path is split, as a spec over the mesh's axes.
+  """The partition spec of a weight.
+
+  `decoder.layers.stacked.up_proj.kernel` [L, D, M] has the spec
+  (None, ("fsdp", "sequence"), "tensor").
 
   Args:
     path: such as `decoder.layers.stacked.up_proj.kernel`.
     ndim: number of axes of the array.
-    replicated: as inference keeps it, and training while its layer is computed: split over
-      `tensor` alone, and replicated over the other axes.
+    replicated: if True, sharded over `tensor` only and replicated over the other axes, as inference
+      keeps weights, and as training has them while their layer is computed.
   """
   names = next(names for ending, names in WEIGHTS if re.search(rf"(^|\.){ending}$", path))
   if ".stacked." in path and names:
@@ -71,18 +78,20 @@ def weight_spec(path: str, ndim: int, *, replicated: bool = False) -> PartitionS
 
 
 def weight_shardings(mesh: Mesh, weights: Any, *, replicated: bool = False) -> Any:
-  """A sharding for every array of a tree whose paths end in those of weights.
+  """The sharding of every array in a tree of weights, or of an optimiser's state.
 
   Args:
     mesh: from `make_mesh`.
-    weights: nested dicts (or an optimiser's state) of arrays or their shapes.
+    weights: nested dicts (or an optimiser's state) of arrays or their shapes; the paths end in the
+      paths of weights.
     replicated: see `weight_spec`.
 
   Raises:
-    InputError: an axis that cannot be split into as many parts, with its path.
+    InputError: an axis cannot be split into equal parts; the message has the path of the weight.
   """
 
   def sharding(path, leaf):
+    """The sharding of one array."""
     dotted = dotted_path(path)
     spec = weight_spec(dotted, leaf.ndim, replicated=replicated) if leaf.ndim else PartitionSpec()
     check_divides(mesh, spec, leaf.shape, dotted)
@@ -97,10 +106,17 @@ def dotted_path(path: tuple) -> str:
 
 
 def check_divides(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], what: str):
-  """Refuses a split into unequal parts.
+  """Checks that a partition spec splits an array into equal parts.
+
+  Args:
+    mesh: from `make_mesh`.
+    spec: of the array.
+    shape: of the array.
+    what: name of the array, for the error message.
 
   Raises:
-    InputError: names `what`, the axis, and the mesh axis that does not divide it.
+    InputError: a part would be unequal. The message has `what`, the axis of the array, and the axis
+      of the mesh that does not divide it.
   """
   for axis, (size, split) in enumerate(zip(shape, spec, strict=False)):
     names = (split,) if isinstance(split, str) else split or ()
@@ -108,7 +124,7 @@ def check_divides(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], what:
     if size % parts:
       remedy = "change the mesh"
       if "fsdp" in names:
-        remedy = "make their product a divisor of it, and give mesh.data the rest"
+        remedy = "make their product a divisor of it, and put the remaining devices on mesh.data"
       raise InputError(
         f"{what} {shape}: axis {axis} of {size} cannot be split into {parts} equal parts "
         f"(mesh.{' x mesh.'.join(names)}); {remedy}"

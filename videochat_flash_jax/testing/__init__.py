@@ -1,1 +1,1 @@
-"""Small stand-ins, public so that users' tests can be fast, too: `testing.dummy`."""
+"""Small models and videos for fast tests, also for tests of users: see `testing.dummy`."""

@@ -1,4 +1,4 @@
-"""A model with random weights, a checkpoint directory that holds it, and a video of noise."""
+"""A small model with random weights, a checkpoint of it, and a video of coloured blocks."""
 
 import dataclasses
 from fractions import Fraction
@@ -22,7 +22,7 @@ _SENTENCES = [
 
 
 def dummy_config() -> VideoChatFlashConfig:
-  """The tiny model's parts at sizes that compile in a moment; the merge leaves sources over."""
+  """The parts of the tiny model in sizes that compile fast; some source tokens are not merged."""
   tiny = VideoChatFlashConfig.tiny()
   return dataclasses.replace(
     tiny,
@@ -53,7 +53,7 @@ def dummy_config() -> VideoChatFlashConfig:
 
 
 def dummy_model(config: VideoChatFlashConfig | None = None, seed: int = 0) -> VideoChatFlash:
-  """A model whose every weight is random: no zero bias and no unit scale hides a mistake."""
+  """A model in which every weight is random, so that no zero bias or unit scale hides a mistake."""
   model = VideoChatFlash(config or dummy_config(), rngs=nnx.Rngs(seed))
   graph, state = nnx.split(model)
   leaves, treedef = jax.tree.flatten(state)
@@ -68,7 +68,7 @@ def dummy_model(config: VideoChatFlashConfig | None = None, seed: int = 0) -> Vi
 def write_dummy_checkpoint(
   directory: Path, config: VideoChatFlashConfig | None = None, seed: int = 0
 ) -> Path:
-  """Writes a whole checkpoint directory (weights, config, tokenizer) and returns it."""
+  """Writes a complete checkpoint (weights, config, tokenizer) and returns its directory."""
   config = config or dummy_config()
   save_model(dummy_model(config, seed), config, directory)
   train_sentencepiece(_SENTENCES, directory / "tokenizer.model")
@@ -78,7 +78,15 @@ def write_dummy_checkpoint(
 def write_dummy_video(
   path: Path, num_frames: int = 24, fps: int = 2, size: tuple[int, int] = (48, 64), seed: int = 0
 ) -> Path:
-  """Writes drifting coloured blocks as H.264, `size` in (height, width), and returns the path."""
+  """Writes an H.264 video of moving coloured blocks and returns its path.
+
+  Args:
+    path: of the file.
+    num_frames: number of frames.
+    fps: frames per second.
+    size: (height, width) in pixels.
+    seed: of the colours.
+  """
   height, width = size
   blocks = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
   picture = np.kron(blocks, np.ones((height // 6, width // 8, 1), np.uint8))

@@ -16,7 +16,7 @@ from videochat_flash_jax.data.check.media_check import check_roots
 from videochat_flash_jax.data.media.files import is_address
 from videochat_flash_jax.data.mixture.mixture import read_mixture
 from videochat_flash_jax.data.mixture.rows import open_rows
-from videochat_flash_jax.parallel.agreement import raise_together
+from videochat_flash_jax.parallel.agreement import raise_on_all_processes
 from videochat_flash_jax.train.batches import check_features
 from videochat_flash_jax.train.config import require, run_configs, train_settings
 from videochat_flash_jax.train.initial_weights import check_init_from
@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: Path) -> Path | None:
     InputError: something the user gave cannot be used: almost always before anything is computed,
       on all processes if on one; or a loss is no longer finite.
   """
-  with raise_together():
+  with raise_on_all_processes():
     runs = [_checked(*named) for named in _runs(config, workdir)]
     for run in runs:
       if not run.is_finished:

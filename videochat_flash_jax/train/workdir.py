@@ -27,7 +27,7 @@ from videochat_flash_jax.checkpoints.runs.run_files import stages_in, whole_step
 from videochat_flash_jax.data.text.tokenizer import train_sentencepiece
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.fields import OnResume
-from videochat_flash_jax.parallel.agreement import allgather_text, raise_together
+from videochat_flash_jax.parallel.agreement import allgather_text, raise_on_all_processes
 from videochat_flash_jax.synthetic.training import vocabulary_lines
 from videochat_flash_jax.train.config import Change, config_changes
 from videochat_flash_jax.train.initial_weights import RANDOM, copy_hub_files
@@ -77,10 +77,10 @@ def check_shared(workdir: Path, configs: Sequence[Mapping[str, Any]]):
   token = workdir / f".seen_by_all_{allgather_text(secrets.token_hex(8))[0]}"
   is_first = jax.process_index() == 0
   try:
-    with raise_together(), _told(workdir):
+    with raise_on_all_processes(), _told(workdir):
       if is_first:
         token.touch()
-    with raise_together():
+    with raise_on_all_processes():
       if not token.exists():
         raise InputError(
           f"--workdir {workdir}: what process 0 writes there is not seen here: give {_SHARED}"
@@ -197,7 +197,7 @@ def prepare(workdir: Path, settings: TrainSettings, config: Mapping[str, Any]):
   Raises:
     InputError: `init_from` is no model, or lacks a part; or nothing can be written.
   """
-  with raise_together():
+  with raise_on_all_processes():
     if jax.process_index() == 0:
       with _told(workdir):
         if is_begun(workdir):

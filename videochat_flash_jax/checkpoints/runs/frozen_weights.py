@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from videochat_flash_jax.checkpoints.runs.run_files import FROZEN
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.processes import is_of_others
+from videochat_flash_jax.parallel.processes import is_peer_failure
 
 _log = logging.getLogger("videochat_flash_jax")
 
@@ -98,7 +98,7 @@ def restore_frozen(frozen: Path, shapes: dict[str, Any]) -> dict[str, Any]:
     with _checkpointer() as checkpointer:
       return checkpointer.restore(frozen, args=args)["state"]
   except (OSError, ValueError, KeyError) as error:
-    if is_of_others(error):
+    if is_peer_failure(error):
       raise
     raise damaged_frozen(frozen, error) from error
 

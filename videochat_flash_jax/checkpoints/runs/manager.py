@@ -36,7 +36,7 @@ from videochat_flash_jax.checkpoints.runs.processes import (
 )
 from videochat_flash_jax.checkpoints.runs.run_files import FROZEN, is_whole, whole_steps
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.parallel.processes import is_of_others
+from videochat_flash_jax.parallel.processes import is_peer_failure
 from videochat_flash_jax.parallel.sharding import dotted_path
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of what is not whole yet
@@ -243,7 +243,7 @@ class RunCheckpoints:
     except InputError:
       raise
     except (OSError, ValueError, RuntimeError) as error:
-      if is_of_others(error):
+      if is_peer_failure(error):
         raise  # there is nothing wrong with the disk
       failed, newest = self._saving, self.newest_step
       self._clear()  # a full disk has better uses for its room
@@ -263,7 +263,7 @@ def _told_as_damaged(checkpoint: Path) -> Iterator[None]:
   except InputError:
     raise  # of another config, but whole
   except (OSError, ValueError, KeyError) as error:
-    if is_of_others(error):
+    if is_peer_failure(error):
       raise
     raise InputError(
       f"{checkpoint}: the checkpoint cannot be read ({_reason(error)}); if it is damaged, move "
