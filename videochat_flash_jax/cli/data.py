@@ -119,9 +119,8 @@ def _encode(args) -> int:
 
   rows = open_rows(read_mixture(args.mixture))
   check_roots(rows)
-  ExampleConfig(
-    tuple(args.frames), args.sampling, image_size=1
-  )  # raises errors before many gigabytes are read
+  # Errors in these are raised before many gigabytes are read.
+  ExampleConfig(tuple(args.frames), args.sampling, image_size=1)
   chat = VideoChat.from_pretrained(args.model, features=args.out)
   size, tiling = chat.config.vision.image_size, chat.config.tiling
   config = ExampleConfig(tuple(args.frames), args.sampling, image_size=size, tiling=tiling)
