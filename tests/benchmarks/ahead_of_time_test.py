@@ -24,7 +24,7 @@ CUBES = "2x2x1, 2x2x2, 2x2x4, 2x4x4, and multiples of 4 along three sides, of at
 
 
 @pytest.mark.parametrize(
-  "kind, shapes, said",
+  "kind, shapes, message",
   [
     ("v5e", "0x4 1x2 2x16 3x5 6x6 10x10 12x12 14x14 32x4 64x64 4x4x4", FLAT),
     ("v6e", "6x6 16x17 2x2x1", FLAT),
@@ -32,11 +32,13 @@ CUBES = "2x2x1, 2x2x2, 2x2x4, 2x4x4, and multiples of 4 along three sides, of at
     ("v4", "17x1x1 16x16x20", CUBES + "4,096 chips"),
   ],
 )
-def test_a_slice_that_cannot_be_rented_is_refused_with_those_that_can(kind, shapes, said):
+def test_a_slice_that_cannot_be_rented_is_refused_with_those_that_can(kind, shapes, message):
   for shape in shapes.split():
     with pytest.raises(InputError) as error:
       ahead_of_time.topology_devices(f"{kind}:{shape}")
-    assert f"{kind}:{shape}: no such slice (slices of {kind} are {said}); give" in str(error.value)
+    assert f"{kind}:{shape}: no such slice (slices of {kind} are {message}); give" in str(
+      error.value
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,19 +116,19 @@ class Refused:
 
 
 @pytest.mark.parametrize(
-  "wanted, said",
+  "wanted, message",
   [
     ("15.78G", "15.78 GiB needed per chip, 15.75 GiB available"),
     ("1.5T", "1536.00 GiB needed per chip, 15.75 GiB available"),
     ("15.75G", "a little more than 15.75 GiB needed per chip, 15.75 GiB available"),
   ],
 )
-def test_the_error_says_how_much_is_needed_and_how_much_is_available(wanted, said):
+def test_the_error_says_how_much_is_needed_and_how_much_is_available(wanted, message):
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shape = jax.ShapeDtypeStruct((1,), jnp.float32, sharding=sharding)
   with pytest.raises(ahead_of_time.OutOfMemory) as error:
     ahead_of_time.report("v5e:1x1", Refused(wanted), (shape,), remedy="fewer rows")
-  assert str(error.value) == f"out of memory: {said}; try fewer rows"
+  assert str(error.value) == f"out of memory: {message}; try fewer rows"
 
 
 RESULT = {

@@ -49,7 +49,7 @@ def test_the_report_as_json_holds_all_counts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  "arguments, said",
+  "arguments, message",
   [
     (["check", "none.yaml"], "none.yaml: cannot be read"),
     (["check", "none.json"], "none.json: cannot be read"),
@@ -60,11 +60,13 @@ def test_the_report_as_json_holds_all_counts(tmp_path, capsys):
     (["convert", "none.csv", "--out", "rows.jsonl"], "none.csv: No such file"),
   ],
 )
-def test_what_cannot_be_used_gives_2_and_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+def test_what_cannot_be_used_gives_2_and_one_line(
+  tmp_path, monkeypatch, capsys, arguments, message
+):
   monkeypatch.chdir(tmp_path)
   code, out, err = data(capsys, *arguments)
   assert (code, out) == (2, "")
-  assert said in err
+  assert message in err
   assert err.count("\n") == 1
 
 
@@ -132,7 +134,7 @@ def test_rows_are_converted_from_lists_too(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  "name, text, said",
+  "name, text, message",
   [
     ("a.csv", "video,question,answer\na.mp4,Q?,A\na.mp4,Q?,\n", "a.csv line 3: bad conversations"),
     ("a.csv", "video,question,answer,start,end\na.mp4,Q?,A,5,2\n", "a.csv line 2: bad times"),
@@ -146,12 +148,12 @@ def test_rows_are_converted_from_lists_too(tmp_path, capsys):
   ],
 )
 def test_a_row_that_cannot_be_used_is_named_and_nothing_is_written(
-  tmp_path, capsys, name, text, said
+  tmp_path, capsys, name, text, message
 ):
   (tmp_path / name).write_text(text)
   code, _, err = data(capsys, "convert", tmp_path / name, "--out", tmp_path / "rows.jsonl")
   assert code == 2
-  assert said in err
+  assert message in err
   assert [file.name for file in tmp_path.iterdir()] == [name]
 
 

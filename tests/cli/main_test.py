@@ -60,7 +60,7 @@ def test_a_fault_of_the_package_keeps_its_traceback(fake_verb):
 
 
 @pytest.mark.parametrize(
-  "argv, told",
+  "argv, message",
   [
     ([], "required: <verb>"),
     (["--count", "3"], "; see `vcflash --help`"),
@@ -72,10 +72,10 @@ def test_a_fault_of_the_package_keeps_its_traceback(fake_verb):
     (["fake", "--coun", "3"], "unknown argument --coun 3; see `vcflash fake --help`"),
   ],
 )
-def test_a_wrong_command_line_is_one_line_and_code_2(fake_verb, capsys, argv, told):
+def test_a_wrong_command_line_is_one_line_and_code_2(fake_verb, capsys, argv, message):
   assert main.main(argv) == 2
   lines = capsys.readouterr().err.splitlines()
-  assert len(lines) == 1 and lines[0].startswith("vcflash: ") and told in lines[0]
+  assert len(lines) == 1 and lines[0].startswith("vcflash: ") and message in lines[0]
 
 
 def test_overrides_reach_only_the_verb_that_takes_them(fake_verb, capsys):

@@ -39,7 +39,9 @@ def test_rows_are_counted_by_kind_and_each_video_is_watched_once(tmp_path):
   file = tmp_path / "rows.json"
   file.write_text(json.dumps(rows))
   chat, answers = FakeChat(tmp_path), []
-  scores = evaluate(chat, read_rows(file), tmp_path, on_answer=lambda *told: answers.append(told))
+  scores = evaluate(
+    chat, read_rows(file), tmp_path, on_answer=lambda *answer: answers.append(answer)
+  )
   assert {kind: (s.rows, s.right) for kind, s in scores.items()} == {
     "all": (3, 1),
     "x": (1, 1),
@@ -47,9 +49,9 @@ def test_rows_are_counted_by_kind_and_each_video_is_watched_once(tmp_path):
   }
   assert scores["all"].accuracy == 1 / 3
   assert sorted(chat.watched) == ["blue.mp4", "red.mp4"]
-  told = [(row["video"], *rest) for row, *rest in answers]
-  assert told[0] == ("blue.mp4", "Who?", " BLUE. ", "red", False)
-  assert [right for *_, right in told] == [False, True, False]
+  calls = [(row["video"], *rest) for row, *rest in answers]
+  assert calls[0] == ("blue.mp4", "Who?", " BLUE. ", "red", False)
+  assert [right for *_, right in calls] == [False, True, False]
 
 
 @pytest.mark.parametrize(

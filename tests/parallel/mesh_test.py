@@ -18,7 +18,7 @@ def tpus(num_slices, per_slice):
 
 
 @pytest.mark.parametrize(
-  "sizes, devices, said",
+  "sizes, devices, message",
   [
     ({"data": 1, "num_slices": 1}, tpus(2, 4), "num_slices is 1, but the 8 devices are in 2: set"),
     ({"data": 4, "num_slices": 4}, tpus(2, 4), "num_slices is 4, but the 8 devices are in 2: set"),
@@ -29,8 +29,8 @@ def tpus(num_slices, per_slice):
     ),
   ],
 )
-def test_slices_that_are_not_there_are_refused_with_how_many_there_are(sizes, devices, said):
-  with pytest.raises(InputError, match=said):
+def test_slices_that_are_not_there_are_refused_with_how_many_there_are(sizes, devices, message):
+  with pytest.raises(InputError, match=message):
     make_mesh(MeshConfig(**sizes), devices)
 
 

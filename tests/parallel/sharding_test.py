@@ -91,6 +91,6 @@ def test_so_many_chips_along_fsdp_and_sequence_share_weights_and_more_are_told_w
 ):
   weights = weights_of(name)
   weight_shardings(mesh(fsdp=most // 4, sequence=4), weights)
-  said = r"mesh\.fsdp x mesh\.sequence\); make their product .* devices on mesh\.data"
-  with pytest.raises(InputError, match=said):
+  message = r"mesh\.fsdp x mesh\.sequence\); make their product .* devices on mesh\.data"
+  with pytest.raises(InputError, match=message):
     weight_shardings(mesh(fsdp=most // 2, sequence=4), weights)

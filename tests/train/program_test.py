@@ -198,7 +198,7 @@ def test_the_encoder_alone_learns_to_name_patches():
     (["mesh.sequence=4"], "do not multiply to the 1 devices"),
     (["mesh.sequence=0"], r"mesh\.sequence is 0"),
     (["mesh.sequence=1", "mesh.fsdp=2"], "do not multiply to the 1 devices"),
-    (["mesh.sequence=2", "mesh.fsdp=2"], "fsdp 2 x sequence 2 x tensor 1 do not make"),
+    (["mesh.sequence=2", "mesh.fsdp=2"], "fsdp 2 x sequence 2 x tensor 1 do not multiply to"),
     ([*ONE_DEVICE, "optimizer.scales=(('visoin', 1.0), ('', 0.0))"], "'visoin' is the first"),
     ([*ONE_DEVICE, "optimizer.scales=(('lora_', 1.0), ('', 0.0))"], "'lora_' is the first"),
   ],

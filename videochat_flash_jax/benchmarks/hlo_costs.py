@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from videochat_flash_jax.benchmarks.hlo_flops import instruction_flops
+from videochat_flash_jax.benchmarks.hlo_loops import trip_count
 from videochat_flash_jax.benchmarks.hlo_text import Computation, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -90,9 +91,9 @@ class _Walk:
     opcode, called = instruction.opcode, instruction.called()
     kind = opcode.removesuffix("-start")
     if opcode == "while":
-      trip_count = self._trip_count(instruction, computation)
-      total.guessed_loops += trip_count is None
-      total.add(self.costs(called["body"][0]), trip_count or 1)
+      trips = trip_count(instruction, computation, self.computations)
+      total.guessed_loops += trips is None
+      total.add(self.costs(called["body"][0]), trips or 1)
     elif opcode == "conditional":
       branches = [self.costs(name) for role in called.values() for name in role]
       total.add(max(branches, key=lambda costs: (costs.flops, costs.num_bytes)))
@@ -155,29 +156,6 @@ class _Walk:
         return math.inf
     return total
 
-  def _trip_count(self, loop, computation):
-    """The trip count of a loop; None if it is not known.
-
-    It is stated by the compiler, or computed from a condition `counter < constant`.
-    """
-    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
-      return int(noted[1])
-    called = loop.called()
-    condition = self.computations[called["condition"][0]]
-    test = condition.root
-    if test.opcode != "compare" or "direction=LT" not in test.attributes:
-      return None
-    counter, bound = (condition.instructions[name] for name in test.operands)
-    index = re.search(r"index=(\d+)", counter.attributes)
-    if bound.opcode != "constant" or index is None:
-      return None
-    body = self.computations[called["body"][0]]
-    step = _step(body, body.root.operands[int(index[1])])
-    start = _start(computation, loop.operands[0], int(index[1]))
-    if step is None or start is None:
-      return None
-    return math.ceil((int(bound.attributes) - start) / step)
-
 
 def _as_reduce_scatter(costs):
   """Costs of the TPU's fusion of an all-reduce with a slice of it: it is a reduce-scatter."""
@@ -188,36 +166,8 @@ def _as_reduce_scatter(costs):
   return Costs(costs.flops, costs.num_bytes, counts, sizes, sent)
 
 
-def _step(body, name):
-  """How much each trip adds to a loop's counter; None if this is not a constant."""
-  source = _skip_copies(body, name)
-  if source.opcode == "add":
-    for operand in source.operands:
-      constant = _skip_copies(body, operand)
-      if constant.opcode == "constant":
-        return int(constant.attributes)
-  return None
-
-
-def _start(computation, name, index):
-  """The first value of a loop's counter; None if it is not a constant."""
-  carried = computation.instructions[name]
-  if carried.opcode != "tuple":
-    return None
-  source = _skip_copies(computation, carried.operands[index])
-  return int(source.attributes) if source.opcode == "constant" else None
-
-
-def _skip_copies(computation, name):
-  """The instruction whose value an instruction copies or converts; or that instruction itself."""
-  instruction = computation.instructions[name]
-  while instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
-    instruction = computation.instructions[instruction.operands[0]]
-  return instruction
-
-
 def _skip_bitcasts(computation, instruction):
-  """As `_skip_copies`, for instructions inside a fusion."""
+  """The instruction in a fusion whose value an instruction copies or converts; or that itself."""
   while instruction.opcode in ("bitcast", "convert", "copy") and instruction.operands:
     instruction = computation.instructions[instruction.operands[0]]
   return instruction
