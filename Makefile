@@ -37,8 +37,8 @@ test: $(INSTALLED)  ## the tests that take minutes in all
 	@$(EIGHT_DEVICES) $(PYTEST) $(TWO) tests/multidevice
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
-	@$(ONE_DEVICE) $(PYTEST) $(TWO) -m slow
-	@$(EIGHT_DEVICES) $(PYTEST) -m slow tests/multidevice
+	@$(ONE_DEVICE) $(PYTEST) $(TWO) --durations 12 -m slow
+	@$(EIGHT_DEVICES) $(PYTEST) --durations 12 -m slow tests/multidevice
 
 # This torch comes without gigabytes of libraries for GPUs.
 TORCH := --no-deps torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
