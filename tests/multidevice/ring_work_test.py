@@ -1,4 +1,4 @@
-"""Zigzag shares out the work of the ring, counted where it is done: on every device, each hop."""
+"""Zigzag order gives all devices of the ring equal work, counted on each device in each step."""
 
 import collections
 import functools
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from videochat_flash_jax.ops import partial_attention, ring_attention
+from videochat_flash_jax.ops import blockwise, ring_attention
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import make_mesh
 from videochat_flash_jax.parallel.mesh_config import MeshConfig
@@ -18,32 +18,34 @@ SHARDS, LENGTH = 8, 16 * 8
 
 @pytest.fixture
 def work(monkeypatch):
-  """Pairs of a query and a key that each device has to meet, while a test runs.
+  """Counts the pairs of a query and a key that each device computes during a test.
 
-  Of a diagonal block these are those below it, as splash computes them but for whole tiles; every
-  device has one of the same size, so it makes no difference to the balance.
+  In a diagonal block only pairs in which the query sees the key count. Splash computes these, in
+  whole tiles. Every device has one diagonal block of the same size, which changes no balance.
   """
   pairs = collections.Counter()
 
   def counted(attend):
+    """Does what `attend` does, and adds to `pairs` each time it runs."""
+
     @functools.wraps(attend)
-    def attend_and_count(q, k, *rest, diagonal):
+    def attend_and_count(q, k, *rest, causal, **others):
       length, num_keys = q.shape[1], k.shape[1]
-      met = length * (length + 1) // 2 if diagonal else length * num_keys
+      computed = length * (length + 1) // 2 if causal else length * num_keys
 
       def count(device):
-        pairs[int(device)] += met
+        pairs[int(device)] += computed
 
       jax.debug.callback(count, jax.lax.axis_index("sequence"))
-      return attend(q, k, *rest, diagonal=diagonal)
+      return attend(q, k, *rest, causal=causal, **others)
 
     return attend_and_count
 
-  block = types.SimpleNamespace(
-    attend=counted(partial_attention.attend),
-    attend_backward=counted(partial_attention.attend_backward),
+  kernels = types.SimpleNamespace(
+    attend=counted(blockwise.attend),
+    attend_backward=counted(blockwise.attend_backward),
   )
-  monkeypatch.setattr(ring_attention, "_inner_block", lambda: block)
+  monkeypatch.setattr(ring_attention, "_kernels", lambda: kernels)
   return pairs
 
 

@@ -1,4 +1,4 @@
-"""Attention spread over a mesh is attention on one device, and so are its gradients."""
+"""Attention sharded over a mesh is attention on one device, and so are its gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import assert_close
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.ops import attention as attention_module
-from videochat_flash_jax.ops import partial_attention
+from videochat_flash_jax.ops import blockwise
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.sharded_attention import self_attention
 from videochat_flash_jax.parallel.layout import Layout
@@ -26,11 +26,9 @@ SEGMENTS = {  # of the two rows; the last segment of the first row is its paddin
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  monkeypatch.setattr(partial_attention, "_BLOCK_SCORES", 7)
-  monkeypatch.setattr(partial_attention, "_BLOCK_QUERIES", 3)
-  monkeypatch.setattr(attention_module, "_DENSE_SCORES", 0)  # blocks, as of any real length
-  monkeypatch.setattr(attention_module, "_BLOCK_SCORES", 7)
-  monkeypatch.setattr(attention_module, "_BLOCK_QUERIES", 3)
+  monkeypatch.setattr(blockwise, "_BLOCK_SCORES", 7)
+  monkeypatch.setattr(blockwise, "_BLOCK_QUERIES", 3)
+  monkeypatch.setattr(attention_module, "_DENSE_SCORES", 0)  # blocks, as for any real length
 
 
 def random(*shape, seed):
@@ -52,16 +50,16 @@ def result_and_gradients(attend, q, k, v, out_weights):
   return out, *gradients
 
 
-def spread(layout, segment_ids):
-  """Attention whose operands are put into the layout's order, and its result out of it."""
-  order = unordered = np.arange(LENGTH)
+def sharded(layout, segment_ids):
+  """Attention on a mesh, of operands and with a result in the order of the text."""
+  order = text_order = np.arange(LENGTH)
   if layout.zigzag:
     order = zigzag_order(LENGTH, layout.sequence_shards)
-    unordered = unzigzag_order(LENGTH, layout.sequence_shards)
+    text_order = unzigzag_order(LENGTH, layout.sequence_shards)
 
   def attend(q, k, v):
     q, k, v, segments = (x[:, order] for x in (q, k, v, segment_ids))
-    return self_attention(q, k, v, segments, layout)[:, unordered]
+    return self_attention(q, k, v, segments, layout)[:, text_order]
 
   return attend
 
@@ -87,7 +85,7 @@ def test_attention_on_a_mesh_is_dense_attention(sizes, kind, zigzag, segments):
     return attention(q, k, v, causal=True, implementation="dense", **segmented)
 
   expected = result_and_gradients(dense, *arguments)
-  actual = result_and_gradients(spread(layout, segment_ids), *arguments)
+  actual = result_and_gradients(sharded(layout, segment_ids), *arguments)
   for ours, theirs in zip(actual, expected, strict=True):
     assert_close(ours, theirs, relative=1e-5)
 
@@ -100,7 +98,7 @@ def test_a_ring_serves_grouped_queries(num_kv_heads):
   expected = result_and_gradients(
     lambda q, k, v: attention(q, k, v, causal=True, implementation="dense"), *arguments
   )
-  actual = result_and_gradients(spread(Layout(mesh, zigzag=True), segment_ids), *arguments)
+  actual = result_and_gradients(sharded(Layout(mesh, zigzag=True), segment_ids), *arguments)
   for ours, theirs in zip(actual, expected, strict=True):
     assert_close(ours, theirs, relative=1e-5)
 
@@ -109,7 +107,7 @@ def test_a_ring_computes_in_bfloat16_and_merges_in_float32():
   mesh = make_mesh(MeshConfig(sequence=8))
   segment_ids = jnp.zeros((BATCH, LENGTH), jnp.int32)
   q, k, v, _ = (x.astype(jnp.bfloat16) for x in operands(4))
-  out = jax.jit(spread(Layout(mesh, zigzag=True), segment_ids))(q, k, v)
+  out = jax.jit(sharded(Layout(mesh, zigzag=True), segment_ids))(q, k, v)
   assert out.dtype == jnp.bfloat16
   exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), causal=True)
   assert_close(out.astype(jnp.float32), exact, relative=1e-2)
@@ -123,7 +121,7 @@ def test_a_ring_computes_in_bfloat16_and_merges_in_float32():
     (24, True, "no 16 equal parts .* pad it to 32"),
   ],
 )
-def test_tokens_that_cannot_be_shared_out_are_refused_in_one_line(kind, length, zigzag, complaint):
+def test_tokens_without_equal_parts_give_an_error_of_one_line(kind, length, zigzag, complaint):
   layout = Layout(make_mesh(MeshConfig(sequence=8)), kind, zigzag)
   q = k = v = random(BATCH, length, 4, HEAD_SIZE, seed=0)
   with pytest.raises(InputError, match=complaint):

@@ -1,4 +1,4 @@
-"""The ring whose blocks are computed by the TPU's kernel is dense attention, too."""
+"""The ring gives dense attention also if the TPU's kernel computes its blocks."""
 
 import jax
 import jax.numpy as jnp

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import assert_close
 from videochat_flash_jax.ops import attention as module
-from videochat_flash_jax.ops import splash
+from videochat_flash_jax.ops import blockwise, splash
 from videochat_flash_jax.ops.attention import attention
 
 BATCH, QUERIES, KEYS, HEAD_SIZE = 2, 37, 53, 8
@@ -25,7 +25,7 @@ def operands(num_heads=4, num_kv_heads=2, queries=QUERIES, keys=KEYS):
 
 
 def one_by_one(q, k, v, sees):
-  """Attention in float64, a query and a head at a time; `sees(row, query, key)` is the mask."""
+  """Attention in float64, one query and head at a time; `sees(row, query, key)` is the mask."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   out = np.zeros(q.shape)
   group = q.shape[2] // k.shape[2]
@@ -68,16 +68,26 @@ CASES = {
 
 @pytest.fixture(params=["dense", "blockwise", "splash"])
 def implementation(request, monkeypatch):
-  # Several blocks and several stretches, the last of each not full.
-  monkeypatch.setattr(module, "_BLOCK_SCORES", 1)
-  monkeypatch.setattr(module, "_BLOCK_QUERIES", 3)
+  # Several blocks and several spans, the last of each not full.
+  monkeypatch.setattr(blockwise, "_BLOCK_SCORES", 1)
+  monkeypatch.setattr(blockwise, "_BLOCK_QUERIES", 3)
   monkeypatch.setattr(splash, "_INTERPRET", True)
   return request.param
 
 
 def compiled(implementation, **arguments):
-  """Whole, which takes less time than one operation after another."""
+  """The attention as one program, which takes less time than calling it op by op."""
   return jax.jit(functools.partial(attention, implementation=implementation, **arguments))
+
+
+def gradients(implementation, qkv, **arguments):
+  """Gradients of a weighted sum of the results, with respect to q, k and v."""
+  weights = random(*qkv[0].shape, seed=3)
+
+  def loss(*qkv):
+    return jnp.sum(weights * attention(*qkv, implementation=implementation, **arguments))
+
+  return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*qkv)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -106,16 +116,30 @@ def test_no_length_is_too_odd(implementation, length):
 @pytest.mark.parametrize("implementation", ["blockwise", "splash"], indirect=True)
 def test_gradients_are_those_of_the_reference(implementation, case):
   arguments, _ = CASES[case]
-  weights = random(BATCH, QUERIES, 4, HEAD_SIZE, seed=3)
+  ours, dense = (gradients(name, operands(), **arguments) for name in (implementation, "dense"))
+  for one, other in zip(ours, dense, strict=True):
+    assert_close(one, other, relative=2e-6)
 
-  def gradients(implementation):
-    def loss(*qkv):
-      return jnp.sum(weights * attention(*qkv, implementation=implementation, **arguments))
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*operands())
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(3, 3), (6, 1)])
+@pytest.mark.parametrize("implementation", ["blockwise", "splash"], indirect=True)
+def test_a_key_head_gets_gradients_from_all_its_query_heads(
+  implementation, num_heads, num_kv_heads
+):
+  qkv = operands(num_heads, num_kv_heads)
+  arguments, _ = CASES["packed, causal"]
+  ours, dense = (gradients(name, qkv, **arguments) for name in (implementation, "dense"))
+  for one, other in zip(ours, dense, strict=True):
+    assert_close(one, other, relative=2e-6)
 
-  for ours, dense in zip(gradients(implementation), gradients("dense"), strict=True):
-    assert_close(ours, dense, relative=2e-6)
+
+@pytest.mark.parametrize("implementation", ["blockwise", "splash"], indirect=True)
+def test_a_query_that_sees_nothing_has_no_gradients(implementation):
+  segments = SEGMENTS["query_segments"].at[0, :5].set(-1)  # no key has this segment
+  arguments = {"query_segments": segments, "key_segments": SEGMENTS["key_segments"]}
+  d_q, *d_kv = gradients(implementation, operands(), **arguments)
+  np.testing.assert_array_equal(d_q[0, :5], 0)
+  assert all(jnp.isfinite(gradient).all() for gradient in (d_q, *d_kv))
 
 
 @pytest.fixture
@@ -152,7 +176,7 @@ def test_cudnn_is_chosen_for_gpus_that_have_it(monkeypatch, calls, capability, n
 
 @pytest.fixture
 def cudnn(monkeypatch):
-  """Has jax's own implementation in place of cuDNN; tells how often it is called."""
+  """Puts jax's own implementation in the place of cuDNN; gives the list of its calls."""
   calls = []
 
   def on_any_device(*args, implementation, **kwargs):

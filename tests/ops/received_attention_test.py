@@ -40,13 +40,13 @@ def test_it_is_the_mean_over_heads_and_over_the_tokens_that_ask(inputs):
   assert_close(received, expected(q, k, asks, SEGMENTS), absolute=1e-6)
 
 
-def test_two_tokens_that_ask_share_what_they_give():
+def test_the_worked_example_of_two_asking_tokens_holds():
   q, k = jnp.ones((1, 2, 1, 1)), jnp.log(jnp.array([3.0, 7.0])).reshape(1, 2, 1, 1)
   received = received_attention(q, k, jnp.array([[True, True]]), jnp.ones((1, 2), jnp.int32))
   assert_close(received, [[(1 + 0.3) / 2, 0.7 / 2]], absolute=1e-6)
 
 
-def test_where_nothing_asks_nothing_is_received(inputs):
+def test_without_asking_tokens_nothing_is_received(inputs):
   q, k, _ = inputs
   nothing = jnp.zeros((BATCH, LENGTH), bool)
   np.testing.assert_array_equal(received_attention(q, k, nothing, jnp.asarray(SEGMENTS)), 0)

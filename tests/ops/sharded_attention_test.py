@@ -1,4 +1,4 @@
-"""What a mesh without `sequence` hands on; tests/multidevice has those that split the tokens."""
+"""Meshes whose `sequence` is 1; tests/multidevice tests those that split the tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_segments_are_handed_on_and_never_made_up(monkeypatch, layout, packed):
-  handed_on = []
+def test_segments_are_passed_on_and_never_invented(monkeypatch, layout, packed):
+  passed_on = []
 
   def recorded(*qkv, query_segments, key_segments, **others):
-    handed_on.extend([query_segments is None, key_segments is None])
+    passed_on.extend([query_segments is None, key_segments is None])
     segments = {"query_segments": query_segments, "key_segments": key_segments}
     return attention(*qkv, **segments, **others)
 
@@ -35,6 +35,6 @@ def test_segments_are_handed_on_and_never_made_up(monkeypatch, layout, packed):
   q, k, v = jnp.asarray(random.standard_normal((3, BATCH, LENGTH, 2, 8)), jnp.float32)
   segments = jnp.repeat(jnp.arange(2), LENGTH // 2)[None].repeat(BATCH, 0) if packed else None
   out = self_attention(q, k, v, segments, LAYOUTS[layout]())
-  assert handed_on == [not packed, not packed]
+  assert passed_on == [not packed, not packed]
   expected = attention(q, k, v, causal=True, query_segments=segments, key_segments=segments)
   assert_close(out, expected, relative=1e-6)

@@ -1,4 +1,4 @@
-"""The kernel runs on the CPU here, instruction by instruction; `make test-tpu` compiles it."""
+"""The kernel is interpreted on the CPU here; `make test-tpu` compiles it."""
 
 import functools
 
@@ -9,9 +9,9 @@ import pytest
 
 from tests.conftest import assert_close
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.ops import partial_attention, splash
+from videochat_flash_jax.ops import blockwise, splash
 from videochat_flash_jax.ops.attention import attention
-from videochat_flash_jax.ops.partial_attention import Partial, merge
+from videochat_flash_jax.ops.blockwise import Partial, merge
 
 BATCH, HEAD_SIZE = 2, 8
 LENGTH, KEYS = 300, 420  # three and four blocks, the last of each not full
@@ -75,36 +75,33 @@ def test_tables_skip_blocks_as_the_worked_example_does():
   for table in tables:
     np.testing.assert_array_equal(table.block_mask, [[[1, 1, 0, 0], [1, 1, 1, 0]]])
   results, _, keys = tables
-  # The next that is needed: the first keys, for the next queries; the first queries for the keys.
+  # Fetched while skipping: the first keys, for the next queries; the first queries for the keys.
   np.testing.assert_array_equal(results.data_next, [[[0, 1, 0, 0], [0, 1, 2, 0]]])
   np.testing.assert_array_equal(keys.data_next, [[[0, 0, 1, 0], [1, 1, 1, 0]]])
 
 
-@pytest.mark.parametrize("diagonal", [True, False], ids=["diagonal", "full"])
-def test_a_part_of_the_keys_gives_its_part_of_result_and_gradients(diagonal):
-  q, k, v = operands(num_heads := 6, num_kv_heads=2, keys=LENGTH if diagonal else KEYS)
+@pytest.mark.parametrize("causal", [True, False], ids=["diagonal", "full"])
+def test_a_part_of_the_keys_gives_its_part_of_result_and_gradients(causal):
+  q, k, v = operands(num_heads := 6, num_kv_heads=2, keys=LENGTH if causal else KEYS)
   query_segments = segments_of([[100, 200], [40, 160, 100]])
   # Of the full part, the second row's first 40 queries see no key.
-  key_segments = query_segments if diagonal else segments_of([[250, 170], [0, 300, 120]])
-  arguments = q, k, v, query_segments, key_segments
+  key_segments = query_segments if causal else segments_of([[250, 170], [0, 300, 120]])
+  arguments = q, k, v, causal, None, query_segments, key_segments
   ours, theirs = (
-    jax.jit(functools.partial(module.attend, diagonal=diagonal))(*arguments)
-    for module in (splash, partial_attention)
+    jax.jit(module.attend, static_argnums=3)(*arguments) for module in (splash, blockwise)
   )
   assert_close(ours.out, theirs.out, relative=2e-6)
   assert_close(np.maximum(ours.lse, -1e3), np.maximum(theirs.lse, -1e3), relative=2e-6)
-  unseen = np.asarray(theirs.lse) == partial_attention.NOTHING
-  assert unseen.sum() == (0 if diagonal else 40 * num_heads)
-  assert np.array_equal(ours.lse == partial_attention.NOTHING, unseen)
+  unseen = np.asarray(theirs.lse) == blockwise.NOTHING
+  assert unseen.sum() == (0 if causal else 40 * num_heads)
+  assert np.array_equal(ours.lse == blockwise.NOTHING, unseen)
 
   # Gradients of this part follow from the result over all keys: other parts are seen, too.
   elsewhere = Partial(random(*q.shape, seed=4), random(*q.shape[:3], seed=5).at[1, :20].set(-1e30))
   merged, gradient = merge(theirs, elsewhere), random(*q.shape, seed=6)
   gradients = (
-    jax.jit(functools.partial(module.attend_backward, diagonal=diagonal))(
-      *arguments, merged, gradient
-    )
-    for module in (splash, partial_attention)
+    jax.jit(module.attend_backward, static_argnums=3)(*arguments, merged, gradient)
+    for module in (splash, blockwise)
   )
   for ours, theirs in zip(*gradients, strict=True):
     assert_close(ours, theirs, relative=5e-6)
@@ -112,15 +109,15 @@ def test_a_part_of_the_keys_gives_its_part_of_result_and_gradients(diagonal):
 
 def test_bfloat16_is_merged_in_float32():
   q, k, v = (x[:1, :100].astype(jnp.bfloat16) for x in operands())
-  segments = jnp.zeros((1, 100), jnp.int32)
-  part = splash.attend(q, k, v, segments, segments, diagonal=False)
-  gradients = splash.attend_backward(q, k, v, segments, segments, part, part.out, diagonal=False)
+  arguments = q, k, v, False, None, None, None
+  part = splash.attend(*arguments)
+  gradients = splash.attend_backward(*arguments, part, part.out)
   assert {x.dtype for x in (*part, *gradients)} == {jnp.dtype("float32")}
   exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="dense")
   assert_close(part.out, exact, relative=1e-2)
 
 
-def test_more_tokens_than_a_core_has_tables_for_are_refused_in_one_line():
+def test_more_tokens_than_a_core_has_tables_for_give_an_error_of_one_line():
   shape = jax.ShapeDtypeStruct((1, 1 << 20, 2, HEAD_SIZE), jnp.bfloat16)
   attend = functools.partial(attention, causal=True, implementation="splash")
   with pytest.raises(InputError, match=r"^1048576 tokens .* too many .* mesh\.sequence"):

@@ -1,29 +1,33 @@
 """Softmax attention: one contract, four implementations.
 
-| name        | where                   | scores in memory | cases                                 |
-|-------------|-------------------------|------------------|---------------------------------------|
-| `dense`     | anywhere; the reference | T x S            | all                                   |
-| `blockwise` | anywhere, made for CPUs | a block          | all                                   |
-| `cudnn`     | NVIDIA GPUs from Ampere | none             | 16 bits, no segments, no order; the   |
-|             |                         |                  | others are left to `blockwise`        |
-| `splash`    | TPUs (`ops/splash.py`)  | none             | all                                   |
+| name        | where                       | scores in memory | cases             |
+|-------------|-----------------------------|------------------|-------------------|
+| `dense`     | anywhere; the reference     | T x S            | all               |
+| `blockwise` | anywhere; made for CPUs     | a block          | all               |
+| `cudnn`     | NVIDIA GPUs, from Ampere on | none             | 16 bits, no       |
+|             |                                   |                  | segments or order |
+| `splash`    | TPUs                        | none             | all               |
 
-`blockwise` visits one key/value head and a block of queries at a time, so that scores stay in the
-cache of a CPU. On more than one TPU `splash` has to be called inside `jax.shard_map`: the compiler
-cannot split a kernel.
+`cudnn` leaves all other cases to `blockwise`. `ops/blockwise.py` and `ops/splash.py` have the same
+two functions: `attend` gives the result and its log-sum-exp, and `attend_backward` the gradients.
+`ops/ring_attention.py` calls them for a part of the keys at a time.
+
+On more than one TPU `splash` has to be called inside `jax.shard_map`: the compiler cannot split a
+kernel.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from videochat_flash_jax.ops import splash
+from videochat_flash_jax.ops import blockwise, splash
+from videochat_flash_jax.ops.blockwise import Partial, order_among_keys
 from videochat_flash_jax.ops.platform import target_platform
 from videochat_flash_jax.shapes import Array, Float, Int
 
-_DENSE_SCORES = 256 * 256  # up to this many scores a head, one dense product is faster
-_BLOCK_SCORES = 1 << 20  # scores of a block: 4 MiB in float32, about a core's cache
-_BLOCK_QUERIES = 32  # queries of a block at least, lest the products wait for the keys
-_MASKED = -1e30  # finite, so that a row that sees nothing gives no NaN
+_DENSE_SCORES = 256 * 256  # up to this many scores per head, one dense product is faster
+_MASKED = -1e30  # finite, so that a query that sees no key gives no NaN
 
 
 def attention(
@@ -44,11 +48,11 @@ def attention(
     k: keys, with K dividing N (grouped-query attention).
     v: values.
     causal: a query sees only the keys whose index is at most its order.
-    query_order: index of each query among the keys, where it is not its own index (a chunk
-      that continues a cache). Only read when `causal`.
+    query_order: index of each query among the keys, if it is not the query's own index (for
+      example in a chunk that continues a cache). Only used if `causal`.
     query_segments: with `key_segments`, a query sees only keys of its own segment (packing).
     key_segments: see `query_segments`.
-    implementation: "dense", "blockwise", "cudnn", "splash", or None to choose by size and by the
+    implementation: "dense", "blockwise", "cudnn", "splash", or None to choose by the size and the
       device that the program is traced for.
 
   Returns:
@@ -62,134 +66,77 @@ def attention(
 
 
 def _fastest():
-  """The implementation for the device that the program is traced for."""
+  """Name of the implementation for the device that the program is traced for."""
   platform = target_platform()
   if platform == "gpu":
-    capability = jax.devices()[0].compute_capability  # "8.0" for Ampere; AMD's are no numbers
+    capability = jax.devices()[0].compute_capability  # "8.0" for Ampere; no number on AMD's GPUs
     is_ampere = capability.replace(".", "", 1).isdigit() and float(capability) >= 8
     return "cudnn" if is_ampere else "blockwise"
   return "splash" if platform == "tpu" else "blockwise"
 
 
-def _visible(query_order, num_keys, query_segments, key_segments):
-  """Mask [..., T, S] of what each query sees, or None when it sees all.
-
-  Order and segments of queries are [..., T], or None; segments of keys are [..., S].
-  """
-  visible = None
-  if query_order is not None:
-    visible = query_order[..., :, None] >= jnp.arange(num_keys)
-  if query_segments is not None:
-    same = query_segments[..., :, None] == key_segments[..., None, :]
-    visible = same if visible is None else visible & same
-  return visible
-
-
-def _attend(q, k, v, visible):
-  """Attention of grouped queries [..., T, G, H] to keys [..., S, H]; mask [..., T, S]."""
-  shape = (*_, length, group, head_size) = q.shape
+def _dense(q, k, v, causal, query_order, query_segments, key_segments):
+  """Computes all scores at once; JAX derives the gradient."""
+  (batch, length, num_heads, head_size), num_kv_heads = q.shape, k.shape[2]
+  group = num_heads // num_kv_heads
+  visible = _visible(q, k, causal, query_order, query_segments, key_segments)
   # Queries and group share an axis: with two, XLA on the CPU would transpose all keys first.
-  q = q.reshape(*shape[:-3], length * group, head_size) * jnp.asarray(head_size**-0.5, q.dtype)
-  scores = jnp.einsum("...qh,...sh->...qs", q, k, preferred_element_type=jnp.float32)
+  rows = q.reshape(batch, length, num_kv_heads, group, head_size).swapaxes(1, 2)
+  rows = rows.reshape(batch, num_kv_heads, length * group, head_size)
+  rows = rows * jnp.asarray(head_size**-0.5, q.dtype)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  scores = jnp.einsum("bkqh,bksh->bkqs", rows, k, preferred_element_type=jnp.float32)
   if visible is not None:
-    visible = jnp.repeat(visible, group, axis=-2)
-    scores = jnp.where(visible, scores, _MASKED)
+    scores = jnp.where(jnp.repeat(visible, group, axis=1)[:, None], scores, _MASKED)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
   total = weights.sum(axis=-1, keepdims=True)
   # Divided after the product: S times fewer divisions, and no second pass over the weights.
   mixed = jnp.einsum(
-    "...qs,...sh->...qh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    "bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
   )
-  return (mixed / total).astype(q.dtype).reshape(shape)
+  out = (mixed / total).astype(q.dtype).reshape(batch, num_kv_heads, length, group, head_size)
+  return out.swapaxes(1, 2).reshape(q.shape)
 
 
-def _heads_first(q, k, v):
-  """Queries [B, K, T, G, H]; keys and values [B, K, S, H]."""
-  batch, length, num_heads, head_size = q.shape
-  num_kv_heads = k.shape[2]
-  q = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_size)
-  return q.transpose(0, 2, 1, 3, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+def _visible(q, k, causal, query_order, query_segments, key_segments):
+  """Mask [#B, T, S] of the keys that each query sees, or None if it sees all."""
+  visible = None
+  order = order_among_keys(q, causal, query_order)
+  if order is not None:
+    visible = order[:, :, None] >= jnp.arange(k.shape[1])
+  if query_segments is not None:
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    visible = same if visible is None else visible & same
+  return visible
 
 
-def _dense(q, k, v, causal, query_order, query_segments, key_segments):
-  shape = q.shape
-  if causal and query_order is None:
-    query_order = jnp.arange(shape[1])[None]
-  visible = _visible(query_order if causal else None, k.shape[1], query_segments, key_segments)
-  q, k, v = _heads_first(q, k, v)
-  out = _attend(q, k, v, None if visible is None else visible[:, None])
-  return out.transpose(0, 2, 1, 3, 4).reshape(shape)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def _flash(module, q, k, v, causal, query_order, query_segments, key_segments):
+  """Attends with the `attend` of a module; the gradient is computed by its `attend_backward`."""
+  mask = query_order, query_segments, key_segments
+  return _flash_forward(module, q, k, v, causal, *mask)[0]
 
 
-def _blockwise(q, k, v, causal, query_order, query_segments, key_segments):
-  batch, length, num_heads, _ = q.shape
-  num_keys, num_kv_heads = k.shape[1], k.shape[2]
-  rows_at_once = max(_BLOCK_QUERIES, _BLOCK_SCORES // (num_keys * (num_heads // num_kv_heads)))
-  block = -(-length // -(-length // rows_at_once))  # equal blocks, lest the last one be padding
-  in_order = causal and query_order is None
-  if in_order:
-    query_order = jnp.arange(length)[None]
-  if causal:
-    query_order = jnp.broadcast_to(query_order, (batch, length))
-  about_queries = (query_order if causal else None, query_segments)
-  q, k, v = _heads_first(q, k, v)
-
-  # Queries in array order never look beyond themselves, so a stretch of them needs only the
-  # keys up to its end. Eight stretches save 7/16 of the products.
-  stretch = -(-length // (8 * block)) * block if in_order else length
-  out = []
-  for start in range(0, length, stretch):
-    rows = slice(start, min(start + stretch, length))
-    keys = slice(0, min(rows.stop, num_keys) if in_order else num_keys)
-    out.append(
-      _map_blocks(
-        q[:, :, rows],
-        k[:, :, keys],
-        v[:, :, keys],
-        jax.tree.map(lambda of_queries, rows=rows: of_queries[:, rows], about_queries),
-        None if key_segments is None else key_segments[:, keys],
-        block,
-      )
-    )
-  out = jnp.concatenate(out, axis=2)
-  return out.transpose(0, 2, 1, 3, 4).reshape(batch, length, num_heads, -1)
+def _flash_forward(module, q, k, v, causal, *mask):
+  out, lse = module.attend(q, k, v, causal, *mask)
+  out = out.astype(q.dtype)
+  return out, (q, k, v, mask, Partial(out, lse))
 
 
-def _map_blocks(q, k, v, about_queries, key_segments, block):
-  """Attention of q [B, K, T, G, H], one key/value head and `block` queries at a time.
+def _flash_backward(module, causal, residuals, gradient):
+  q, k, v, mask, merged = residuals
+  gradients = module.attend_backward(q, k, v, causal, *mask, merged, gradient)
+  in_dtype = (d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True))
+  return *in_dtype, None, None, None
 
-  `about_queries` holds order and segments, [B, T] each, or None. Masks are made for one block at a
-  time; whole, they would take more memory than a long video's keys.
-  """
-  batch, num_kv_heads, length, group, head_size = q.shape
-  padding = -length % block
-  q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
-  q = q.reshape(batch * num_kv_heads, -1, block, group, head_size)
-  k = k.reshape(batch * num_kv_heads, *k.shape[2:])
-  v = v.reshape(batch * num_kv_heads, *v.shape[2:])
-  about_queries = jax.tree.map(
-    lambda x: jnp.pad(x, ((0, 0), (0, padding))).reshape(batch, -1, block), about_queries
-  )
 
-  def one_head(operands):
-    q_blocks, k_head, v_head, row = operands
-
-    def one_block(operands):
-      q_block, (order, segments) = operands
-      segments_of_keys = None if key_segments is None else key_segments[row]
-      visible = _visible(order, len(k_head), segments, segments_of_keys)
-      return _attend(q_block, k_head, v_head, visible)
-
-    about_blocks = jax.tree.map(lambda x: x[row], about_queries)
-    # Recomputed in the backward pass, else every block's weights would be kept.
-    return jax.lax.map(jax.checkpoint(one_block), (q_blocks, about_blocks))
-
-  rows = jnp.arange(batch * num_kv_heads) // num_kv_heads
-  out = jax.lax.map(one_head, (q, k, v, rows))
-  return out.reshape(batch, num_kv_heads, -1, group, head_size)[:, :, :length]
+_flash.defvjp(_flash_forward, _flash_backward)
+_blockwise = functools.partial(_flash, blockwise)
+_splash = functools.partial(_flash, splash)
 
 
 def _cudnn(q, k, v, causal, query_order, query_segments, key_segments):
+  """Calls cuDNN where it has the case, and `blockwise` elsewhere."""
   in_order = query_order is None and q.shape[1] == k.shape[1]
   fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
   if query_segments is not None or (causal and not in_order) or not fits:
@@ -201,5 +148,5 @@ _IMPLEMENTATIONS = {
   "dense": _dense,
   "blockwise": _blockwise,
   "cudnn": _cudnn,
-  "splash": splash.attention,
+  "splash": _splash,
 }

@@ -1,4 +1,4 @@
-"""Looking up tokens in a table that may be spread over a mesh."""
+"""Looks up the embeddings of tokens in a table that may be sharded over a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +12,27 @@ def embed(
 ) -> Float[Array, "B T D"]:
   """Returns `table[token_ids]`.
 
-  On a mesh every device looks up its columns for the tokens of all devices that share a table, and
-  gives each what belongs to it: tokens travel, the table does not. Where weights are kept gathered,
-  it has all columns, and looks up its own tokens.
+  On a mesh every device looks up its columns of the table for the tokens of all devices that share
+  the table, and sends each device the columns of its tokens. So embeddings are sent, and the table
+  is not. Where weights are replicated, a device has all columns and looks up
+  only its own tokens.
 
   Args:
-    table: split by words and by columns, as `parallel.sharding` says.
+    table: split by vocabulary ids and by columns, as `parallel.sharding` says.
     token_ids: from 0.
-    layout: how all of it lies on a mesh.
+    layout: how table and tokens are sharded.
   """
   if layout.mesh is None:
     return table[token_ids]
   sharers = layout.axes["width"]
 
   def look_up(table, token_ids):
-    words = layout.vocab_ids(len(table))
-    place = token_ids - words[0]
+    """Embeddings of this device's tokens; `table` is this device's shard."""
+    index = token_ids - layout.vocab_ids(len(table))[0]
     if sharers is not None:
-      place = jax.lax.all_gather(place, sharers)  # [devices, B, T]
-    is_here = (place >= 0) & (place < len(table))
-    columns = jnp.where(is_here[..., None], table[jnp.where(is_here, place, 0)], 0)
+      index = jax.lax.all_gather(index, sharers)  # [devices, B, T]
+    is_here = (index >= 0) & (index < len(table))
+    columns = jnp.where(is_here[..., None], table[jnp.where(is_here, index, 0)], 0)
     columns = layout.reduce_over(jax.lax.psum, columns, "vocabulary")
     if sharers is None:
       return columns

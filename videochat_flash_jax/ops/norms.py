@@ -1,6 +1,6 @@
-"""Normalisation layers, with float32 statistics whatever the weights are.
+"""Normalisation layers; their statistics are float32 for weights of any dtype.
 
-The bfloat16 squares of wide activations would lose the digits that the small epsilons guard.
+In bfloat16 the squares of large activations would lose the digits for which epsilon is small.
 """
 
 import jax
@@ -11,7 +11,7 @@ from videochat_flash_jax.shapes import Array, Float
 
 
 class RMSNorm(nnx.Module):
-  """Scales to unit root mean square over the last axis, then by a learned vector."""
+  """Scales the last axis to a root mean square of one, then multiplies by a learned vector."""
 
   def __init__(self, width: int, eps: float, *, param_dtype=jnp.float32):
     self.eps = eps
@@ -25,7 +25,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-  """Centres and scales to unit variance over the last axis, then by a learned affine map."""
+  """Shifts and scales the last axis to mean 0 and variance 1, then by learned vectors."""
 
   def __init__(self, width: int, eps: float, *, param_dtype=jnp.float32):
     self.eps = eps

@@ -4,10 +4,11 @@ import jax
 
 
 def target_platform() -> str:
-  """Returns "cpu", "gpu" or "tpu": of the mesh inside `jax.shard_map`, else of the default device.
+  """Returns "cpu", "gpu" or "tpu".
 
-  A program can be lowered for devices that this machine does not have (`vcflash compile`), so the
-  mesh is asked first.
+  Inside `jax.shard_map` this is the platform of the mesh, because a program can be compiled for
+  devices that this machine does not have (`vcflash compile`). Elsewhere it is that of the default
+  device.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform

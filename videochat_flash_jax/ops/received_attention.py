@@ -1,4 +1,4 @@
-"""How much attention each token gets from some of the others, without their values."""
+"""How much attention each token receives from some of the other tokens; no values are mixed."""
 
 import functools
 
@@ -9,10 +9,9 @@ from videochat_flash_jax.ops.gather import gather_from_block, gather_tokens
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Bool, Float, Int
 
-_BLOCK_QUERIES = (
-  8  # of a row at a time: their weights, 8 N float32 a token, are fewer than its width
-)
-_MASKED = -1e30  # finite, so that a row that sees nothing gives no NaN
+# Queries of a row at a time. Their weights are 8 N float32 per key, fewer than a token's channels.
+_BLOCK_QUERIES = 8
+_MASKED = -1e30  # finite, so that a query that sees no key gives no NaN
 
 
 def received_attention(
@@ -22,33 +21,34 @@ def received_attention(
   segment_ids: Int[Array, "B T"],
   layout: Layout = ONE_DEVICE,
 ) -> Float[Array, "B T"]:
-  """Causal attention weights that each token gets: the mean over heads and over those that ask.
+  """Returns the causal attention weight of each token: its mean over heads and asking tokens.
 
-      two tokens, both ask: the first gives itself 1; the second gives .3 and .7
+      two tokens, both ask; the first gives itself weight 1, the second gives .3 and .7
       result   [(1 + .3) / 2, .7 / 2]
 
-  A token that asks counts in the mean of its whole segment, also where it sees nothing. Queries
-  that do not ask cost nothing: those that do are gathered and visited a few at a time, up to the
-  row that has most. On a mesh these few are sent to all devices of the row, and the softmax is
-  taken over the keys of all; keys stay where they are. Not differentiable.
+  An asking token counts in the mean of its whole segment, also for tokens that it does not see.
+  Tokens that do not ask cost nothing: the queries of the asking tokens are gathered, and a few of
+  each row are computed at a time, until all rows are done. On a mesh these few queries are sent to
+  all devices of the row, and the softmax is taken over the keys of all these devices. Keys are not
+  sent. Not differentiable.
 
   Args:
     q: queries.
     k: keys, with K dividing N (grouped-query attention).
-    asks: which tokens ask.
+    asks: whether a token asks, that is, whether its attention counts.
     segment_ids: a token sees only its own segment.
-    layout: how rows, tokens and heads lie on a mesh; all arrays are in its order of tokens.
+    layout: how rows, tokens and heads are sharded; all arrays are in its order of tokens.
 
   Returns:
-    The means, in float32 as the softmax is; 0 in segments where nobody asks.
+    The means, in float32 as the softmax is; 0 in segments where no token asks.
   """
   length = q.shape[1]
-  places = jnp.broadcast_to(layout.to_zigzag(jnp.arange(length)[None]), asks.shape)
-  # Indices of those that ask; behind them the length, which stands for nobody.
-  rows = jnp.sort(jnp.where(asks, jnp.arange(length), length), axis=1)
-  rows = jnp.pad(rows, ((0, 0), (0, _BLOCK_QUERIES)), constant_values=length)
-  asking = rows, gather_tokens(segment_ids, rows), gather_tokens(places, rows)
-  # Over all rows, so that all devices go through their blocks together.
+  positions = jnp.broadcast_to(layout.to_zigzag(jnp.arange(length)[None]), asks.shape)
+  # Indices of the asking tokens of each row, padded with the length, which is no token's index.
+  index = jnp.sort(jnp.where(asks, jnp.arange(length), length), axis=1)
+  index = jnp.pad(index, ((0, 0), (0, _BLOCK_QUERIES)), constant_values=length)
+  asking = index, gather_tokens(segment_ids, index), gather_tokens(positions, index)
+  # The largest of all rows, so that all devices compute the same number of blocks.
   num_blocks = -(-asks.sum(axis=1).max() // _BLOCK_QUERIES)
   tokens, heads = ("batch", "sequence"), ("batch", "sequence", "heads")
   local = layout.shard_map(
@@ -56,24 +56,26 @@ def received_attention(
     (heads, heads, tokens, tokens, (("batch",),) * 3, ()),
     tokens,
   )
-  return local(q, k, segment_ids, places, asking, num_blocks)
+  return local(q, k, segment_ids, positions, asking, num_blocks)
 
 
-def _received_on_device(q, k, segment_ids, places, asking, num_blocks, length, layout):
+def _received_on_device(q, k, segment_ids, positions, asking, num_blocks, length, layout):
+  """Means for this device's tokens, of the weights that the asking tokens of all devices give."""
   (batch, num_keys, _, head_size), num_kv_heads = q.shape, k.shape[2]
   start = layout.axis_index("sequence") * num_keys
   k = k.transpose(0, 2, 1, 3)
 
   def add_block(block, sums):
+    """Adds the weights of one block of queries to the total, and their number to the count."""
     total, count = sums
-    rows, row_segments, row_places = (
+    index, query_segments, query_positions = (
       jax.lax.dynamic_slice_in_dim(x, block * _BLOCK_QUERIES, _BLOCK_QUERIES, axis=1)
       for x in asking
     )
-    is_asking = (rows < length)[..., None]
-    same = row_segments[..., None] == segment_ids[:, None]  # [B, rows, T]
-    visible = same & (row_places[..., None] >= places[:, None])
-    queries = layout.reduce_over(jax.lax.psum, gather_from_block(q, rows, start), "sequence")
+    is_asking = (index < length)[..., None]
+    same = query_segments[..., None] == segment_ids[:, None]  # [B, queries, T]
+    visible = same & (query_positions[..., None] >= positions[:, None])
+    queries = layout.reduce_over(jax.lax.psum, gather_from_block(q, index, start), "sequence")
     queries = queries * jnp.asarray(head_size**-0.5, q.dtype)
     queries = queries.reshape(batch, _BLOCK_QUERIES, num_kv_heads, -1, head_size)
     scores = jnp.einsum("bqkgh,bksh->bkgqs", queries, k, preferred_element_type=jnp.float32)
@@ -82,13 +84,13 @@ def _received_on_device(q, k, segment_ids, places, asking, num_blocks, length, l
     count += (same & is_asking).sum(axis=1)
     return total, count
 
-  nothing = jnp.zeros((batch, num_keys)), jnp.zeros((batch, num_keys), jnp.int32)
-  total, count = jax.lax.fori_loop(0, num_blocks, add_block, nothing)
+  zeros = jnp.zeros((batch, num_keys)), jnp.zeros((batch, num_keys), jnp.int32)
+  total, count = jax.lax.fori_loop(0, num_blocks, add_block, zeros)
   return layout.reduce_over(jax.lax.pmean, total, "heads") / jnp.maximum(count, 1)
 
 
 def _softmax(scores, layout):
-  """Over the keys, the last axis, of all devices that share a row."""
+  """Softmax over the keys, the last axis, of all devices that share a row."""
   highest = layout.reduce_over(jax.lax.pmax, scores.max(axis=-1, keepdims=True), "sequence")
   weights = jnp.exp(scores - highest)
   return weights / layout.reduce_over(jax.lax.psum, weights.sum(axis=-1, keepdims=True), "sequence")

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021), in float32: at position 100,000 bfloat16 has no fraction."""
+"""Rotary positions (Su et al. 2021), in float32: bfloat16 has no fractions at 100,000."""
 
 import math
 
@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from videochat_flash_jax.shapes import Array, Float, Int
 
-# YaRN: a channel that turns this often within the original context keeps its frequency (first), or
-# is slowed down by the whole factor (second); those in between, by a part of it.
+# YaRN: channels that turn at least 32 times within the original context keep their frequency;
+# channels that turn at most once are slowed by the whole factor; channels in between, by a part.
 _KEPT_TURNS, _SLOWED_TURNS = 32, 1
 
 
@@ -19,16 +19,16 @@ def rope_table(
   stretch: float = 1.0,
   original_positions: int = 0,
 ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
-  """Cosines and sines for each position; the H/2 frequencies are stored twice, as Qwen2 does.
+  """Returns cosines and sines for each position; the H/2 frequencies stand twice, as in Qwen2.
 
   Args:
-    positions: of the tokens.
+    positions: rotary positions of the tokens.
     head_size: H.
     theta: the slowest channel turns once in about 2 pi theta positions.
-    stretch: above 1, a context `original_positions` long is stretched by it as YaRN does (Peng et
-      al. 2023): fast channels tell neighbours apart and stay, slow ones turn slower; and the
-      scores of attention grow by the square of 0.1 ln(stretch) + 1.
-    original_positions: the context that the model was trained with.
+    stretch: above 1, the context is made longer by this factor, as YaRN does (Peng et al. 2023).
+      Fast channels, which tell neighbours apart, keep their frequency, and slow channels turn more
+      slowly. Attention scores grow by the square of 0.1 ln(stretch) + 1.
+    original_positions: length of the context that the model was trained with.
   """
   exponents = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
   frequencies = 1.0 / theta**exponents
@@ -42,9 +42,10 @@ def rope_table(
 
 
 def _slowed_share(head_size, theta, original_positions):
-  """Part of the stretch that each of the H/2 channels takes: 0 if it is fast, 1 if slow."""
+  """Part of the stretch for each of the H/2 channels: 0 for fast channels, 1 for slow ones."""
 
   def channel(turns):
+    """The channel, as a fraction, that turns so often within the original context."""
     wave_length = original_positions / turns
     return head_size * math.log(wave_length / (2 * math.pi)) / (2 * math.log(theta))
 
@@ -57,8 +58,8 @@ def _slowed_share(head_size, theta, original_positions):
 def apply_rope(
   x: Float[Array, "B T N H"], cosines: Float[Array, "#B T H"], sines: Float[Array, "#B T H"]
 ) -> Float[Array, "B T N H"]:
-  """Rotates channel i with channel i + H/2 by the angle of the token's position."""
+  """Rotates each pair of channels i and i + H/2 by the angle of the token's position."""
   x32 = x.astype(jnp.float32)
   first, second = jnp.split(x32, 2, axis=-1)
-  turned = jnp.concatenate([-second, first], axis=-1)
-  return (x32 * cosines[:, :, None] + turned * sines[:, :, None]).astype(x.dtype)
+  rotated = jnp.concatenate([-second, first], axis=-1)  # by a quarter turn
+  return (x32 * cosines[:, :, None] + rotated * sines[:, :, None]).astype(x.dtype)
