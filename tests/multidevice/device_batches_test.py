@@ -85,7 +85,9 @@ def host_batches(mesh_config, mixture):
   return iter(mixture_batches(data(mesh_config), read_rows(mixture), make_tokenizer))
 
 
-def test_devices_hold_what_the_host_gave_and_the_state_is_of_the_batch_given(mixture):
+def test_devices_hold_the_batch_of_the_host_and_the_state_is_that_of_the_last_returned_batch(
+  mixture,
+):
   host, placed = host_batches(BY_ROWS, mixture), shardings(BY_ROWS)
   batches = mixture_batches(data(BY_ROWS), read_rows(mixture), make_tokenizer)
   batches = device_batches(batches, placed, NUM_ROWS)
@@ -123,7 +125,7 @@ def test_a_program_that_fails_tells_its_own_error_alone(mixture):
 
 
 @pytest.mark.slow
-def test_two_processes_read_their_rows_and_together_have_the_batches_of_one(mixture):
+def test_two_processes_read_their_own_rows_and_together_hold_the_batches_of_one_process(mixture):
   expected = []
   for mesh in (BY_ROWS, BY_TOKENS):
     host = host_batches(mesh, mixture)
@@ -183,7 +185,7 @@ def test_processes_that_share_rows_are_one_group():
   assert own_rows(sharding, (8, 16), 2) == own_rows(sharding, (8, 16), 4) == [0, 1, 2, 3]
 
 
-def test_of_a_stream_that_two_processes_read_each_keeps_its_rows():
+def test_two_processes_that_read_the_same_stream_keep_their_own_rows():
   first, second = FakeSharding([(0, 4)], [(4, 8)]), FakeSharding([(4, 8)], [(0, 4)])
   for sharding, rows in ((first, [0, 1, 2, 3]), (second, [4, 5, 6, 7])):
     assert own_streams(sharding, (8, 16), 1) == [0] and own_rows(sharding, (8, 16), 1) == rows

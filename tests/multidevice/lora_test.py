@@ -49,7 +49,7 @@ def expected():
 
 @pytest.mark.parametrize("name", ["fsdp 2 x sequence 2 x tensor 2"])
 @pytest.mark.slow
-def test_adapters_on_a_mesh_learn_what_they_do_on_one_device(name):
+def test_adapters_on_a_mesh_are_trained_as_on_one_device(name):
   mesh = make_mesh(MeshConfig(**MESHES[name]))
   shards = mesh.shape["sequence"]
   batch = shard_rows(

@@ -63,7 +63,7 @@ def test_sizes_that_cannot_be_split_are_refused_in_one_line(overrides, complaint
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows, accumulate", [(2, 1), (4, 2)])
-def test_the_step_of_a_config_trains(rows, accumulate):
+def test_the_step_of_a_config_lowers_the_loss(rows, accumulate):
   tiny = ["model=tiny", "image_size=32", "tokens_per_row=64", "clips_per_shard=1"]
   tiny += [f"rows={rows}", f"accumulate={accumulate}"]
   program = program_of(*tiny, "optimizer.learning_rate=0.1", "num_steps=40")
@@ -88,7 +88,7 @@ def test_the_step_of_a_config_trains(rows, accumulate):
   assert losses[-1] < 0.5 * losses[0], losses
 
 
-def test_a_production_step_on_a_mesh_is_that_on_one_device():
+def test_a_production_step_on_a_mesh_equals_one_on_one_device():
   """Frozen parts and shardings as a run has them; in bfloat16, no farther from float32."""
   sizes = ["model=tiny", "image_size=32", "rows=2", "tokens_per_row=96", "clips_per_shard=2"]
   sizes += ["tiles_per_shard=0", "sequence_parallel=ring"]

@@ -195,16 +195,16 @@ def cases():
 
 
 @pytest.mark.parametrize("name, dropout", list(cases()))
-def test_a_step_on_a_mesh_is_a_step_on_one_device(name, dropout):
+def test_a_step_on_a_mesh_equals_a_step_on_one_device(name, dropout):
   assert_same(step_on_mesh(name, dropout), expected(dropout))
 
 
 @pytest.mark.slow
-def test_a_step_that_gathers_keys_and_values_is_that_of_one_device():
+def test_a_step_with_all_gathered_keys_and_values_equals_one_on_one_device():
   name = "tensor 2 x sequence 4"
   assert_same(step_on_mesh(name, False, sequence_parallel="all_gather"), expected(False))
 
 
 @pytest.mark.slow
-def test_a_step_on_rows_in_order_is_that_of_one_device():
+def test_a_step_without_zigzag_equals_one_on_one_device():
   assert_same(step_on_mesh("sequence 8", True, zigzag=False), expected(True))

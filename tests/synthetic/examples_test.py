@@ -14,7 +14,7 @@ from videochat_flash_jax.data.text.tokenizer import SentencePieceTokenizer, trai
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.synthetic import training as synthetic_training
-from videochat_flash_jax.synthetic.examples import patch_batches, synthetic_batches
+from videochat_flash_jax.synthetic.examples import synthetic_batches
 from videochat_flash_jax.synthetic.render import COLOURS
 from videochat_flash_jax.synthetic.shapes import KINDS
 
@@ -115,17 +115,3 @@ def test_a_state_of_other_questions_is_refused(make_tokenizer):
   state = batches(make_tokenizer).get_state()
   with pytest.raises(InputError, match="made with questions"):
     batches(make_tokenizer, questions={"attribute": 1.0}).set_state(state)
-
-
-def test_patch_batches_go_on_from_a_state_that_is_a_number():
-  run = iter(patch_batches(MODEL, num_videos=2, clips_per_video=3, seed=1))
-  first = next(run)
-  grid = MODEL.vision.grid_size
-  assert first["frames"].shape == (6, 4, SIZE, SIZE, 3)
-  assert first["kinds"].shape == first["colours"].shape == (6, 4 * grid * grid)
-  state = json.loads(json.dumps(run.get_state()))
-  expected = [digest(next(run)) for _ in range(2)]
-  again = iter(patch_batches(MODEL, num_videos=2, clips_per_video=3, seed=1))
-  again.set_state(state)
-  assert [digest(next(again)) for _ in range(2)] == expected != [digest(first)] * 2
-  assert len(json.dumps(state)) < 100

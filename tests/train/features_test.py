@@ -1,4 +1,4 @@
-"""Training on stored features: the same rows, the same loss, and no pixel is read."""
+"""Training on stored features: the same rows and the same loss, and no video is opened."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def batches(mixture, store, **changes):
   return iter(mixture_batches(config(**changes), mixture, make_tokenizer, features=store))
 
 
-def test_rows_are_those_of_pixels_with_features_in_their_places(rows, store):
+def test_rows_hold_features_instead_of_pixels_and_are_otherwise_the_same(rows, store):
   seen, stored, model = batches(rows, None), batches(rows, store), make_model()
   encode = jax.jit(model.encode_features)
   for _ in range(3):
@@ -68,7 +68,7 @@ def test_rows_are_those_of_pixels_with_features_in_their_places(rows, store):
       np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5)
 
 
-def test_the_loss_is_that_of_rounded_features(rows, store):
+def test_the_loss_on_stored_features_is_that_on_rounded_features(rows, store):
   model, layout = make_model(), {"num_shards": 1, "zigzag": False, "rows": 1}
   pixels, features = next(batches(rows, None, **layout)), next(batches(rows, store, **layout))
 
@@ -99,7 +99,7 @@ def test_no_video_is_opened(rows, store, monkeypatch):
   next(batches(rows, store))
 
 
-def test_what_is_not_in_the_store_is_a_broken_row(rows, store):
+def test_a_row_whose_video_is_not_in_the_store_counts_as_broken(rows, store):
   others = batches(rows, store, frames=(4, 8), max_broken_share=1.0)
   for _ in range(3):
     next(others)
@@ -107,7 +107,7 @@ def test_what_is_not_in_the_store_is_a_broken_row(rows, store):
   assert metrics["broken/no features"] == metrics["broken_share"] * metrics["examples"] > 0
 
 
-def test_a_state_of_pixels_does_not_go_on_with_features(rows, store):
+def test_a_state_of_batches_with_pixels_is_refused_with_features_and_vice_versa(rows, store):
   seen, stored = batches(rows, None), batches(rows, store)
   with pytest.raises(InputError, match="made with features None, now it is"):
     stored.set_state(seen.get_state())

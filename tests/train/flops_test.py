@@ -1,4 +1,4 @@
-"""The work of a step, counted by hand: against XLA's count of a program without loops."""
+"""The operations of a step: counted by hand, and by XLA in a program without loops."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ SIZES |= {"compute_dtype": "float32"}
 
 
 def settings_of(stage, **changes):
-  """A stage of a model whose products outweigh all else."""
+  """The settings of a stage, with a model in which products of matrices dominate."""
   sizes = [f"--config.{name}={size}" for name, size in (SIZES | changes).items()]
   settings = train_settings(read_config(CONFIGS / stage, sizes))
   model = settings.model
@@ -30,7 +30,7 @@ def settings_of(stage, **changes):
 
 
 @pytest.mark.parametrize("stage", ["stage1_align.py", "stage3_long.py", "stage4_highres.py"])
-def test_the_count_is_that_of_xla(stage, monkeypatch):
+def test_the_number_of_operations_is_that_counted_by_xla(stage, monkeypatch):
   monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
   settings = settings_of(stage)
   program = train_program(settings, jax.devices()[:1])
@@ -38,7 +38,7 @@ def test_the_count_is_that_of_xla(stage, monkeypatch):
   assert step_flops(settings, 1) == pytest.approx(counted, rel=0.1)
 
 
-def test_work_grows_with_rows_and_clips_and_with_what_learns():
+def test_operations_grow_with_rows_clips_and_trained_parts():
   settings = settings_of("stage3_long.py")
   twice = dataclasses.replace(settings, rows=2)
   assert step_flops(twice, 1) == 2 * step_flops(settings, 1)
@@ -51,7 +51,7 @@ def test_work_grows_with_rows_and_clips_and_with_what_learns():
   assert frozen < step_flops(with_adapters, 1) < step_flops(settings, 1)
 
 
-def test_with_stored_features_the_encoder_is_not_counted(monkeypatch):
+def test_with_stored_features_the_encoder_has_no_operations(monkeypatch):
   monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
   ours, counted = [], []
   for features in ("", "somewhere"):

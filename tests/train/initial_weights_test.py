@@ -1,4 +1,4 @@
-"""What a run begins with: whole checkpoints, runs, and parts; what does not fit is told early."""
+"""First weights of a run: from checkpoints, runs and parts; what does not fit is refused early."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def expected(config=CONFIG):
 
 
 def assert_begins(init_from, but=()):
-  """All weights are those of the random model, but those of parts that were drawn anew."""
+  """All weights are those of the random model, except for parts that are drawn again."""
   weights, shapes = initial_weights(str(init_from), CONFIG, wanted()), wanted()
   assert weights.keys() == shapes.keys()
   for path, array in weights.items():
@@ -73,7 +73,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def parts(checkpoint, tmp_path):
-  """The same weights as the files of a language model, an encoder, and a projector."""
+  """The same weights in the files of a language model, an encoder and a projector."""
   tensors = load_file(checkpoint / "model.safetensors")
   language_model = tmp_path / "qwen2"
   language_model.mkdir()
@@ -92,15 +92,15 @@ def parts(checkpoint, tmp_path):
   return language_model, tmp_path / "encoder.safetensors", tmp_path / "projector.safetensors"
 
 
-def test_a_checkpoint_is_read_in_the_dtypes_and_to_the_places_asked_for(checkpoint):
+def test_a_checkpoint_is_read_in_the_given_dtypes_to_the_given_devices(checkpoint):
   assert_begins(checkpoint)
 
 
-def test_random_begins_with_nothing():
+def test_random_gives_no_weights():
   assert initial_weights("random", CONFIG, wanted()) == {}
 
 
-def test_a_run_is_begun_from_where_it_ended(checkpoint, tmp_path, caplog):
+def test_a_run_starts_with_the_last_weights_of_another_run(checkpoint, tmp_path, caplog):
   hub, workdir = tmp_path / "first" / "hub", tmp_path / "first"
   copy_hub_files(str(checkpoint), CONFIG, hub)
   state = {"trained": nnx.to_pure_dict(nnx.state(random_model())), "frozen": {}}
@@ -115,7 +115,7 @@ def test_a_run_is_begun_from_where_it_ended(checkpoint, tmp_path, caplog):
   assert not caplog.records
   (workdir / "config.json").write_text('{"config": {"num_steps": 4}}')
   copy_hub_files(str(workdir), CONFIG, tmp_path / "third" / "hub")
-  assert f"{workdir} has come to step 3 of 4 only" in caplog.text
+  assert f"{workdir} is at step 3 of 4 only" in caplog.text
   caplog.clear()
   for whole in (workdir / "checkpoints" / "3", checkpoint):
     copy_hub_files(str(whole), CONFIG, tmp_path / "fourth" / "hub")
@@ -127,7 +127,7 @@ def test_parts_are_joined(parts):
   assert_begins(" + ".join(map(str, parts[:2])), but=("connector.",))
 
 
-def test_the_files_beside_weights_say_what_is_trained(parts, tmp_path):
+def test_the_hub_files_describe_the_model_that_is_trained(parts, tmp_path):
   larger = dataclasses.replace(CONFIG.vision, image_size=64)
   config = dataclasses.replace(CONFIG, vision=larger)
   copy_hub_files(" + ".join(map(str, parts)), config, tmp_path / "run" / "hub")
@@ -136,12 +136,12 @@ def test_the_files_beside_weights_say_what_is_trained(parts, tmp_path):
   assert (tmp_path / "run" / "hub" / "merges.txt").read_text() == "#version: 0.2\n"
 
 
-def test_the_pictures_of_a_run_may_have_another_size(checkpoint):
+def test_the_picture_size_of_a_run_may_differ_from_its_checkpoint(checkpoint):
   config = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, image_size=64))
   assert initial_weights(str(checkpoint), config, wanted(config)).keys() == wanted().keys()
 
 
-def test_a_head_that_a_language_model_shares_with_its_embedding_is_begun_from_that(tmp_path):
+def test_a_missing_head_starts_as_the_tied_embedding(tmp_path):
   tied = dataclasses.replace(CONFIG.decoder, tied_embeddings=True)
   config = dataclasses.replace(CONFIG, decoder=tied)
   save_model(random_model(config), config, tmp_path / "tied")
@@ -150,11 +150,11 @@ def test_a_head_that_a_language_model_shares_with_its_embedding_is_begun_from_th
   np.testing.assert_array_equal(weights["decoder.lm_head.kernel"], embedding.T)
 
 
-def test_a_language_model_alone_is_told_what_it_lacks(parts):
-  assert_refused(parts[0], "a language model alone", f"'{parts[0]} + ENCODER'")
+def test_a_language_model_without_an_encoder_is_refused_with_the_remedy(parts):
+  assert_refused(parts[0], "only a language model", f"'{parts[0]} + ENCODER'")
 
 
-def test_an_encoder_alone_is_told_what_it_lacks(parts):
+def test_an_encoder_without_a_language_model_is_refused_with_the_remedy(parts):
   assert_refused(str(parts[1]), "a file", "'LANGUAGE_MODEL + ENCODER'")
 
 
@@ -184,7 +184,7 @@ def test_a_missing_part_is_named(checkpoint, part, start):
     ("connector", "merge_heads", 1),
   ],
 )
-def test_a_model_of_other_sizes_is_refused_by_the_first_that_differs(
+def test_a_model_of_other_sizes_is_refused_with_the_first_field_that_differs(
   checkpoint, part, field, value
 ):
   changed = dataclasses.replace(getattr(CONFIG, part), **{field: value})
@@ -196,6 +196,6 @@ def test_a_model_of_other_sizes_is_refused_by_the_first_that_differs(
 
 
 @pytest.mark.parametrize("init_from", ["a + b + c + d", " + b", "", "no such + encoder.pt"])
-def test_what_is_no_source_is_refused(init_from):
+def test_an_init_from_that_names_nothing_is_refused(init_from):
   with pytest.raises(InputError, match=re.escape("no such") + "|config.init_from"):
     initial_weights(init_from, CONFIG, wanted())

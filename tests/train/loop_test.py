@@ -1,4 +1,4 @@
-"""The loop: what it refuses before anything is computed, and when it stops."""
+"""The loop over runs: what it refuses before anything is computed, and when it stops."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ def small(**changes):
 
 
 def as_if_begun(workdir, config):
-  """What a run leaves: its config, and a checkpoint that is whole by its looks."""
+  """Writes what a run leaves: its config, and the directories of a complete checkpoint."""
   for item in ("state", "data", "run"):
     (workdir / "checkpoints" / "2" / item).mkdir(parents=True)
   plain = json.loads(config.to_json_best_effort())
@@ -54,7 +54,7 @@ def test_a_config_that_cannot_be_trained_is_refused_in_one_line(tmp_path, change
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_the_address_of_a_bucket_is_no_directory(tmp_path, monkeypatch):
+def test_the_address_of_a_bucket_is_refused_as_a_workdir(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   said = r"--workdir gs://bucket/run is no directory: .* Filestore, .* Cloud Storage FUSE$"
   with pytest.raises(InputError, match=said):
@@ -71,7 +71,9 @@ def test_the_address_of_a_bucket_is_no_directory(tmp_path, monkeypatch):
     ({"init_from": "nowhere"}, r"'nowhere': no such model or directory"),
   ],
 )
-def test_a_later_stage_is_refused_before_the_first_begins(tmp_path, monkeypatch, changes, said):
+def test_an_error_in_a_later_stage_is_found_before_the_first_starts(
+  tmp_path, monkeypatch, changes, said
+):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "bare.yaml").write_text("datasets: [{json_path: none.json}]")
   stages = {"first": small(), "second": small(**changes)}
@@ -83,13 +85,15 @@ def test_a_later_stage_is_refused_before_the_first_begins(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("field", ["data.mixture", "eval.mixture"])
-def test_a_mixture_that_is_not_there_is_refused(tmp_path, field):
+def test_a_missing_mixture_file_is_refused(tmp_path, field):
   config = small()
   config.data.synthetic = type(config)()
   (tmp_path / "rows.json").write_text("[]")
   config.data.mixture = str(tmp_path / "rows.json")
   config.update_from_flattened_dict({field: str(tmp_path / "gone.yaml")})
-  with pytest.raises(InputError, match=rf"config\.{field} is .*gone\.yaml.*: give a file that is"):
+  with pytest.raises(
+    InputError, match=rf"config\.{field} is .*gone\.yaml.*: give a file that exists"
+  ):
     loop.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
@@ -125,7 +129,7 @@ def test_a_directory_with_a_damaged_config_is_refused(tmp_path):
     loop.train(small(), tmp_path)
 
 
-def test_what_no_number_depends_on_may_change(tmp_path):
+def test_a_run_may_resume_with_changes_that_do_not_affect_its_numbers(tmp_path):
   as_if_begun(tmp_path, small())
   config = small(log_every=7, checkpoint__every=9, data__workers=2, mesh__data=2, remat="full")
   config.update_from_flattened_dict({"data.mixture": "moved.yaml", "data.features": "elsewhere"})
@@ -133,7 +137,7 @@ def test_what_no_number_depends_on_may_change(tmp_path):
   loop.check_config(tmp_path, json.loads(config.to_json_best_effort()))
 
 
-def test_clips_of_an_encoder_that_is_trained_alone_are_its_batch_and_may_not_change(tmp_path):
+def test_a_run_on_patches_cannot_resume_with_another_number_of_clips(tmp_path):
   as_if_begun(tmp_path, small(objective="patches"))
   config = small(objective="patches", clips_per_shard=7)
   with pytest.raises(InputError, match=r"config\.clips_per_shard 1, now it is 7"):
@@ -149,7 +153,9 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_rate_and_in_parts(undisturbed, tmp_path, caplog):
+def test_a_run_resumes_with_another_learning_rate_and_with_accumulation(
+  undisturbed, tmp_path, caplog
+):
   shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
   shutil.rmtree(tmp_path / "checkpoints" / "3")
   config = small(**THREE_STEPS, accumulate=2, init_from="gone", optimizer__clip_norm=0.5)
@@ -168,7 +174,7 @@ def test_a_run_goes_on_with_another_rate_and_in_parts(undisturbed, tmp_path, cap
   assert after == pytest.approx([*before[:2], before[2] / 2])
 
 
-def test_a_full_disk_stops_the_run_in_one_line_and_the_same_command_goes_on(
+def test_a_full_disk_stops_the_run_with_one_line_and_the_same_command_resumes_it(
   undisturbed, tmp_path, monkeypatch
 ):
   save = ocp.CheckpointManager.save
@@ -189,17 +195,17 @@ def test_a_full_disk_stops_the_run_in_one_line_and_the_same_command_goes_on(
   assert losses(tmp_path) == losses(undisturbed)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_names_of_its_batch(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_its_examples_are_written(tmp_path):
   config = small(optimizer__learning_rate=1e30, checkpoint__every=1)
   with pytest.raises(InputError, match=r"the loss of step (\d+) is (nan|inf)") as error:
     loop.train(config, tmp_path)
   (path,) = tmp_path.glob("nan_step_*.json")
-  told, step = json.loads(path.read_text()), int(path.stem.removeprefix("nan_step_"))
+  report, step = json.loads(path.read_text()), int(path.stem.removeprefix("nan_step_"))
   assert f"of step {step} is" in str(error.value) and path.name in str(error.value)
   assert f"the newest checkpoint is of step {step - 1}:" in str(error.value)
   assert "lower config.optimizer.learning_rate" in str(error.value) and "\n" not in str(error.value)
-  assert told["step"] == step and not math.isfinite(float(told["metrics"]["loss"]))
-  (row,) = told["rows"]
+  assert report["step"] == step and not math.isfinite(float(report["metrics"]["loss"]))
+  (row,) = report["rows"]
   assert row and all("of the synthetic world" in name for name in row)
   assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} <= set(range(1, step))
   assert max(record["step"] for record in records(tmp_path)) == step - 1
@@ -214,7 +220,7 @@ def test_a_step_copies_nothing_from_the_host(tmp_path, monkeypatch):
 
 
 def test_frozen_weights_do_not_change_by_a_bit(tmp_path, monkeypatch):
-  """Neither on the devices nor on disk, where they are written once."""
+  """Neither on the devices nor on disk, where they are written only once."""
   held, save = [], RunCheckpoints.save
 
   def keep(self, step, state, *rest):
@@ -241,7 +247,9 @@ def weights(directory):
 
 
 @pytest.mark.slow
-def test_stages_begin_where_the_one_before_ended_and_finished_ones_are_left(tmp_path, caplog):
+def test_a_stage_starts_with_the_last_weights_of_the_one_before_and_finished_ones_are_skipped(
+  tmp_path, caplog
+):
   stages = {"first": small(num_steps=2), "second": small(num_steps=2)}
   second = stages["second"]
   with second.ignore_type():
@@ -253,13 +261,13 @@ def test_stages_begin_where_the_one_before_ended_and_finished_ones_are_left(tmp_
   assert all(np.array_equal(first[name], last[name]) for name in first)
   with caplog.at_level(logging.INFO, "videochat_flash_jax"):
     assert loop.train(config, tmp_path) == tmp_path / "second"
-  assert [r.getMessage() for r in caplog.records if "finished before" in r.getMessage()] == [
-    f"{tmp_path / name}: finished before" for name in stages
+  assert [r.getMessage() for r in caplog.records if "finished already" in r.getMessage()] == [
+    f"{tmp_path / name}: is finished already" for name in stages
   ]
 
 
 @pytest.mark.slow
-def test_held_out_batches_are_the_same_each_time_and_profiles_are_left(tmp_path):
+def test_held_out_batches_are_the_same_each_time_and_profiles_are_written(tmp_path):
   config = small(num_steps=2, eval__every=1, profile=(1, 2))
   config.optimizer.learning_rate = 1e-30
   loop.train(config, tmp_path)

@@ -1,4 +1,4 @@
-"""LoRA: only adapters move, and merged weights compute what adapters do."""
+"""LoRA: only adapters are trained, and merged weights give the outputs of adapters."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def logits(model):
   return model.decoder.logits(model.decoder(x, segment_ids=batch["segment_ids"]))
 
 
-def test_twenty_steps_move_adapters_and_nothing_else():
+def test_twenty_steps_change_adapters_and_no_other_weights():
   tiny = VideoChatFlashConfig.tiny()
   model = VideoChatFlash(tiny, rngs=nnx.Rngs(0))
   add_adapters(model, LoraConfig(rank=4), nnx.Rngs(1))
@@ -86,7 +86,7 @@ def test_new_adapters_change_nothing_and_are_drawn_for_each_layer():
   assert "vision.patch_embed.lora_a" in weights and "connector.fc2.lora_b" in weights
 
 
-def test_merged_weights_give_the_logits_of_adapters():
+def test_merged_weights_give_the_logits_of_the_adapted_model():
   model = adapted(EVERYWHERE)
   rng = np.random.default_rng(0)
   for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -119,11 +119,11 @@ def test_a_kernel_frozen_in_bfloat16_is_merged_in_the_adapter_s_float32():
   "targets, words",
   [
     (r"decoder\.layers\.stacked\.query_proj", "decoder.layers.stacked.q_proj"),
-    ("lm_head", "there are"),
-    ("q_proj(", "is no regex"),
+    ("lm_head", "matches no linear layer"),
+    ("q_proj(", "is no regular expression"),
   ],
 )
-def test_a_pattern_that_finds_nothing_is_refused(targets, words):
+def test_targets_that_match_no_layer_are_refused(targets, words):
   untied = dataclasses.replace(CONFIG.decoder, tied_embeddings=False)
   config = dataclasses.replace(CONFIG, decoder=untied)
   with pytest.raises(InputError, match=r"config\.lora\.targets") as caught:

@@ -1,4 +1,4 @@
-"""Losses: what counts, and what does not."""
+"""Losses: which tokens count, and which do not."""
 
 import types
 
@@ -27,12 +27,12 @@ def test_cross_entropy_is_the_mean_over_learnt_positions():
   assert right == 0.5
 
 
-def test_cross_entropy_of_nothing_is_zero():
+def test_cross_entropy_without_targets_is_zero():
   loss, right = losses.cross_entropy(jnp.ones((2, 3)), jnp.full(2, IGNORE_LABEL))
   assert loss == 0 and right == 0
 
 
-def test_gradients_of_many_blocks_are_not_lost_in_bfloat16(monkeypatch):
+def test_gradients_of_many_blocks_are_summed_in_float32(monkeypatch):
   monkeypatch.setattr(losses, "_BLOCK_TOKENS", 1)
   hidden = jnp.ones((1, 600, 8), jnp.bfloat16)
   targets = jnp.zeros((1, 600), jnp.int32)
@@ -65,7 +65,7 @@ def answer_batch():
   return {name: jnp.asarray(value) for name, value in batch.items()}
 
 
-def test_the_answer_loss_does_not_see_answers_before_they_are_given_nor_the_padding():
+def test_the_answer_loss_depends_neither_on_later_tokens_nor_on_padding():
   model = VideoChatFlash(VideoChatFlashConfig.tiny(), rngs=nnx.Rngs(0))
   batch = answer_batch()
   means = losses.answer_loss(model, batch).means()
@@ -77,7 +77,7 @@ def test_the_answer_loss_does_not_see_answers_before_they_are_given_nor_the_padd
 
 
 def samples_with_tokens():
-  """Two samples with a learnt first token, and their visual tokens."""
+  """Two samples whose first token is learnt, with their visual tokens."""
   rng = np.random.default_rng(0)
   samples = []
   for num_visual, num_text in ((12, 9), (7, 6)):
@@ -94,7 +94,7 @@ def samples_with_tokens():
 
 
 def packed(samples, dropout, padding=4):
-  """One row of samples and padding, as `sequence_loss` takes it."""
+  """One row of samples and padding, as `sequence_loss` expects it."""
   fields, tokens = zip(*samples, strict=True)
   lengths = [len(sample["token_ids"]) for sample in fields]
   ends = ((0, padding),)
@@ -124,7 +124,7 @@ def packed(samples, dropout, padding=4):
     ),
   ],
 )
-def test_packed_samples_have_the_losses_and_gradients_that_they_have_alone(dropout):
+def test_packed_samples_have_the_same_losses_and_gradients_as_single_ones(dropout):
   model = fill_randomly(lambda: VideoChatFlash(CONFIG, rngs=nnx.Rngs(0)))
   graph, weights = nnx.split(model)
 
@@ -137,20 +137,6 @@ def test_packed_samples_have_the_losses_and_gradients_that_they_have_alone(dropo
   samples = samples_with_tokens()
   together = loss(weights, *packed(samples, dropout))
   first, second = (loss(weights, *packed([sample], dropout)) for sample in samples)
-  # Two tokens are learnt in each: the first of a sample has none before it.
+  # Each sample has two targets: its first token has no token before it.
   mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
   jax.tree.map(lambda a, b: assert_close(a, b, relative=5e-5), together, mean)
-
-
-def test_the_patch_loss_falls_when_the_heads_are_right():
-  model = VideoChatFlash(VideoChatFlashConfig.tiny(), rngs=nnx.Rngs(0))
-  losses.add_heads(model, {"kinds": 3}, rngs=nnx.Rngs(1))
-  frames = np.random.default_rng(0).integers(0, 255, (2, 4, 32, 32, 3)).astype(np.uint8)
-  labels = np.full((2, 64), 1, np.int32)
-  labels[0] = 2
-  labels[1, ::2] = IGNORE_LABEL
-  batch = {"frames": jnp.asarray(frames), "kinds": jnp.asarray(labels)}
-  before = losses.patch_loss(model, batch).means()
-  model.heads["kinds"].bias[...] = jnp.array([-50.0, 0.0, 0.0])
-  after = losses.patch_loss(model, batch).means()
-  assert after["loss"] < before["loss"] and 0 <= after["kinds"] <= 1

@@ -1,4 +1,4 @@
-"""Logs: whole after a crash, each step once; and rates that are those of the devices."""
+"""Logs: complete after a crash, with each step once; and rates of the devices."""
 
 import contextlib
 import json
@@ -21,28 +21,28 @@ def written(workdir, step, *steps):
       log.write(number, loss=1.0 / number)
 
 
-def told(workdir, name):
+def logged(workdir, name):
   return [json.loads(line)[name] for line in (workdir / "train_log.jsonl").read_text().splitlines()]
 
 
 def events(workdir):
-  """All events of TensorBoard's files, in the order in which it reads them."""
+  """All events in TensorBoard's files, in the order in which TensorBoard reads them."""
   found = []
   for path in sorted(workdir.glob("events.*")):
-    content, place = path.read_bytes(), 0
-    while place < len(content):
-      (length,) = struct.unpack_from("<Q", content, place)
-      found.append(Event.FromString(content[place + 12 : place + 12 + length]))
-      place += 12 + length + 4
+    content, offset = path.read_bytes(), 0
+    while offset < len(content):
+      (length,) = struct.unpack_from("<Q", content, offset)
+      found.append(Event.FromString(content[offset + 12 : offset + 12 + length]))
+      offset += 12 + length + 4
   return found
 
 
-def test_a_run_that_goes_on_appends_and_takes_out_what_is_done_again(tmp_path):
+def test_a_resumed_run_appends_to_its_logs_and_removes_steps_that_are_repeated(tmp_path):
   written(tmp_path, 0, 1, 2, 3, 4)
   with (tmp_path / "train_log.jsonl").open("a") as file:
     file.write('{"step": 5, "lo')
   written(tmp_path, 3, 4, 5)
-  assert told(tmp_path, "step") == [1, 2, 3, 4, 5]
+  assert logged(tmp_path, "step") == [1, 2, 3, 4, 5]
   lines = (tmp_path / "train_log.txt").read_text().splitlines()
   assert [line.split("  ")[:2] for line in lines[:3]] == [
     ["step 1", "loss 1.0"],
@@ -52,13 +52,13 @@ def test_a_run_that_goes_on_appends_and_takes_out_what_is_done_again(tmp_path):
   assert len(lines) == 5
 
 
-def test_a_run_that_begins_anew_writes_new_logs(tmp_path):
+def test_a_run_that_starts_again_writes_new_logs(tmp_path):
   written(tmp_path, 0, 1, 2)
   written(tmp_path, 0, 1)
-  assert told(tmp_path, "step") == [1]
+  assert logged(tmp_path, "step") == [1]
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
   with RunLog(tmp_path, 0, num_steps=100) as log:
     for file in log._files:
       file.close()
@@ -74,8 +74,10 @@ def write_on(log, fields):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_disk_that_is_full_for_tensorboard_is_told_too_and_nobody_waits(tmp_path, monkeypatch):
-  """Its files are the largest, and written by a thread of tensorboardX that ends when it fails."""
+def test_a_disk_that_is_full_for_tensorboard_is_reported_and_does_not_block_the_run(
+  tmp_path, monkeypatch
+):
+  """Its files are the largest; the thread that writes them ends when the disk is full."""
   fields = {f"loss_{number}": 1.0 for number in range(40)}
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   with (
@@ -94,12 +96,12 @@ def test_a_disk_that_is_full_for_tensorboard_is_told_too_and_nobody_waits(tmp_pa
       resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_programs_read_numbers_as_they_are(tmp_path):
+def test_numbers_in_the_log_for_programs_are_not_rounded(tmp_path):
   written(tmp_path, 0, 3)
   assert json.loads((tmp_path / "train_log.jsonl").read_text())["loss"] == 1 / 3
 
 
-def test_time_goes_on_where_the_kept_steps_ended(tmp_path, monkeypatch):
+def test_the_time_of_a_resumed_run_continues_from_its_last_kept_step(tmp_path, monkeypatch):
   now = [100.0]
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
   for step in (0, 5):
@@ -107,10 +109,10 @@ def test_time_goes_on_where_the_kept_steps_ended(tmp_path, monkeypatch):
       now[0] += 7
       log.write(step + 5, loss=0.0)
       now[0] += 1000
-  assert told(tmp_path, "wall_seconds") == [7.0, 14.0]
+  assert logged(tmp_path, "wall_seconds") == [7.0, 14.0]
 
 
-def test_tensorboard_gets_numbers_and_is_told_where_a_run_goes_on(tmp_path):
+def test_tensorboard_gets_the_numbers_and_the_step_at_which_a_run_resumes(tmp_path):
   written(tmp_path, 0, 1, 2)
   time.sleep(1.0)
   with RunLog(tmp_path, 1, num_steps=100) as log:
@@ -131,7 +133,7 @@ def state(tokens, visual_tokens, broken=0):
   return {"streams": {"0": one, "1": one}}
 
 
-def test_rates_are_means_over_the_steps_behind_a_line(monkeypatch):
+def test_rates_are_means_over_the_steps_since_the_last_line(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
   meter = StepMeter(flops=1e12, peak=4e12, state=state(1000, 100, broken=3))
@@ -157,7 +159,7 @@ def test_rates_are_means_over_the_steps_behind_a_line(monkeypatch):
   assert again["data/broken_share"] == 0 and "data/broken/missing file" not in again
 
 
-def test_where_the_peak_is_unknown_operations_are_told_as_they_are(monkeypatch):
+def test_where_the_peak_is_unknown_operations_per_second_are_reported(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
   meter = StepMeter(flops=3e12, peak=None, state={"next": 0})

@@ -1,4 +1,4 @@
-"""Runs on a mixture of videos and text: with pixels, and with stored features."""
+"""Runs on a mixture of videos and text, with pixels or with stored features."""
 
 import json
 
@@ -52,7 +52,7 @@ def lines(workdir):
   return [record for record in records(workdir) if "loss" in record]
 
 
-def test_lines_tell_of_the_data_of_their_own_steps(with_pixels):
+def test_a_line_of_the_log_describes_the_data_of_its_own_steps(with_pixels):
   first, last = lines(with_pixels)
   saved = json.loads((with_pixels / "checkpoints" / "4" / "data" / "metadata").read_text())
   stream = saved["streams"]["0"]
@@ -63,23 +63,25 @@ def test_lines_tell_of_the_data_of_their_own_steps(with_pixels):
   assert [record["step"] for record in records(with_pixels) if "eval/loss" in record] == [4]
 
 
-def test_what_is_compiled_before_the_first_step_is_told_and_not_counted(with_pixels):
+def test_the_compile_time_before_the_first_step_is_logged_apart_from_the_steps(with_pixels):
   start, first, *_ = records(with_pixels)
   assert start["event"] == "start" and start["compile_seconds"] > 0
   assert first["wall_seconds"] - start["wall_seconds"] >= 0
 
 
 @pytest.mark.slow
-def test_stored_features_train_as_pixels_do(mixture, features, with_pixels, tmp_path):
+def test_training_on_stored_features_gives_the_losses_of_training_on_pixels(
+  mixture, features, with_pixels, tmp_path
+):
   config = run_config(mixture, eval__mixture=str(mixture), data__features=str(features))
   loop.train(config, tmp_path)
   # Features are rounded to bfloat16.
   np.testing.assert_allclose(losses(tmp_path), losses(with_pixels), rtol=0.01)
-  told, expected = (
+  evaluated, expected = (
     [record["eval/loss"] for record in records(workdir) if "eval/loss" in record]
     for workdir in (tmp_path, with_pixels)
   )
-  np.testing.assert_allclose(told, expected, rtol=0.01)
+  np.testing.assert_allclose(evaluated, expected, rtol=0.01)
   pixels, stored = lines(with_pixels)[-1], lines(tmp_path)[-1]
   assert pixels["examples_per_step"] == stored["examples_per_step"]
 
@@ -108,5 +110,5 @@ def test_features_of_an_encoder_that_is_trained_are_refused(mixture, features, t
 def test_features_of_the_synthetic_world_are_refused(mixture, tmp_path):
   config = run_config(mixture, data__features="somewhere")
   config.data.synthetic = small_config.get_config().data.synthetic
-  with pytest.raises(InputError, match=r"nothing of data\.mixture is trained on"):
+  with pytest.raises(InputError, match=r"all examples come from data\.synthetic"):
     loop.train(config, tmp_path / "run")

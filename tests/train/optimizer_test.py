@@ -1,4 +1,4 @@
-"""The optimisers: AdamW, or Muon where layers hold matrices; rates of their own; what is frozen."""
+"""The optimisers: AdamW, or Muon for the matrices of layers; learning rates; frozen weights."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def second_update(weights, gradients):
   return updates
 
 
-def test_updates_of_stacked_matrices_are_nearly_orthogonal_layer_by_layer():
+def test_updates_of_stacked_matrices_are_nearly_orthogonal_in_each_layer():
   rng = np.random.default_rng(0)
   left, _, right = np.linalg.svd(rng.standard_normal((3, 8, 8)))
   gradients = left * np.linspace(0.3, 2.0, 8) @ right
@@ -48,7 +48,7 @@ def test_updates_of_stacked_matrices_are_nearly_orthogonal_layer_by_layer():
     assert singular.max() < 2 * singular.min()
 
 
-def test_all_else_moves_by_equal_steps_against_the_sign_of_its_gradient():
+def test_other_weights_move_by_equal_steps_against_the_sign_of_their_gradient():
   gradients = {
     "embedding": jnp.array([[3.0, -1e-3], [2.0, 5.0]]),
     "stacked": {"bias": jnp.array([[1.0, -4.0]])},
@@ -60,7 +60,7 @@ def test_all_else_moves_by_equal_steps_against_the_sign_of_its_gradient():
 
 
 def plain_adamw(weights, gradients, settings, num_steps):
-  """Steps of AdamW (Loshchilov & Hutter 2019) after clipping, in float64, one rate a weight."""
+  """Steps of AdamW (Loshchilov & Hutter 2019) after clipping, in float64, a rate per weight."""
   weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
   first = {name: np.zeros_like(value) for name, value in weights.items()}
   second = {name: np.zeros_like(value) for name, value in weights.items()}
@@ -83,7 +83,7 @@ def plain_adamw(weights, gradients, settings, num_steps):
 
 
 def stepped(weights, gradients, settings, num_steps):
-  """The same steps by our optimiser."""
+  """The same steps with our optimiser."""
   optimizer = make_optimizer(settings, num_steps)
   weights = {name: jnp.asarray(value) for name, value in weights.items()}
   state = optimizer.init(weights)
@@ -96,7 +96,7 @@ def stepped(weights, gradients, settings, num_steps):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_adamw_clips_warms_up_and_scales_as_written_out_plainly(decay):
+def test_adamw_with_clipping_warm_up_and_scales_equals_a_plain_implementation(decay):
   settings = dataclasses.replace(ADAMW, learning_rate=0.01, warm_up=0.1, weight_decay=decay)
   rng = np.random.default_rng(0)
   weights = {name: rng.standard_normal((4, 5)).astype(np.float32) for name in PATHS}
@@ -117,10 +117,10 @@ def test_the_rate_rises_and_falls_as_published():
   assert rate(51.5) == pytest.approx(0.5e-5)
   ends_high = dataclasses.replace(ADAMW, final=0.02)
   assert learning_rate_at(ends_high, 100)(100) == pytest.approx(2e-7)
-  assert learning_rate_at(ADAMW, 1)(0) == pytest.approx(1e-5), "a run of one step learns, too"
+  assert learning_rate_at(ADAMW, 1)(0) == pytest.approx(1e-5), "a run of one step is trained, too"
 
 
-def test_the_first_expression_that_is_found_counts():
+def test_the_first_expression_that_matches_a_path_counts():
   settings = dataclasses.replace(ADAMW, scales=(("vision", 0.2), ("norm", 3.0), ("", 0.0)))
   assert [scale_of(settings, path) for path in PATHS] == [0.2, 0.0, 3.0]
   is_trained = trained_paths(settings, PATHS)
@@ -130,13 +130,13 @@ def test_the_first_expression_that_is_found_counts():
 @pytest.mark.parametrize(
   "scales, complaint",
   [
-    ((("visoin", 0.2), ("", 1.0)), r"'visoin' is the first to be found in no weight; .* vision\."),
-    ((("", 1.0), ("vision", 0.2)), r"'vision' is the first to be found in no weight"),
-    ((("vision", 0.2), ("decoder", 1.0)), r"no expression is found in the weight connector\.fc1"),
+    ((("visoin", 0.2), ("", 1.0)), r"'visoin' is the first match of no weight; .* vision\."),
+    ((("", 1.0), ("vision", 0.2)), r"'vision' is the first match of no weight"),
+    ((("vision", 0.2), ("decoder", 1.0)), r"no expression matches the weight connector\.fc1"),
     ((("", 0.0),), "freezes all weights"),
   ],
 )
-def test_a_table_that_cannot_be_meant_is_refused(scales, complaint):
+def test_scales_that_miss_weights_or_freeze_all_of_them_are_refused(scales, complaint):
   settings = dataclasses.replace(ADAMW, scales=scales)
   with pytest.raises(InputError, match=complaint) as error:
     trained_paths(settings, PATHS)

@@ -1,4 +1,4 @@
-"""Signals that end a run: noticed, and left alone behind it."""
+"""Signals that end a run: handled during it, and as before after it."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from videochat_flash_jax.train.preemption import Preemption
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noticed_behind_the_step(number):
+def test_a_signal_is_noticed_after_the_step(number):
   before = signal.getsignal(number)
   with Preemption() as preemption:
     assert not preemption.is_due()
@@ -20,7 +20,7 @@ def test_a_signal_is_noticed_behind_the_step(number):
 
 
 def test_a_second_interrupt_ends_the_program_at_once():
-  # Programs that a script starts in the background ignore Ctrl-C: not so here.
+  # A program that a script starts in the background ignores Ctrl-C; this test needs the default.
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     with Preemption():
@@ -31,18 +31,18 @@ def test_a_second_interrupt_ends_the_program_at_once():
     signal.signal(signal.SIGINT, before)
 
 
-def test_once_it_is_due_it_stays_so():
+def test_a_stop_that_is_due_stays_due():
   with Preemption() as preemption:
     os.kill(os.getpid(), signal.SIGTERM)
     assert [preemption.is_due() for _ in range(3)] == [True] * 3
 
 
-def test_several_processes_agree_by_a_count_that_goes_on_over_stages(monkeypatch):
+def test_several_processes_agree_by_a_count_that_is_not_reset_between_stages(monkeypatch):
   asked = []
 
   def reached(count):
     asked.append(count)
-    return count == 4  # for one call alone
+    return count == 4  # JAX says so only once
 
   module = preemption_module
   monkeypatch.setattr(module.jax.distributed, "is_initialized", lambda: True)

@@ -1,4 +1,4 @@
-"""Programs of configs: shapes of their steps at real sizes, and the states that they begin with."""
+"""Programs of configs: the shapes of their steps at real sizes, and their first states."""
 
 import dataclasses
 from pathlib import Path
@@ -47,13 +47,13 @@ def program_of(name, *overrides):
 
 
 def small_program(name, *overrides, **changes):
-  """Of a model that is compiled soon."""
+  """The program of a config with a model that compiles quickly."""
   settings = dataclasses.replace(settings_of(name, *TINY, *overrides), model=CONFIG, **changes)
   return train_program(settings, jax.devices()[:1])
 
 
 def assert_two_steps_have_shapes(program):
-  """A step takes the state that a step gives; returns what the second one tells."""
+  """A step takes the state that a step returns. Returns the shapes of the second step's metrics."""
 
   def two_steps(state, batch):
     state, _ = program.step(state, batch)
@@ -77,7 +77,7 @@ def test_two_steps_of_each_stage_of_the_tiny_config_have_shapes(stage):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_steps_of_a_config_have_shapes_and_what_is_frozen_has_no_state(name):
+def test_two_steps_of_a_config_have_shapes_and_frozen_weights_have_no_optimizer_state(name):
   program = program_of(name, *ONE_DEVICE)
   state = program.state
   assert set(state.trained) == TRAINED[name]
@@ -89,14 +89,14 @@ def test_two_steps_of_a_config_have_shapes_and_what_is_frozen_has_no_state(name)
   assert set(metrics) == {"loss", "answer_tokens", "targets", "grad_norm"}
 
 
-def test_state_of_the_optimizer_in_stage_1_is_that_of_the_projector():
+def test_the_optimizer_state_of_stage_1_is_that_of_the_projector_alone():
   program = program_of("stage1_align.py", *ONE_DEVICE)
   own = sum(x.size * 4 for name, x in program.weights.items() if name.startswith("connector."))
   moments = [x for x in jax.tree.leaves(program.state.optimizer) if x.ndim]
   assert sum(x.size * x.dtype.itemsize for x in moments) == 2 * own == 2 * 16_522_240 * 4
 
 
-def test_adapters_alone_learn_in_a_decoder_that_has_them():
+def test_only_the_adapters_of_an_adapted_decoder_are_trained():
   program = program_of("finetune.py", *ONE_DEVICE)
   layers = program.state.trained["decoder"]["layers"]["stacked"]
   assert set(layers) == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -118,7 +118,7 @@ def filled(shapes):
   return batch
 
 
-def test_a_state_begins_with_what_it_is_given_and_draws_adapters():
+def test_the_first_state_holds_the_given_weights_and_random_adapters():
   program = small_program("finetune.py")
   given = {path: np.full(shape.shape, 0.01, np.float32) for path, shape in program.weights.items()}
   state = program.begin(given)
@@ -134,7 +134,7 @@ def test_a_state_begins_with_what_it_is_given_and_draws_adapters():
     program.begin(given)
 
 
-def test_steps_with_dropout_learn_and_frozen_weights_do_not_change_by_a_bit():
+def test_steps_with_dropout_lower_the_loss_and_frozen_weights_do_not_change_by_a_bit():
   dropout = DropoutConfig("uniform0_attention", layers=(1, 2), ratios=(1.0, 0.75, 0.25))
   rates = ("optimizer.scales=(('connector', 1.0), ('', 0.0))", "optimizer.learning_rate=0.01")
   program = small_program("stage3_long.py", *rates, dropout=dropout)
@@ -153,7 +153,7 @@ def test_steps_with_dropout_learn_and_frozen_weights_do_not_change_by_a_bit():
 
 
 @pytest.mark.slow
-def test_adapters_move_at_the_whole_rate_the_connector_at_a_tenth_and_nothing_else_at_all():
+def test_adapters_are_trained_at_the_full_rate_the_connector_at_a_tenth_and_the_rest_is_frozen():
   program = small_program("finetune.py", "optimizer.warm_up=0.0", "num_steps=20")
   batch = jax.device_put(filled(program.batch), jax.tree.map(lambda x: x.sharding, program.batch))
   state = program.begin(None)
@@ -162,34 +162,12 @@ def test_adapters_move_at_the_whole_rate_the_connector_at_a_tenth_and_nothing_el
     before, (state, _) = jax.tree.map(np.asarray, state.trained), program.step(state, batch)
     moved.append(jax.tree.map(lambda new, old: np.abs(new - old).max(), state.trained, before))
   jax.tree.map(np.testing.assert_array_equal, state.frozen, first.frozen)
-  steps = moved[0]  # AdamW's first are all as long as the rate
+  steps = moved[0]  # the first updates of AdamW are as large as the rate
   adapters = [weight["lora_b"] for weight in steps["decoder"]["layers"]["stacked"].values()]
   np.testing.assert_allclose(adapters, 1e-4, rtol=0.02)
   np.testing.assert_allclose(jax.tree.leaves(steps["connector"]), 1e-5, rtol=0.02)
   total = jax.tree.map(lambda new, old: np.abs(new - old).max(), state.trained, first.trained)
   assert len(adapters) == 4 and all(size > 0 for size in jax.tree.leaves(total))
-
-
-@pytest.mark.slow
-def test_the_encoder_alone_learns_to_name_patches():
-  program = small_program(
-    "stage3_long.py",
-    "objective=patches",
-    "optimizer.scales=(('vision|heads', 1.0), ('', 0.0))",
-    "optimizer.learning_rate=0.01",
-  )
-  assert set(program.state.trained) == {"vision", "heads"}
-  assert set(program.batch) == {"frames", "kinds", "colours"}
-  rng = np.random.default_rng(0)
-  batch = {
-    name: jax.device_put(rng.integers(0, 8, x.shape).astype(x.dtype), x.sharding)
-    for name, x in program.batch.items()
-  }
-  state, losses = program.begin(None), []
-  for _ in range(4):
-    state, metrics = program.step(state, batch)
-    losses.append(float(metrics["loss"]))
-  assert losses[-1] < losses[1] and set(metrics) >= {"kinds", "colours"}
 
 
 @pytest.mark.parametrize(
@@ -199,10 +177,16 @@ def test_the_encoder_alone_learns_to_name_patches():
     (["mesh.sequence=0"], r"mesh\.sequence is 0"),
     (["mesh.sequence=1", "mesh.fsdp=2"], "do not multiply to the 1 devices"),
     (["mesh.sequence=2", "mesh.fsdp=2"], "fsdp 2 x sequence 2 x tensor 1 do not multiply to"),
-    ([*ONE_DEVICE, "optimizer.scales=(('visoin', 1.0), ('', 0.0))"], "'visoin' is the first"),
-    ([*ONE_DEVICE, "optimizer.scales=(('lora_', 1.0), ('', 0.0))"], "'lora_' is the first"),
+    (
+      [*ONE_DEVICE, "optimizer.scales=(('visoin', 1.0), ('', 0.0))"],
+      "'visoin' is the first match of no weight",
+    ),
+    (
+      [*ONE_DEVICE, "optimizer.scales=(('lora_', 1.0), ('', 0.0))"],
+      "'lora_' is the first match of no weight",
+    ),
   ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_built(overrides, complaint):
+def test_settings_that_do_not_fit_are_refused_before_anything_is_built(overrides, complaint):
   with pytest.raises(InputError, match=complaint):
     program_of("stage3_long.py", *overrides)

@@ -1,4 +1,4 @@
-"""A run that was killed, or stopped by a signal, goes on as if nothing had been."""
+"""A run that was killed, or stopped by a signal, resumes to the same losses."""
 
 import random
 import signal
@@ -11,7 +11,7 @@ from tests.train.small_runs import finished, last_step, losses, records, started
 pytestmark = pytest.mark.slow
 
 NUM_STEPS = 30
-# What is frozen is written once, so that kills meet a run of both kinds of weights.
+# Frozen weights are written once. So the killed runs have both kinds of weights.
 PARTLY_FROZEN = "--config.optimizer.scales=(('vision', 0.0), ('', 1.0))"
 
 
@@ -41,14 +41,14 @@ def kill_while_saving(workdir, behind):
   return code
 
 
-def test_a_run_that_is_killed_while_it_saves_goes_on_exactly(undisturbed, tmp_path):
+def test_a_run_that_is_killed_while_it_saves_resumes_exactly(undisturbed, tmp_path):
   assert kill_while_saving(tmp_path, behind=5) == -signal.SIGKILL
   finished(tmp_path, PARTLY_FROZEN)
   assert losses(tmp_path) == undisturbed
   assert [r["event"] for r in records(tmp_path) if "event" in r] == ["start", "resume"]
 
 
-def test_a_signal_saves_and_ends_the_run_well_and_the_same_command_goes_on(undisturbed, tmp_path):
+def test_a_signal_saves_and_ends_the_run_and_the_same_command_resumes_it(undisturbed, tmp_path):
   with started(tmp_path, PARTLY_FROZEN) as process:
     wait_for(lambda: last_step(tmp_path) >= 7, process)
     code, errors = stop(process, signal.SIGTERM)
@@ -67,7 +67,7 @@ def test_a_signal_saves_and_ends_the_run_well_and_the_same_command_goes_on(undis
     pytest.param(signal.SIGINT, 0, id="SIGINT while workers begin"),
   ],
 )
-def test_a_signal_to_all_processes_of_a_run_is_for_the_program(
+def test_a_signal_to_the_workers_too_ends_the_run_in_the_same_way(
   undisturbed, tmp_path, number, behind
 ):
   arguments = PARTLY_FROZEN, "--config.data.workers=1"
@@ -83,7 +83,7 @@ def test_a_signal_to_all_processes_of_a_run_is_for_the_program(
     assert losses(tmp_path) == undisturbed
 
 
-def test_a_run_that_is_killed_at_20_random_moments_goes_on_exactly(tmp_path):
+def test_a_run_that_is_killed_at_20_random_moments_resumes_exactly(tmp_path):
   long, undisturbed = "--config.num_steps=150", tmp_path / "undisturbed"
   killed = tmp_path / "killed"
   finished(undisturbed, PARTLY_FROZEN, long)
@@ -91,7 +91,7 @@ def test_a_run_that_is_killed_at_20_random_moments_goes_on_exactly(tmp_path):
   for moment in range(20):
     behind = last_step(killed) + draw.randrange(4)
     with started(killed, PARTLY_FROZEN, long) as process:
-      # A third of them while it begins, a third while it saves.
+      # A third of the kills come while the run starts, a third while it saves.
       until = time.monotonic() + (draw.uniform(0, 10) if moment % 3 == 0 else 1000)
       wait_for(lambda: last_step(killed) > behind or time.monotonic() > until, process)  # noqa: B023
       if moment % 3 == 1:
@@ -103,7 +103,7 @@ def test_a_run_that_is_killed_at_20_random_moments_goes_on_exactly(tmp_path):
   assert losses(killed) == losses(undisturbed)
 
 
-def test_a_finished_run_is_not_touched_again(left_alone):
+def test_a_finished_run_is_not_changed_again(left_alone):
   before = (left_alone / "train_log.jsonl").read_bytes()
-  assert "finished before" in finished(left_alone, PARTLY_FROZEN)
+  assert "finished already" in finished(left_alone, PARTLY_FROZEN)
   assert (left_alone / "train_log.jsonl").read_bytes() == before

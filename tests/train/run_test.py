@@ -1,4 +1,4 @@
-"""What a run does between its steps: when it stops, what it writes then, and what it waits for."""
+"""What a run does between its steps: when it stops, what it logs then, and what it waits for."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ def small(**changes):
 
 
 def signal_behind(monkeypatch, holder, name):
-  """Has this process get SIGTERM at the end of a function."""
+  """Sends SIGTERM to this process at the end of a function."""
   function = getattr(holder, name)
 
   def then_signal(*args, **kwargs):
@@ -43,7 +43,9 @@ def lines(workdir):
 
 
 @pytest.mark.slow
-def test_a_run_that_stops_between_two_lines_writes_one_of_the_steps_since(tmp_path, monkeypatch):
+def test_a_run_that_stops_between_two_lines_logs_the_steps_since_the_last_one(
+  tmp_path, monkeypatch
+):
   config, asked = small(num_steps=6, log_every=4), []
 
   def is_due(_):
@@ -61,14 +63,16 @@ def test_a_run_that_stops_between_two_lines_writes_one_of_the_steps_since(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_signal_during_an_evaluation_ends_the_run_right_behind_it(tmp_path, monkeypatch):
-  signal_behind(monkeypatch, run._Steps, "_measure")
+def test_a_signal_during_an_evaluation_ends_the_run_right_after_it(tmp_path, monkeypatch):
+  signal_behind(monkeypatch, run._Steps, "_evaluate")
   assert loop.train(small(num_steps=4, eval__every=2), tmp_path) is None
   assert lines(tmp_path) == [1, 2] and (tmp_path / "checkpoints" / "2").is_dir()
   assert "eval/loss" in records(tmp_path)[-1]
 
 
-def test_a_signal_at_the_end_of_a_stage_ends_the_program_before_the_next(tmp_path, monkeypatch):
+def test_a_signal_at_the_end_of_a_stage_ends_the_program_before_the_next_stage(
+  tmp_path, monkeypatch
+):
   begun = []
   monkeypatch.setattr(loop, "train_run", lambda settings, *_: begun.append(settings) or True)
   signal_behind(monkeypatch, loop, "train_run")
@@ -77,7 +81,7 @@ def test_a_signal_at_the_end_of_a_stage_ends_the_program_before_the_next(tmp_pat
 
 
 class Slow:
-  """Batches, each of which takes a while."""
+  """Batches that take some seconds each."""
 
   def __init__(self, batches, seconds):
     self._batches, self._seconds = batches, seconds
@@ -94,7 +98,7 @@ class Slow:
 @pytest.mark.parametrize(
   "of_step, of_wait, least, most", [(0.0, 0.4, 0.6, 1.0), (0.8, 0.4, 0, 0.2)]
 )
-def test_only_waiting_with_idle_devices_is_data_wait(
+def test_data_wait_counts_only_the_time_with_idle_devices(
   tmp_path, monkeypatch, of_step, of_wait, least, most
 ):
   begin, fetched = run.RunBatches.begin, run._fetched
@@ -112,8 +116,8 @@ def test_only_waiting_with_idle_devices_is_data_wait(
   assert line["seconds_per_step"] >= max(of_step, of_wait) * 0.9
 
 
-def test_held_out_examples_do_not_depend_on_how_many_hosts_read(tmp_path):
-  """As many streams are packed by themselves as there are hosts; of held-out ones, as rows."""
+def test_held_out_examples_do_not_depend_on_the_number_of_hosts(tmp_path):
+  """Training has a stream for each host, and held-out batches have one for each row."""
 
   def first_batch(streams):
     config = small(rows=2, data__streams=streams)

@@ -1,4 +1,4 @@
-"""The step: only what is named is trained, a batch is learnt, and parts of it add up."""
+"""The step: it trains only the chosen weights, learns a batch, and adds up its parts."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from videochat_flash_jax.train.step import make_evaluation, make_step, split_sta
 MUON = dataclasses.replace(ADAMW, name="muon", learning_rate=0.01, warm_up=0.05, final=0.02)
 
 
-def test_a_batch_is_learnt_while_frozen_weights_stay():
+def test_steps_learn_a_batch_and_do_not_change_frozen_weights():
   model = VideoChatFlash(VideoChatFlashConfig.tiny(), rngs=nnx.Rngs(0))
   optimizer = make_optimizer(MUON, num_steps=20)
   graph, state = split_state(model, lambda path: not path.startswith("vision."), optimizer)
@@ -44,16 +44,16 @@ def test_a_batch_is_learnt_while_frozen_weights_stay():
 
 
 def four_rows():
-  """Rows that have 1, 2, 11 and 3 tokens to learn."""
+  """Rows with 1, 2, 11 and 3 targets."""
   row = answer_batch()
   batch = {name: jnp.concatenate([value] * 4) for name, value in row.items()}
   labels = np.full((4, 48), IGNORE_LABEL, np.int32)
-  for number, places in enumerate(([19], [19, 39], [18, 19, *range(24, 33)], [18, 19, 39])):
-    labels[number, places] = (np.asarray(batch["token_ids"]) % 60 + number)[number, places]
+  for number, learnt in enumerate(([19], [19, 39], [18, 19, *range(24, 33)], [18, 19, 39])):
+    labels[number, learnt] = (np.asarray(batch["token_ids"]) % 60 + number)[number, learnt]
   small = CONFIG.decoder.vocab_size
   batch |= {"labels": jnp.asarray(labels % small), "token_ids": batch["token_ids"] % small}
   batch["labels"] = jnp.where(labels >= 0, batch["labels"], IGNORE_LABEL)
-  tokens = CONFIG.connector.clip_tokens  # visual tokens that there are
+  tokens = CONFIG.connector.clip_tokens  # of each of two clips
   is_visual = (batch["visual_index"] >= 0) & (batch["visual_index"] < 2 * tokens)
   return batch | {"visual_index": jnp.where(is_visual, batch["visual_index"], -1)}
 
@@ -75,7 +75,7 @@ def with_dropout(batch):
 
 
 @WITH_AND_WITHOUT_DROPOUT
-def test_a_batch_in_parts_gives_the_step_that_it_gives_whole(dropout):
+def test_accumulation_over_parts_of_a_batch_gives_the_same_step(dropout):
   batch = with_dropout(four_rows()) if dropout else four_rows()
   results = []
   for accumulate in (1, 2):
@@ -99,7 +99,7 @@ _MLP = ("gate_proj.kernel", "up_proj.kernel", "down_proj.kernel")
 
 
 def temporary_bytes_per_layer(is_trained, batch):
-  """By how much a further layer of the decoder lets a step's temporaries grow, in layers."""
+  """How much temporary memory a step needs per layer of the decoder, in sizes of a layer."""
 
   def temporary_bytes(depth):
     decoder = dataclasses.replace(CONFIG.decoder, mlp_width=2048, depth=depth)
@@ -121,10 +121,10 @@ def temporary_bytes_per_layer(is_trained, batch):
 
 
 @WITH_AND_WITHOUT_DROPOUT
-def test_what_is_frozen_has_no_room_for_gradients(dropout):
+def test_frozen_weights_need_no_memory_for_gradients(dropout):
   batch = with_dropout(four_rows()) if dropout else four_rows()
   assert temporary_bytes_per_layer(lambda path: path.startswith("connector."), batch) < 0.2
 
 
-def test_room_for_gradients_would_be_seen():
+def test_trained_weights_need_memory_for_gradients():
   assert temporary_bytes_per_layer(lambda path: True, four_rows()) > 0.9

@@ -15,7 +15,7 @@ from videochat_flash_jax.train.step import TrainState
 from videochat_flash_jax.train.workdir import warn_of_room
 
 
-def test_the_directory_of_a_model_is_no_workdir_and_is_left_as_it_is(tmp_path):
+def test_the_directory_of_a_model_is_refused_as_a_workdir_and_not_changed(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "videochat_flash_qwen"}')
   with pytest.raises(InputError, match=r"config\.json: not of a run .* give another --workdir"):
     loop.train(small(init_from=str(tmp_path)), tmp_path)
@@ -23,13 +23,13 @@ def test_the_directory_of_a_model_is_no_workdir_and_is_left_as_it_is(tmp_path):
   assert left.read_text() == '{"model_type": "videochat_flash_qwen"}'
 
 
-def test_the_directory_of_stages_is_no_workdir(tmp_path):
+def test_the_directory_of_stages_is_refused_as_a_workdir(tmp_path):
   as_if_begun(tmp_path / "first", small())
   with pytest.raises(InputError, match=r"--workdir .* holds the runs first; give another one"):
     loop.train(small(), tmp_path)
 
 
-def test_what_an_attempt_with_another_tokenizer_left_is_gone(tmp_path):
+def test_the_files_of_an_attempt_with_another_tokenizer_are_removed(tmp_path):
   (tmp_path / "hub").mkdir()
   (tmp_path / "hub" / "tokenizer.json").write_text("{}")
   loop.prepare(tmp_path, train_settings(small()), {})
@@ -38,7 +38,7 @@ def test_what_an_attempt_with_another_tokenizer_left_is_gone(tmp_path):
 
 
 @pytest.mark.parametrize("free, warns", [(10**9, True), (2 * 10**9, False)])
-def test_a_disk_with_too_little_room_is_told_before_the_first_step(
+def test_a_warning_of_too_little_disk_space_comes_before_the_first_step(
   tmp_path, monkeypatch, caplog, free, warns
 ):
   usage = types.SimpleNamespace(free=free)

@@ -7,7 +7,6 @@ An example depends on (seed, stream, number) alone, so nothing of it has to be s
 
 from collections.abc import Callable, Mapping, Sequence
 
-import grain
 import numpy as np
 
 from videochat_flash_jax.data.batches.data_config import DataConfig
@@ -20,11 +19,9 @@ from videochat_flash_jax.data.text.tokenizer_of_process import TokenizerOfProces
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.synthetic import world as synthetic
-from videochat_flash_jax.synthetic.training import draw_clips, draw_conversation
+from videochat_flash_jax.synthetic.training import draw_conversation
 
 _TEXT_TOKENS = 64  # enough for a question with all that stands around it: fewer than 55
-_ENDLESS = 1 << 40
-_VIDEOS_AHEAD = 16
 
 
 def synthetic_batches(
@@ -100,33 +97,6 @@ class SyntheticReader(TokenizerOfProcess):
     """Draws it again, the same as before."""
     del row  # the number itself
     return self.read(stream, number)
-
-
-def patch_batches(
-  model: VideoChatFlashConfig, num_videos: int, clips_per_video: int, seed: int
-) -> grain.IterDataset:
-  """Endless batches of clips and what each patch of them shows: to train an encoder alone.
-
-  Args:
-    model: gives the sizes of pictures and patches.
-    num_videos: of a batch.
-    clips_per_video: C is `num_videos * clips_per_video`.
-    seed: of what is drawn.
-
-  Returns:
-    A data set of `frames [C, F, S, S, 3]`, `kinds` and `colours` `[C, P]`; see `draw_clips`. The
-    state of its iterators is a number.
-  """
-
-  def draw(number: int) -> dict[str, np.ndarray]:
-    return draw_clips(np.random.default_rng([seed, number]), model, clips_per_video)
-
-  def join(videos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: array.reshape(-1, *array.shape[2:]) for name, array in videos.items()}
-
-  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_VIDEOS_AHEAD)
-  videos = grain.MapDataset.range(_ENDLESS).map(draw).to_iter_dataset(options)
-  return videos.batch(num_videos).map(join)
 
 
 def _check_questions(questions):

@@ -1,8 +1,7 @@
-"""Which batches a run asks for, and how they come onto its devices.
+"""The batches of packed conversations that a run asks for, from one of two sources.
 
-a mixture (data.mixture)              rows of annotations, perhaps with stored features
-the synthetic world (data.synthetic)  conversations about it, packed in the same way
-objective "patches"                   clips of it, and what each of their patches shows
+data.mixture      annotated videos, images and text, perhaps with stored features
+data.synthetic    conversations about the synthetic world
 """
 
 import dataclasses
@@ -14,9 +13,12 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
+from videochat_flash_jax.data.batches.sharded_rows import PER_TOKEN
 from videochat_flash_jax.data.batches.train_batches import mixture_batches
 from videochat_flash_jax.data.check.media_check import check_roots
 from videochat_flash_jax.data.features.feature_key import FeatureKey, weights_digest
@@ -25,8 +27,10 @@ from videochat_flash_jax.data.mixture.mixture import read_mixture
 from videochat_flash_jax.data.mixture.rows import Rows, open_rows
 from videochat_flash_jax.data.text.tokenizer import load_tokenizer
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.models.token_dropout import plan_dropout
+from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.sharding import dotted_path
-from videochat_flash_jax.synthetic.examples import patch_batches, synthetic_batches
+from videochat_flash_jax.synthetic.examples import synthetic_batches
 from videochat_flash_jax.train.config import data_config
 from videochat_flash_jax.train.device_batches import (
   device_batches,
@@ -35,72 +39,116 @@ from videochat_flash_jax.train.device_batches import (
   row_groups,
 )
 from videochat_flash_jax.train.dropout_plans import with_plan
-from videochat_flash_jax.train.program import TrainProgram
 from videochat_flash_jax.train.settings import TrainSettings
+from videochat_flash_jax.train.step import TrainProgram
 
-_HELD_OUT = 90_210  # what is added to the seed where held-out examples are drawn, not read
+_STORED = {"frames": "features", "tiles": "tile_features"}
 
 
 @dataclasses.dataclass(frozen=True)
 class RunBatches:
-  """Batches of a run, that begin at the first one whenever they are begun."""
+  """The batches of a run. Each call of `begin` starts at the first one.
 
-  _dataset: grain.IterDataset
-  _shardings: Mapping[str, Any]
-  _num_rows: int
-  _rows: Rows | None
+  Attributes:
+    dataset: this process's part of each batch, as numpy arrays.
+    shardings: of each field of the whole batch.
+    num_rows: first axis of the whole batch.
+    rows: the annotation rows that examples are read from; None where examples are drawn.
+  """
+
+  dataset: grain.IterDataset
+  shardings: Mapping[str, Any]
+  num_rows: int
+  rows: Rows | None = None
 
   def begin(self) -> grain.DatasetIterator:
-    """Batches on the devices; to be closed."""
-    return device_batches(self._dataset, self._shardings, self._num_rows)
+    """Returns an iterator over batches on the devices; close it after use."""
+    return device_batches(self.dataset, self.shardings, self.num_rows)
 
   def names(self, state: Mapping[str, Any]) -> list[list[str]]:
-    """What the rows of the last batch of this process hold: source and row of each example."""
+    """Names the examples in each row of this process's last batch, by source and row.
+
+    Args:
+      state: of the iterator, after that batch.
+    """
     last = [row for stream in state.get("streams", {}).values() for row in stream["last"]]
     return [[self._name(number) for number in numbers] for numbers in last]
 
   def _name(self, number):
-    if self._rows is None:
+    if self.rows is None:
       return f"example {number} of the synthetic world"
-    return f"{self._rows.source(number)}, {self._rows.label(number)}"
+    return f"{self.rows.source(number)}, {self.rows.label(number)}"
+
+
+def batch_shapes(settings: TrainSettings, layout: Layout) -> dict[str, Any]:
+  """Shapes and shardings of what `data.batches.sharded_rows` gives, for all processes together."""
+  vision, row = settings.model.vision, (settings.rows, settings.tokens_per_row)
+  picture = (vision.image_size, vision.image_size, 3)
+
+  def shape(sizes, dtype, *axes):
+    """An array whose leading axes are split over the mesh as `Layout.spec` says."""
+    sharding = NamedSharding(layout.mesh, layout.spec(*axes))
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+  batch = {name: shape(row, jnp.int32, "batch", "sequence") for name in PER_TOKEN}
+  kinds = {"frames": (settings.clips_per_shard, vision.clip_frames)}
+  if settings.tiles_per_shard:
+    kinds["tiles"] = (settings.tiles_per_shard, 1)
+  for kind, (number, frames) in kinds.items():
+    number *= layout.sequence_shards
+    if settings.data.features:
+      sizes = (settings.rows, number, settings.model.connector.clip_tokens, vision.width)
+      batch[_STORED[kind]] = shape(sizes, jnp.bfloat16, "batch", "clips")
+    else:
+      sizes = (settings.rows, number, frames, *picture)
+      batch[kind] = shape(sizes, jnp.uint8, "batch", "clips")
+  if settings.dropout is not None:
+    ids = np.zeros(row, np.int32)
+    plan = plan_dropout(settings.dropout, ids > 0, ids, ids > 0, lambda _: row[1])
+    batch["dropout"] = jax.tree.map(lambda x: shape(x.shape, x.dtype, "batch"), plan)
+  return batch
 
 
 def check_features(settings: TrainSettings, program: TrainProgram):
-  """Refuses stored features of what has no features, or of an encoder that changes.
+  """Refuses stored features that a run cannot use.
+
+  Args:
+    settings: of the run.
+    program: of the run.
 
   Raises:
-    InputError: that is so.
+    InputError: there is no mixture that they belong to, or the encoder is trained.
   """
   path = settings.data.features
   if not path:
     return
-  if settings.data.synthetic or settings.objective == "patches":
+  if settings.data.synthetic:
     raise InputError(
-      f"config.data.features is {path!r}, but nothing of data.mixture is trained on; give no "
-      "data.features, or no data.synthetic"
+      f"config.data.features is {path!r}, but all examples come from data.synthetic; give "
+      "no data.features, or no data.synthetic"
     )
   if "vision" in program.state.trained:
     raise InputError(
-      f"config.data.features is {path!r}, but the encoder is trained, and its features change: "
+      f"config.data.features is {path!r}, but the encoder is trained, so its features change: "
       'freeze all of it (config.optimizer.scales with ("vision", 0.0) first), or give no '
       "data.features"
     )
 
 
 def open_features(settings: TrainSettings, frozen: Mapping[str, Any]) -> FeatureStore | None:
-  """The stored features that a run reads, if any; every process calls this.
+  """Opens the stored features that a run reads, if it reads any; every process calls this.
 
   Args:
     settings: of the run.
-    frozen: weights; those of the encoder are to be those that made the features.
+    frozen: the frozen weights; the features must come from an encoder with the same weights.
 
   Raises:
-    InputError: there are none, or they are of another encoder.
+    InputError: there are no features, or another encoder made them.
   """
   if not settings.data.features:
     return None
   leaves = jax.tree_util.tree_leaves_with_path(frozen["vision"])
-  weights = weights_digest((dotted_path(name), _whole(leaf)) for name, leaf in leaves)
+  weights = weights_digest((dotted_path(name), _on_host(leaf)) for name, leaf in leaves)
   path = Path(settings.data.features)
   try:
     dtype = json.loads((path / "key.json").read_text())["dtype"]
@@ -109,8 +157,8 @@ def open_features(settings: TrainSettings, frozen: Mapping[str, Any]) -> Feature
   return FeatureStore.open(path, FeatureKey.of(settings.model, dtype, weights))
 
 
-def _whole(array: jax.Array) -> np.ndarray:
-  """All of an array, whichever processes hold its parts."""
+def _on_host(array: jax.Array) -> np.ndarray:
+  """The whole of an array, also where its parts are on devices of other processes."""
   if array.is_fully_addressable:
     return np.asarray(array)
   return multihost_utils.process_allgather(array, tiled=True)
@@ -127,32 +175,30 @@ def run_batches(
 
   Args:
     settings: of the run.
-    program: whose batches they are.
+    program: the program that takes the batches.
     hub: directory of the tokenizer.
     features: of `open_features`.
-    num_streams: of a run that goes on; 0 for what the settings say.
+    num_streams: the streams of a run that resumes; 0: as many as the settings say.
 
   Raises:
     InputError: a file is missing or cannot be used.
   """
   shardings = jax.tree.map(lambda shape: shape.sharding, program.batch)
-  if settings.objective == "patches":
-    return _patches(settings, shardings)
   sharding, shape = shardings["token_ids"], program.batch["token_ids"].shape
   streams = num_streams or settings.data.streams or len(row_groups(sharding, shape))
   config = data_config(settings, program.layout.sequence_shards, streams)
-  own, kept = (choose(sharding, shape, streams) for choose in (own_streams, own_rows))
+  read_streams, kept_rows = (choose(sharding, shape, streams) for choose in (own_streams, own_rows))
   make_tokenizer = functools.partial(load_tokenizer, hub)
   rows = None
   if settings.data.synthetic:
     questions = dict(settings.data.synthetic)
-    dataset = synthetic_batches(config, settings.model, make_tokenizer, questions, own)
+    dataset = synthetic_batches(config, settings.model, make_tokenizer, questions, read_streams)
   else:
     mixture = read_mixture(settings.data.mixture)
     rows = open_rows(mixture, max_frames=settings.data.frames[1])
     check_roots(rows)
-    dataset = mixture_batches(config, rows, make_tokenizer, own, features)
-  dataset = dataset.map(lambda batch: {name: array[kept] for name, array in batch.items()})
+    dataset = mixture_batches(config, rows, make_tokenizer, read_streams, features)
+  dataset = dataset.map(lambda batch: {name: array[kept_rows] for name, array in batch.items()})
   if settings.dropout is not None:
     dataset = dataset.map(lambda batch: with_plan(batch, settings.dropout, program.layout))
   return RunBatches(dataset, shardings, settings.rows, rows)
@@ -161,19 +207,19 @@ def run_batches(
 def held_out_batches(
   settings: TrainSettings, program: TrainProgram, hub: Path, features: FeatureStore | None = None
 ) -> RunBatches | None:
-  """The batches that a run is measured on: of `eval.mixture`, or of the synthetic world.
+  """The batches of a run's evaluations: from `eval.mixture`, or from the synthetic world.
 
-  Their examples are the same on any number of hosts: each row is a stream of its own, with one
-  process that reads it unless `data.workers` is 0. Arguments are those of `run_batches`.
+  Their examples do not depend on the number of hosts, since each row is a stream of its own. One
+  process reads each stream, or none if `data.workers` is 0. Arguments are those of `run_batches`.
 
   Returns:
-    None where there is nothing to measure on.
+    None where there are no held-out examples.
   """
   data, seed, mixture = settings.data, settings.seed, settings.eval.mixture
   if mixture:
     data = dataclasses.replace(data, mixture=mixture, synthetic=())
-  elif data.synthetic or settings.objective == "patches":
-    seed = (seed + _HELD_OUT) % 2**32
+  elif data.synthetic:
+    seed = held_out_seed(seed)
   else:
     return None
   data = dataclasses.replace(data, workers=min(data.workers, 1))
@@ -181,9 +227,6 @@ def held_out_batches(
   return run_batches(settings, program, hub, features, num_streams=settings.rows)
 
 
-def _patches(settings, shardings):
-  if jax.process_count() > 1:
-    raise InputError('config.objective "patches" is for one process; start only one')
-  clips = settings.clips_per_shard
-  dataset = patch_batches(settings.model, settings.rows, clips, settings.seed)
-  return RunBatches(dataset, shardings, settings.rows * clips, None)
+def held_out_seed(seed: int) -> int:
+  """The seed of held-out examples where examples are drawn: other ones than those trained on."""
+  return (seed + 90_210) % 2**32

@@ -1,11 +1,12 @@
-"""Plans of what visual tokens are dropped, on their way from the host into a step.
+"""Adds plans of which visual tokens are dropped to batches, and fits their lengths to the batch.
 
-How many tokens a row has left depends on what was packed into it, while a program has fixed shapes
-and all hosts must run the same one. So the host plans with room for whole rows (`with_plan`), and
-right before a step `shorten` cuts off what no row of the whole batch needs, to eighths of a row:
-few programs are compiled, and all hosts see the same lengths.
+The number of kept tokens of a row depends on what was packed into it. A program has fixed shapes,
+and all hosts must run the same program. So the host makes plans with room for whole rows
+(`with_plan`). Right before a step, `shorten` cuts off the room that no row of the whole batch
+needs, to a multiple of an eighth of a row. So few programs are compiled, and all hosts see the same
+lengths.
 
-  row of 16 tokens   slots of the rows            longest   shortened to
+  row of 16 tokens   indices of the kept tokens   longest   shortened to
   first drop         0 1 2 5 8 9 15 - - - -...      7          8
 """
 
@@ -21,18 +22,18 @@ from videochat_flash_jax.models.token_dropout import DropoutPlan, plan_dropout
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.zigzag import unzigzag_order
 
-_LENGTHS = 8  # to which rows are shortened
+_NUM_LENGTHS = 8  # different lengths of a shortened row
 
 
 def with_plan(
   batch: Mapping[str, np.ndarray], dropout: DropoutConfig, layout: Layout
 ) -> dict[str, Any]:
-  """A batch of `data.batches.sharded_rows` with the plan of its own whole rows, as `dropout`.
+  """Adds the field `dropout` to a batch: a plan with room for whole rows.
 
   Args:
-    batch: this process's rows, on the host.
-    dropout: when, how many and how.
-    layout: in whose order tokens stand.
+    batch: this process's rows, on the host, as `data.batches.sharded_rows` lays them out.
+    dropout: in which layers tokens are dropped, how many, and by which rule.
+    layout: says in which order the tokens of a row are.
   """
   fields = (batch[name] for name in ("visual_index", "segment_ids", "labels"))
   if layout.zigzag:
@@ -47,15 +48,15 @@ def with_plan(
 
 
 def shorten(plan: DropoutPlan, layout: Layout) -> DropoutPlan:
-  """Cuts off the room that no row needs; waits for the plan, and for nothing behind it.
+  """Cuts off the room that no row needs; waits only until the plan is on the devices.
 
   Args:
     plan: of a batch on the devices, from `with_plan`.
-    layout: gives the parts into which a row must be divisible.
+    layout: gives the number of parts that a length must be divisible by.
   """
   num_tokens = plan.is_visual.shape[1]
   parts = 2 * layout.sequence_shards
-  unit = -(-num_tokens // (_LENGTHS * parts)) * parts
+  unit = -(-num_tokens // (_NUM_LENGTHS * parts)) * parts
   needed = jax.device_get(_longest(tuple(drop.slots for drop in plan.drops.values())))
   drops = {}
   for (layer, drop), longest in zip(plan.drops.items(), needed, strict=True):
@@ -66,6 +67,7 @@ def shorten(plan: DropoutPlan, layout: Layout) -> DropoutPlan:
 
 @jax.jit
 def _longest(slots):
+  """The largest number of kept tokens of a row, for each drop."""
   return [(x < x.shape[1]).sum(axis=1).max() for x in slots]
 
 
@@ -75,14 +77,16 @@ def _cut(slots, length):
 
 
 class ShorteningStep:
-  """A step, or an evaluation, that is given whole plans and computes with shortened ones."""
+  """A step, or an evaluation, that shortens the plan of its batch before it computes."""
 
   def __init__(self, step: Callable, layout: Layout):
+    """Wraps a jitted step, for batches on a mesh."""
     self._step, self._layout = step, layout
 
   def __call__(self, state, batch: dict[str, Any]):
+    """The step on a batch from `with_plan`."""
     return self._step(state, {**batch, "dropout": shorten(batch["dropout"], self._layout)})
 
   def lower(self, state, batch: dict[str, Any]):
-    """As of a jitted function; of plans that are described by shapes, those with the most room."""
+    """Lowers the step for plans with room for whole rows: shapes do not say what is needed."""
     return self._step.lower(state, batch)

@@ -1,4 +1,4 @@
-"""What a run begins with: a checkpoint, an earlier run, parts of several, or random numbers.
+"""Where the first weights of a run come from: a checkpoint, a run, parts of several, or random.
 
 config.init_from                  a directory in the released layout, or a name on the hub
                                   WORKDIR of a run, or WORKDIR/checkpoints/STEP
@@ -30,14 +30,14 @@ RANDOM = "random"
 _log = logging.getLogger("videochat_flash_jax")
 
 _FORMS = "a checkpoint, a run's WORKDIR, or 'LANGUAGE_MODEL + ENCODER[ + PROJECTOR]'"
-# Parts, and how their tensors begin on the hub.
+# Parts, and how the names of their tensors begin on the hub.
 _PARTS = {
   "encoder": "model.vision_tower.",
   "projector": "model.mm_projector.",
   "language model": "model.layers.",
 }
-# Sizes that may differ from those of config.model, since no weight depends on them.
-_FREE = {
+# Fields that may differ from config.model, since the shape of no weight depends on them.
+_MAY_DIFFER = {
   "vision": ("image_size",),
   "connector": (),
   "decoder": ("max_positions", "yarn", "tied_embeddings"),
@@ -50,21 +50,22 @@ def initial_weights(
   shapes: Mapping[str, jax.ShapeDtypeStruct],
   seed: int = 0,
 ) -> dict[str, jax.Array]:
-  """Reads the weights that a run begins with, each to its devices and in its dtype.
+  """Reads the first weights of a run, each directly to its devices, in its dtype.
 
-  No more than one tensor is on the host at a time. What does not fit is refused before any is read.
+  At most one tensor is on the host at a time. All names and sizes are checked before any tensor is
+  read.
 
   Args:
     init_from: see the module.
-    config: of the model that is trained. Pictures may have another size than before.
-    shapes: of its weights by their paths, `decoder.norm.scale` and so on, with shardings.
-    seed: of a projector that is not given.
+    config: of the model that is trained. Its picture size may differ from the checkpoint's.
+    shapes: of its weights by their dotted paths, `decoder.norm.scale` and so on, with shardings.
+    seed: of the random projector, where parts are given without one.
 
   Returns:
-    Arrays by their paths; none for "random".
+    Arrays by their dotted paths; an empty dictionary for "random".
 
   Raises:
-    InputError: a part is missing, or is of another model; names the first field that differs.
+    InputError: a part is missing, or belongs to another model; names the first field that differs.
   """
   if init_from == RANDOM:
     return {}
@@ -79,20 +80,20 @@ def initial_weights(
 
 
 def check_init_from(init_from: str, config: VideoChatFlashConfig):
-  """Sees whether a run can begin with it; no weight is read. Arguments are as of `initial_weights`.
+  """Checks whether `init_from` fits a model without reading weights; see `initial_weights`.
 
   Raises:
-    InputError: as `initial_weights`.
+    InputError: see `initial_weights`.
   """
   if init_from != RANDOM:
     _opened(init_from, config)
 
 
 def copy_hub_files(init_from: str, config: VideoChatFlashConfig, out: Path):
-  """Writes what an export of the run needs beside its weights: config.json and the tokenizer.
+  """Writes the files that an export of the run needs beside weights: config.json and the tokenizer.
 
-  To be called by one process. What does not fit is refused before anything is written; of a run
-  that has steps left a line is logged.
+  Only one process calls this. `init_from` is checked before anything is written. If it is a run
+  that is not finished, a warning is logged.
 
   Args:
     init_from: see the module; not "random", which has no tokenizer.
@@ -100,41 +101,45 @@ def copy_hub_files(init_from: str, config: VideoChatFlashConfig, out: Path):
     out: WORKDIR/hub, made if it is missing.
 
   Raises:
-    InputError: as `initial_weights`.
+    InputError: see `initial_weights`.
   """
   source = _opened(init_from, config)
-  _warn_of_steps_left(Path(init_from.strip()))
+  _warn_if_unfinished(Path(init_from.strip()))
   out.mkdir(parents=True, exist_ok=True)
   copy_beside(source.directory, out)
   write_config(config, out, dtype="float32", base=source.fields)
 
 
-def _warn_of_steps_left(workdir):
-  """Nothing of what is no run's WORKDIR: who names a step means it."""
+def _warn_if_unfinished(workdir):
+  """Logs a warning if this is the WORKDIR of a run with steps left.
+
+  There is no warning for WORKDIR/checkpoints/STEP: who names a step chose it.
+  """
   try:
     num_steps = json.loads((workdir / "config.json").read_text())["config"]["num_steps"]
   except (OSError, ValueError, KeyError, TypeError):
     return
   newest = max(whole_steps(workdir / "checkpoints"), default=num_steps)
   if newest < num_steps:
-    words = "config.init_from: %s has come to step %d of %d only; that is what this run begins with"
-    _log.warning(words, workdir, newest, num_steps)
+    message = "config.init_from: %s is at step %d of %d only; this run starts from that step"
+    _log.warning(message, workdir, newest, num_steps)
 
 
 def _opened(init_from, config, seed=0) -> Checkpoint:
-  """Opens what `init_from` names and sees whether it fits the model that is trained."""
+  """Opens what `init_from` names, and checks whether it fits the model that is trained."""
   first, *others = _split(init_from)
   directory = _directory(first)
   if others:
     encoder, *projector = map(Path, others)
     projector = projector[0] if projector else None
     checkpoint = join_parts(directory, encoder, config.vision, projector, seed)
-    joined = dataclasses.replace(checkpoint.config, connector=config.connector)  # told by no part
+    # No part states the options of the connector.
+    joined = dataclasses.replace(checkpoint.config, connector=config.connector)
     checkpoint = checkpoint._replace(config=joined)
   else:
     if not is_run(directory) and read_fields(directory).get("model_type") == "qwen2":
       raise InputError(
-        f"config.init_from: {first} is a language model alone, without encoder and projector; "
+        f"config.init_from: {first} is only a language model, without encoder and projector; "
         f"give '{first} + ENCODER', where ENCODER is a file such as UMT-L_f4_vision.pt"
       )
     checkpoint = open_checkpoint(directory)
@@ -144,6 +149,7 @@ def _opened(init_from, config, seed=0) -> Checkpoint:
 
 
 def _split(init_from):
+  """The names that `init_from` joins with " + "."""
   parts = re.split(r"\s+\+\s+", init_from.strip())
   if not all(parts) or len(parts) > 3:
     raise InputError(f"config.init_from is {init_from!r}; give {_FORMS}; or random")
@@ -151,9 +157,10 @@ def _split(init_from):
 
 
 def _directory(name):
+  """The directory of a checkpoint or a run; what is on the hub is downloaded."""
   if Path(name).is_file():
     raise InputError(
-      f"config.init_from: {name} is a file, an encoder alone perhaps; give 'LANGUAGE_MODEL + "
+      f"config.init_from: {name} is a file, perhaps only an encoder; give 'LANGUAGE_MODEL + "
       "ENCODER', or a directory"
     )
   try:
@@ -163,7 +170,7 @@ def _directory(name):
 
 
 def _with_tied_head(checkpoint, config):
-  """The embedding as the head, too, where config.model has a head and the checkpoint has none."""
+  """Uses the embedding as the head, too, if config.model has a head and the checkpoint has none."""
   tensors = dict(checkpoint.tensors)
   if not config.decoder.tied_embeddings and checkpoint.config.decoder.tied_embeddings:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -171,7 +178,7 @@ def _with_tied_head(checkpoint, config):
 
 
 def _check_parts(checkpoint):
-  """Refuses a checkpoint that lacks an encoder, a projector or a language model altogether."""
+  """Refuses a checkpoint without an encoder, a projector or a language model."""
   for part, start in _PARTS.items():
     if not any(name.startswith(start) for name in checkpoint.tensors):
       raise InputError(
@@ -180,12 +187,13 @@ def _check_parts(checkpoint):
 
 
 def _check_sizes(checkpoint, config):
-  for part, free in _FREE.items():
+  """Refuses a checkpoint whose config differs from that of the model that is trained."""
+  for part, may_differ in _MAY_DIFFER.items():
     has, asked = (dataclasses.asdict(getattr(one, part)) for one in (checkpoint.config, config))
-    if config.vision.kind == "internvideo2":  # its learnt positions are those of one size
-      free = tuple(field for field in free if field != "image_size")
+    if config.vision.kind == "internvideo2":  # its learnt positions fit one picture size
+      may_differ = tuple(field for field in may_differ if field != "image_size")
     for field, value in asked.items():
-      if field not in free and has[field] != value:
+      if field not in may_differ and has[field] != value:
         raise InputError(
           f"config.init_from: {checkpoint.where} has {part}.{field} {has[field]!r}, but "
           f"config.model, {config.name}, has {value!r}; give another config.model, or the "

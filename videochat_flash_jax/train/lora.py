@@ -2,10 +2,10 @@
 
   y = x W + b + (x A) B * alpha / rank        A [in, rank], B [rank, out]; stacked: [L, in, rank]
 
-B begins at zero, so a model with new adapters computes what it did without. The weights of the
-layer keep their paths: beside `decoder.layers.stacked.q_proj.kernel` come `..q_proj.lora_a` and
-`..q_proj.lora_b`. For inference and on the hub, A B * alpha / rank is added to W:
-`checkpoints.runs.adapters`.
+B is initialised with zeros, so a model with new adapters computes the same as without them. The
+weights of the layer keep their paths: beside `decoder.layers.stacked.q_proj.kernel` there are
+`..q_proj.lora_a` and `..q_proj.lora_b`. For inference and on the hub, A B * alpha / rank is added
+to W, see `checkpoints.runs.adapters`.
 """
 
 import difflib
@@ -20,18 +20,19 @@ from videochat_flash_jax.models.config import LoraConfig
 from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.shapes import Array, Float
 
-_DIRECT = "lm_head"  # its kernel is read past its layer, a share of the vocabulary at a time
+_HEAD = "lm_head"  # the loss reads its kernel directly, so an adapter would have no effect
 
 
 class AdaptedLinear(nnx.Linear):
-  """A linear layer, or a stack of them, with an adapter beside it; its own weights are shared."""
+  """A linear layer, or a stack of them, with an adapter; it shares the weights of `base`."""
 
   def __init__(self, base: nnx.Linear, lora: LoraConfig, *, rngs: nnx.Rngs):
+    """Takes over all attributes of `base`, and draws the adapter."""
     for name, value in vars(base).items():
       if not name.startswith("_pytree"):
         setattr(self, name, value)
     *layers, inputs, outputs = base.kernel.shape
-    # As torch draws the weights of a linear layer: uniform within 1 / sqrt(inputs).
+    # The default of torch's linear layers: uniform within 1 / sqrt(inputs).
     draw = jax.nn.initializers.variance_scaling(
       1 / 3, "fan_in", "uniform", batch_axis=tuple(range(len(layers)))
     )
@@ -40,38 +41,41 @@ class AdaptedLinear(nnx.Linear):
     self.lora_scale = lora.alpha / lora.rank
 
   def __call__(self, inputs: Float[Array, "*batch E"]) -> Float[Array, "*batch M"]:
+    """The output of the layer plus that of the adapter."""
     y = super().__call__(inputs)
     a, b = (weight[...].astype(y.dtype) for weight in (self.lora_a, self.lora_b))
     return y + (inputs.astype(y.dtype) @ a) @ b * self.lora_scale
 
 
 def add_adapters(model: nnx.Module, lora: LoraConfig, rngs: nnx.Rngs):
-  """Puts adapters beside all linear layers whose path `lora.targets` is found in, in place.
+  """Replaces the linear layers whose path `lora.targets` matches by adapted ones, in place.
 
-  The head of the decoder gets none.
+  The head of the decoder gets no adapter.
 
   Args:
-    model: freshly built, or under `nnx.eval_shape`.
-    lora: rank, alpha, and the regex that is searched in paths such as
+    model: newly built, or under `nnx.eval_shape`.
+    lora: rank, alpha, and the regular expression, which is searched in paths such as
       `decoder.layers.stacked.q_proj`.
-    rngs: of the matrices A.
+    rngs: what the matrices A are drawn from.
 
   Raises:
-    InputError: no layer is found, or the regex is none.
+    InputError: the expression matches no layer, or it is no regular expression.
   """
   layers = {
     dotted_path(path): (path, module)
     for path, module in nnx.iter_modules(model)
-    if isinstance(module, nnx.Linear) and path[-1] != _DIRECT
+    if isinstance(module, nnx.Linear) and path[-1] != _HEAD
   }
   try:
     found = sorted(name for name in layers if re.search(lora.targets, name))
   except re.error as error:
-    raise InputError(f"config.lora.targets: {lora.targets!r} is no regex ({error})") from error
+    raise InputError(
+      f"config.lora.targets: {lora.targets!r} is no regular expression ({error}); mend it"
+    ) from error
   if not found:
     near = difflib.get_close_matches(lora.targets, layers, n=3, cutoff=0.3) or sorted(layers)
     raise InputError(
-      f"config.lora.targets: {lora.targets!r} is in the path of no projection; there are "
+      f"config.lora.targets: {lora.targets!r} matches no linear layer; match some of "
       f"{', '.join(near)}"
     )
   for name in found:

@@ -1,29 +1,27 @@
-"""Losses: a model and a batch to sums, so that batches in parts and on many hosts add up."""
+"""Losses of a model on a batch, as sums: those of parts of a batch, and of hosts, are added up."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.models.qwen2 import Qwen2
-from videochat_flash_jax.models.token_merging import merge_groups, similarity_features, sum_groups
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int
 
-_BLOCK_TOKENS = 512  # of a device, whose logits are in memory at a time
+_BLOCK_TOKENS = 512  # per device: only the logits of so many tokens are in memory at once
 
 
 class Sums(NamedTuple):
-  """A loss that is not yet divided by how much counts in it.
+  """A loss before it is divided by the number of its targets.
 
   Attributes:
-    loss: summed over all that counts.
-    count: how much that is.
-    right: by name, how many answers are right.
+    loss: sum of the losses of all targets.
+    count: the number of targets.
+    right: by name, the number of right answers.
   """
 
   loss: Float[Array, ""]
@@ -31,32 +29,16 @@ class Sums(NamedTuple):
   right: dict[str, Float[Array, ""]]
 
   def means(self) -> dict[str, Array]:
-    """The mean `loss`, shares of right answers by their names, and of how many `targets`."""
+    """The mean `loss`, the share of right answers by name, and the number of `targets`."""
     count = jnp.maximum(self.count, 1)
     shares = {name: right / count for name, right in self.right.items()}
     return {"loss": self.loss / count, **shares, "targets": self.count}
 
 
-def add_heads(model: VideoChatFlash, num_classes: dict[str, int], rngs: nnx.Rngs):
-  """Gives a model linear heads that say what each patch shows: to train its encoder alone.
-
-  Stands in for what a released encoder learnt before it met a decoder.
-
-  Args:
-    model: gets `heads`: field of the batch that holds the labels -> head over its classes.
-    num_classes: for each head.
-    rngs: what its weights are drawn from.
-  """
-  width = model.config.vision.width
-  model.heads = nnx.Dict(
-    {name: nnx.Linear(width, classes, rngs=rngs) for name, classes in num_classes.items()}
-  )
-
-
 def cross_entropy(
   logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """Mean negative log-likelihood, and the share of right answers, where labels are not ignored."""
+  """The mean negative log-likelihood, and the share of right answers, of labels from 0."""
   learnt = labels >= 0
   count = jnp.maximum(learnt.sum(), 1)
   labels = jnp.maximum(labels, 0)
@@ -66,69 +48,35 @@ def cross_entropy(
   return jnp.where(learnt, losses, 0).sum() / count, (right & learnt).sum() / count
 
 
-def patch_loss(model: VideoChatFlash, batch: dict[str, Array]) -> Sums:
-  """How badly the heads of a model name what patches show, before and after they are merged.
-
-  Each patch is named twice: from its own feature, and from the merged token that it ends in. Where
-  a token holds patches of a thing and bare ones, only the former are asked: the token is to tell
-  of the thing, however few its patches are.
-
-  Args:
-    model: with heads, see `add_heads`.
-    batch: `frames [C, F, S, S, 3]`, and labels `[C, P]` for every head; the last class is
-      "nothing".
-
-  Returns:
-    Sums whose means are the loss and, for each head, the share of right answers about patches that
-    show something, after merging; each patch is a target.
-  """
-  connector = model.connector
-  features = model.encode_patches(batch["frames"])
-  metric = jax.lax.stop_gradient(similarity_features(features, connector.config.merge_heads))
-  group = merge_groups(metric, target=connector.config.clip_tokens)
-  merged = jnp.take_along_axis(connector.merge(features), group[..., None], axis=1)
-  total, right = jnp.zeros(()), {}
-  for name, head in model.heads.items():
-    labels, nothing = batch[name], head.out_features - 1
-    shown = jnp.where(labels == nothing, IGNORE_LABEL, labels)
-    num_shown = sum_groups(1.0 * (shown >= 0)[..., None], group, connector.config.clip_tokens)
-    beside = jnp.take_along_axis(num_shown[..., 0], group, axis=1) > 0
-    bare = jnp.where(labels == nothing, labels, IGNORE_LABEL)
-    bare_alone = jnp.where(beside, IGNORE_LABEL, bare)
-    for x, without in ((features, bare), (merged, bare_alone)):
-      logits = head(x)
-      loss, right[name] = cross_entropy(logits, shown)
-      # Bare patches fill most of a picture: half the weight for them together.
-      total += 0.5 * loss + 0.25 * cross_entropy(logits, without)[0]
-  count = jnp.asarray(group.size, jnp.float32)
-  return Sums(total * count, count, {name: share * count for name, share in right.items()})
-
-
 def next_token_loss(
   decoder: Qwen2, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], layout: Layout
 ) -> Sums:
-  """Negative log-likelihoods of tokens by a decoder's logits, a block of tokens at a time.
+  """The cross-entropy of next tokens, a block of tokens at a time.
 
-  The logits of all tokens would take more memory than all else: 32,768 tokens and 152,064 words are
-  20 GB. Those of a block are split over `tensor` by words, and computed again for the gradient.
+  The logits of all tokens would take more memory than everything else: 32,768 tokens and a
+  vocabulary of 152,064 take 20 GB. The vocabulary of a block's logits is split over `tensor`, and
+  they are computed a second time for the gradient.
 
   Args:
-    decoder: scores the tokens.
+    decoder: its head gives the logits.
     hidden: its hidden states.
-    targets: the token that follows each, or IGNORE_LABEL.
-    layout: how rows and tokens lie on a mesh.
+    targets: the next token of each token, or IGNORE_LABEL.
+    layout: how rows and tokens are sharded over a mesh.
   """
   head = {"decoder": {"lm_head": {"kernel": decoder.head}}}
 
   def sums_of_shard(head, hidden, targets):
-    # Gathered here, once, and its gradient is summed over devices once, not for each block.
+    """The loss and the right answers of this device's tokens, each [1, 1]."""
+    # Gathered here, once, so that its gradient, too, is summed over devices once, not per block.
     kernel = layout.gather_shards(head)["decoder"]["lm_head"]["kernel"]
-    # A scan sums a gradient in the dtype of what it is of; many small blocks are lost in bfloat16.
+    # A scan sums gradients in the dtype of the weight. In bfloat16 the sum over many blocks would
+    # lose the small ones.
     precise, dtype = kernel.astype(jnp.float32), kernel.dtype
     blocks = _token_blocks(hidden, targets)
 
     @jax.checkpoint
     def add_block(sums, block):
+      """Adds the sums of one block."""
       return jax.tree.map(jnp.add, sums, _block_sums(precise.astype(dtype), *block, layout)), None
 
     sums, _ = jax.lax.scan(add_block, (jnp.zeros(()), jnp.zeros((), jnp.int32)), blocks)
@@ -141,7 +89,7 @@ def next_token_loss(
 
 
 def _token_blocks(hidden, targets):
-  """Hidden states [blocks, block, D] and targets [blocks, block] of a device, padded."""
+  """Splits a device's tokens: hidden states [blocks, block, D] and targets [blocks, block]."""
   block = min(_BLOCK_TOKENS, targets.size)
   hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
   padding = -len(targets) % block
@@ -151,13 +99,13 @@ def _token_blocks(hidden, targets):
 
 
 def _block_sums(kernel, hidden, targets, layout):
-  """Sum of the losses, and number of right answers, of a block of tokens."""
+  """The sum of the losses and the number of right answers of a block of tokens."""
   logits = jnp.einsum("td,dv->tv", hidden, kernel, preferred_element_type=jnp.float32)
   highest = jax.lax.stop_gradient(logits).max(axis=-1)
   highest = layout.reduce_over(jax.lax.pmax, highest, "vocabulary")
   total = jnp.exp(logits - highest[:, None]).sum(axis=-1)
   total = layout.reduce_over(jax.lax.psum, total, "vocabulary")
-  # A sum over all words and no look-up, which would bring the words of all devices together.
+  # A look-up of the target's logit would gather the whole vocabulary on every device.
   is_target = layout.vocab_ids(kernel.shape[1]) == targets[:, None]
   chosen = jnp.where(is_target, logits, 0).sum(axis=-1)
   chosen = layout.reduce_over(jax.lax.psum, chosen, "vocabulary")
@@ -169,16 +117,16 @@ def _block_sums(kernel, hidden, targets, layout):
 def answer_loss(
   model: VideoChatFlash, batch: dict[str, Array], layout: Layout = ONE_DEVICE
 ) -> Sums:
-  """How badly a model continues packed conversations about videos.
+  """The cross-entropy of the answers in packed conversations about videos.
 
   Args:
     model: encoder, connector and decoder.
-    batch: `frames [B, C, F, S, S, 3]`, perhaps `tiles [B, I, 1, S, S, 3]` of images, or, of a
-      frozen encoder, `features [B, C, V, E]` and `tile_features [B, I, V, E]`; and `[B, T]`:
-      `token_ids`, `labels` (of the token itself, IGNORE_LABEL where it is not learnt),
-      `visual_index`, `positions`, `segment_ids`. With a `dropout`
+    batch: `frames [B, C, F, S, S, 3]` and perhaps `tiles [B, I, 1, S, S, 3]` of images; or what a
+      frozen encoder made of them, `features [B, C, V, E]` and `tile_features [B, I, V, E]`. In
+      addition, `[B, T]` each: `token_ids`, `labels` (of the token itself, IGNORE_LABEL where it is
+      not learnt), `visual_index`, `positions`, `segment_ids`. With a `dropout`
       (`models.token_dropout.DropoutPlan`), visual tokens are dropped by that plan.
-    layout: how all of it lies on a mesh.
+    layout: how the batch is sharded over a mesh.
   """
   if "features" in batch:
     visual_tokens = model.project_rows(batch["features"], layout, batch.get("tile_features"))
@@ -193,7 +141,7 @@ def sequence_loss(
   batch: dict[str, Array],
   layout: Layout = ONE_DEVICE,
 ) -> Sums:
-  """`answer_loss` of videos that are encoded already."""
+  """`answer_loss` with visual tokens in place of frames."""
   sequence = batch["token_ids"], visual_tokens, batch["visual_index"]
   labels, segment_ids = batch["labels"], batch["segment_ids"]
   if "dropout" in batch:
@@ -204,7 +152,7 @@ def sequence_loss(
   else:
     hidden = model(*sequence, positions=batch["positions"], segment_ids=segment_ids, layout=layout)
     labels, segment_ids = layout.from_zigzag(labels), layout.from_zigzag(segment_ids)
-  # The token before the first one of a segment knows nothing of it.
+  # The first token of a segment is no target: the token before it belongs to another segment.
   follows = segment_ids[:, 1:] == segment_ids[:, :-1]
   targets = jnp.where(follows, labels[:, 1:], IGNORE_LABEL)
   targets = jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORE_LABEL)

@@ -1,21 +1,22 @@
-"""What a run tells of itself: log files, TensorBoard, and a line of progress in a terminal.
+"""The logs of a run: files, TensorBoard, and a progress line in a terminal.
 
-A line of metrics is written every `log_every` steps, and where a run stops. It is of the steps
-since the line before, and of all processes together:
+A line of metrics is written every `log_every` steps, and when a run stops. It describes the steps
+since the line before, on all processes together:
 
   step 20  loss 3.41  learning_rate 1e-05  grad_norm 2.1  tokens_per_second 51200  mfu 0.41  ...
 
   loss, grad_norm, ...  means over the steps
-  targets               of a step: tokens of answers, or patches, whose loss counts
-  seconds_per_step      without compiling before the first one, and without evaluations
-  data_wait             share of the time in which the devices of the first process had nothing to
-                        do, since the next batch was not there yet
-  tokens_per_second     of text and pictures, but no empty places; and visual_tokens_per_second
-  examples_per_step     that were read; a few of them wait in rows that are not full yet
-  data/tokens_filled    share of the places in rows that hold a token
-  data/broken_share     share of the examples whose row could not be read; and by reason
+  targets               targets of a step: the answer tokens, or patches, whose loss counts
+  seconds_per_step      without compilation before the first step, and without evaluations
+  data_wait             share of the time in which the devices of the first process were idle
+                        because the next batch was not ready
+  tokens_per_second     tokens of text and pictures, without padding; and visual_tokens_per_second
+  examples_per_step     examples that were read; a few of them wait in rows that are not full yet
+  data/tokens_filled    share of the tokens of rows that are not padding
+  data/broken_share     share of the examples whose annotation row could not be read; and by reason
   data/damaged          videos of which some frames could not be read
-  mfu                   share of the peak of all chips; model_tflops where no peak is known
+  mfu                   model FLOPs utilisation: share of the peak operations of all chips;
+                        model_tflops, operations per second and 10^12, where the peak is unknown
 """
 
 import contextlib
@@ -36,8 +37,9 @@ from videochat_flash_jax.data.batches.train_batches import batch_metrics
 from videochat_flash_jax.errors import InputError
 
 _log = logging.getLogger("videochat_flash_jax")
-_DIGITS = 5  # for people
-_AS_RATES = ("examples", "tokens", "visual_tokens")  # of `batch_metrics`
+_NUM_DIGITS = 5  # of numbers for people
+# Counts of `batch_metrics` that are logged as rates.
+_AS_RATES = ("examples", "tokens", "visual_tokens")
 _IN_PROGRESS_LINE = (
   "loss", "eval/loss", "learning_rate", "tokens_per_second", "mfu", "model_tflops", "data_wait",
 )  # fmt: skip
@@ -45,17 +47,17 @@ _SINCE_START = ("wall_seconds", "cpu_seconds")
 
 
 class RunLog:
-  """Writes what happens to `train_log.jsonl`, for programs, to `.txt`, for people, and more.
+  """Writes `train_log.jsonl` for programs, `train_log.txt` for people, and TensorBoard's files.
 
-  Of several processes the first one writes; the others call it in vain.
+  Only the first process writes; on the others all methods do nothing.
   """
 
   def __init__(self, workdir: Path, step: int, num_steps: int):
-    """Opens the files of a run that is at `step`: what they hold of later steps is taken out.
+    """Opens the files of a run, and removes what they say about steps after `step`.
 
     Args:
       workdir: of the run.
-      step: that training goes on behind; 0 begins the files anew.
+      step: the last step that is done; with 0 the files are emptied.
       num_steps: of the run.
     """
     self._is_writer = jax.process_index() == 0
@@ -75,24 +77,25 @@ class RunLog:
 
   def __exit__(self, *_):
     self._progress.close()
-    with contextlib.suppress(OSError):  # of a full disk, of which `write` has told
+    with contextlib.suppress(OSError):  # the disk is full: `write` has raised that already
       for file in self._files:
         file.close()
       if self._board is not None:
         self._board.close()
 
   def advance(self):
-    """Moves the progress line on by a step."""
+    """Advances the progress line by one step."""
     self._progress.update()
 
   def write(self, step: int, **fields: Any):
-    """Writes fields, with wall and CPU seconds since the run was begun; numbers go to TensorBoard.
+    """Writes fields, and the wall and CPU seconds since the run started.
 
-    CPU seconds are those of this process, without its workers. What was spent on steps that are
-    trained again, after a crash, is not counted.
+    Numbers are also written for TensorBoard.
+    CPU seconds are those of this process, without its workers. Time spent on steps that are trained
+    again after a crash is not counted.
 
     Raises:
-      InputError: the disk is full, or the directory gone.
+      InputError: the disk is full, or the directory is missing.
     """
     if not self._is_writer:
       return
@@ -115,25 +118,29 @@ class RunLog:
       _log.info(_lines(fields)[1].rstrip())
 
   def _write_board(self, step, fields):
+    """Writes the numbers among the fields to TensorBoard's files."""
     scalars = {
       name: value
       for name, value in fields.items()
       if isinstance(value, int | float) and name not in ("step", *_SINCE_START)
     }
     if scalars and self._board is None:
-      self._board = self._opened_board()
+      self._board = self._open_board()
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
     if scalars:
-      self._board.flush()  # tells of a full disk, of which the thread that writes does not
+      self._board.flush()  # raises if the disk is full; the thread that writes does not
 
-  def _opened_board(self):
-    # TensorBoard then forgets what a run that broke off told of the steps that follow.
+  def _open_board(self):
+    """Opens a new file for TensorBoard, when the first number is written."""
+    # TensorBoard then hides what was logged of steps that are trained again.
     purged = self._purged_from if any(self._workdir.glob("events.*")) else None
-    # No bound to what waits for the thread that writes: where that has failed, nobody would go on.
+    # The queue of the thread that writes has no limit: if the thread has failed, a full queue would
+    # block the run forever.
     return tensorboardX.SummaryWriter(str(self._workdir), purge_step=purged, max_queue=0)
 
   def _rewritten(self, records):
+    """Writes the files anew with these records alone; returns them open for appending."""
     files = []
     for number, suffix in enumerate((".jsonl", ".txt")):
       path = self._workdir / f"train_log{suffix}"
@@ -145,45 +152,46 @@ class RunLog:
 
 
 class StepMeter:
-  """Takes in what steps compute and how long they take, and gives the means at each line."""
+  """Collects the metrics and the times of steps, and gives their means for each line of the log."""
 
   def __init__(self, flops: float, peak: float | None, state: Mapping[str, Any]):
-    """Begins to measure time.
+    """Starts to measure time.
 
     Args:
-      flops: of a step, on all devices.
-      peak: operations a second of all devices together, if that is known.
+      flops: operations of a step, on all devices together.
+      peak: the most operations per second of all devices together, if that is known.
       state: of the batches of all processes, before the first step.
     """
     self._flops, self._peak, self._state = flops, peak, state
-    self._begin()
+    self._reset()
 
-  def _begin(self):
+  def _reset(self):
+    """Forgets the steps so far."""
     self.num_steps, self._sums = 0, {}
     self._waited, self._since = 0.0, time.perf_counter()
 
   def waited(self, seconds: float):
-    """Counts time in which the devices had nothing to do, for want of data."""
+    """Counts time in which the devices were idle because the next batch was not ready."""
     self._waited += seconds
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Time within it is not that of steps."""
+    """A context whose time does not count as time of steps."""
     start = time.perf_counter()
     yield
     self._since += time.perf_counter() - start
 
   def add(self, metrics: Mapping[str, float]):
-    """Counts a step that is done."""
+    """Counts a step that is done, and adds up its metrics."""
     self.num_steps += 1
     for name, value in metrics.items():
       self._sums[name] = self._sums.get(name, 0.0) + value
 
   def line(self, state: Mapping[str, Any]) -> dict[str, float]:
-    """Means over `num_steps` since the line before, and begins anew.
+    """Returns means over the `num_steps` steps since the line before, and resets the meter.
 
     Args:
-      state: of the batches of all processes, behind the last step.
+      state: of the batches of all processes, after the last step.
     """
     seconds, steps = max(time.perf_counter() - self._since, 1e-9), max(self.num_steps, 1)
     line = {name: value / steps for name, value in self._sums.items()}
@@ -192,10 +200,11 @@ class StepMeter:
       line |= self._data_line(state, seconds, steps)
     flops = self._flops * self.num_steps / seconds
     line |= {"mfu": flops / self._peak} if self._peak else {"model_tflops": flops / 1e12}
-    self._begin()
+    self._reset()
     return line
 
   def _data_line(self, state, seconds, steps):
+    """The fields of a line that come from the state of the batches."""
     counts, self._state = batch_metrics(state, self._state), state
     rates = {f"{name}_per_second": counts[name] / seconds for name in ("tokens", "visual_tokens")}
     rates["examples_per_step"] = counts["examples"] / steps
@@ -203,7 +212,7 @@ class StepMeter:
 
 
 def _records(path, step):
-  """Records of a log of steps that are done; the last one may have been cut off."""
+  """The records of a log up to a step. Its last line may be incomplete, and is then left out."""
   if not step or not path.exists():
     return []
   records = []
@@ -218,13 +227,13 @@ def _records(path, step):
 
 
 def _lines(fields):
-  """A record for programs, and the same for people, but for what is in config.json anyway."""
-  told = {name: value for name, value in fields.items() if not isinstance(value, dict)}
-  text = "  ".join(f"{name} {_rounded(value)}" for name, value in told.items())
+  """A record as a line for programs and as one for people, which leaves out the config."""
+  shown = {name: value for name, value in fields.items() if not isinstance(value, dict)}
+  text = "  ".join(f"{name} {_rounded(value)}" for name, value in shown.items())
   return json.dumps(fields) + "\n", text + "\n"
 
 
 def _rounded(value):
   if not isinstance(value, float) or not math.isfinite(value) or value == 0:
     return value
-  return float(f"{value:.{_DIGITS}g}")
+  return float(f"{value:.{_NUM_DIGITS}g}")

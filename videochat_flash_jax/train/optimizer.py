@@ -1,4 +1,4 @@
-"""The optimisers: AdamW as published, and Muon for the tiny model; a rate for every weight."""
+"""The optimisers: AdamW as published, and Muon for the tiny model; one rate for each weight."""
 
 import math
 import re
@@ -15,9 +15,9 @@ _BATCHED_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_a
 
 
 def learning_rate_at(settings: OptimizerSettings, num_steps: int) -> optax.Schedule:
-  """The rate of each step, from 0: it rises along a line, then falls along half a cosine.
+  """The learning rate of each step, counted from 0: a linear warm-up, then a half cosine.
 
-  Of 100 steps with `warm_up` 0.03 and `final` 0, in parts of the highest:
+  With 100 steps, `warm_up` 0.03 and `final` 0, as a share of the highest rate:
     step   0     1     2     3     51.5   100
     rate   0     1/3   2/3   1     1/2    0
   """
@@ -29,13 +29,13 @@ def learning_rate_at(settings: OptimizerSettings, num_steps: int) -> optax.Sched
 
 
 def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
-  """Clips gradients, and moves weights by AdamW or by Muon, each at its own rate.
+  """Clips gradients, then updates weights by AdamW or Muon, each with its own learning rate.
 
-  Frozen weights are not for it: it keeps moments of all that it is given.
+  Give it no frozen weights: it keeps moments of all weights that it gets.
 
-  Muon (Jordan 2024) makes the update of a matrix of a layer orthogonal; scaled as in Liu et al.
-  2025 (arXiv:2502.16982), it shares its learning rate with AdamW, which moves all else. On the tiny
-  encoder it needs less than half of AdamW's steps.
+  Muon (Jordan 2024) makes the updates of the layers' matrices orthogonal. They are scaled as in Liu
+  et al. 2025 (arXiv:2502.16982), so Muon shares its learning rate with AdamW, which updates all
+  other weights. The tiny encoder needs less than half as many steps with it as with AdamW.
   """
   rate = learning_rate_at(settings, num_steps)
   if settings.name == "muon":
@@ -44,62 +44,67 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
       weight_decay=settings.weight_decay,
       adam_b2=0.98,
       adam_weight_decay=settings.weight_decay,
-      muon_weight_dimension_numbers=_matrices_of_layers,
+      muon_weight_dimension_numbers=_muon_dimensions,
       consistent_rms=0.2,
     )
   else:
     update = optax.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=settings.weight_decay)
-  return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update, _scaled(settings))
+  return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update, _rescale(settings))
 
 
 def scale_of(settings: OptimizerSettings, path: str) -> float:
-  """The factor of the rate for the weight of a dotted path; 0 if it is frozen.
+  """The factor of the learning rate for the weight with a dotted path; 0: the weight is frozen.
 
   Raises:
-    InputError: no expression of `settings.scales` is found in it.
+    InputError: no expression of `settings.scales` matches the path.
   """
-  return settings.scales[_place_of(settings, path)][1]
+  return settings.scales[_first_match(settings, path)][1]
 
 
 def trained_paths(settings: OptimizerSettings, paths: Iterable[str]) -> Callable[[str], bool]:
-  """Checks `settings.scales` against the paths of all weights; returns which are trained.
+  """Checks `settings.scales` against the paths of all weights.
+
+  Returns:
+    A function that says whether the weight with a path is trained.
 
   Raises:
-    InputError: an expression is found in no weight, or not as the first; none is found in a weight;
-      or nothing would be trained.
+    InputError: an expression is the first match of no weight; no expression matches a weight; or
+      all weights would be frozen.
   """
-  places = {path: _place_of(settings, path) for path in paths}
-  for place, (pattern, _) in enumerate(settings.scales):
-    if place not in places.values():
+  first_matches = {path: _first_match(settings, path) for path in paths}
+  for index, (pattern, _) in enumerate(settings.scales):
+    if index not in first_matches.values():
       raise InputError(
-        f"config.optimizer.scales: {pattern!r} is the first to be found in no weight; "
-        f"weights are such as {_some_of(places)}; take it out, or mend it"
+        f"config.optimizer.scales: {pattern!r} is the first match of no weight; "
+        f"there are weights such as {_examples(first_matches)}; remove it, or mend it"
       )
-  if not any(settings.scales[place][1] for place in places.values()):
+  if not any(settings.scales[index][1] for index in first_matches.values()):
     raise InputError("config.optimizer.scales freezes all weights: give a factor above 0 to some")
   return lambda path: scale_of(settings, path) > 0
 
 
-def _place_of(settings, path):
-  for place, (pattern, _) in enumerate(settings.scales):
+def _first_match(settings, path):
+  """The index in `settings.scales` of the first expression that matches a path."""
+  for index, (pattern, _) in enumerate(settings.scales):
     if re.search(pattern, path):
-      return place
+      return index
   raise InputError(
-    f"config.optimizer.scales: no expression is found in the weight {path}; "
+    f"config.optimizer.scales: no expression matches the weight {path}; "
     'give one for it, or ("", 0.0) at the end to freeze all others'
   )
 
 
-def _some_of(paths):
-  """A path of each part of the model."""
+def _examples(paths):
+  """One path of each part of the model."""
   parts = {path.partition(".")[0]: path for path in paths}
   return ", ".join(parts.values())
 
 
-def _scaled(settings):
-  """Multiplies the update of each weight by its own factor."""
+def _rescale(settings):
+  """A transformation that multiplies the update of each weight by its factor."""
 
   def scale(updates, weights=None):
+    """The scaled updates."""
     return jax.tree_util.tree_map_with_path(
       lambda path, update: update * scale_of(settings, dotted_path(path)), updates
     )
@@ -107,11 +112,15 @@ def _scaled(settings):
   return optax.stateless(scale)
 
 
-def _matrices_of_layers(weights):
-  """For each array how Muon reads it, or None: layers are stacked, so theirs have three axes."""
+def _muon_dimensions(weights):
+  """The matrix axes of each array that Muon updates; None for those that AdamW updates.
 
-  def numbers(path, array):
+  Layers are stacked, so their matrices are arrays of three axes.
+  """
+
+  def dimensions(path, array):
+    """The matrix axes of one array, or None."""
     stacked = any(getattr(key, "key", None) == "stacked" for key in path)
     return _BATCHED_MATRIX if stacked and array.ndim == 3 else None
 
-  return jax.tree_util.tree_map_with_path(numbers, weights)
+  return jax.tree_util.tree_map_with_path(dimensions, weights)

@@ -1,8 +1,9 @@
-"""SIGTERM, and the first Ctrl-C, end a run behind its current step, when all is saved.
+"""SIGTERM, and the first Ctrl-C, end a run after its current step, once its state is saved.
 
-Of several processes mostly one alone gets the signal; JAX tells the others, and they agree on a
-step at which all of them stop. For that they count how often each has asked, which is the same for
-all, and goes on over the stages of a run, whose steps begin at 0 again.
+If there are several processes, usually only one of them gets the signal. JAX informs the others,
+and they agree on a step after which all of them stop. To name that step, each process counts how
+often it has asked. This count is the same on all processes. It is not reset between the stages of a
+config, while the steps of each stage are counted from 0.
 """
 
 import os
@@ -13,16 +14,16 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-  """Within it signals are noticed; behind it they do what they did before."""
+  """A context in which signals only request a stop; after it they have their former effect."""
 
   def __init__(self):
-    """Notices nothing yet."""
+    """Handles no signal yet."""
     self._several = jax.distributed.is_initialized()
     self._is_due = False
     self._asked, self._before = 0, {}
 
   def __enter__(self) -> "Preemption":
-    # Where there are several processes, JAX has taken over SIGTERM when they joined.
+    # With several processes, JAX has handled SIGTERM since they were connected.
     own = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
     self._before = {number: signal.signal(number, self._notice) for number in own}
     return self
@@ -32,9 +33,10 @@ class Preemption:
       signal.signal(number, handler)
 
   def is_due(self) -> bool:
-    """Whether to save and to end now; once it is so, it stays so.
+    """Whether to save and stop now; once it is True, it stays True.
 
-    Every process asks at the same places: behind each step, say. Nobody else may ask JAX.
+    All processes must call this equally often, for example after each step. Nothing else in the
+    program may call `reached_preemption_sync_point`.
     """
     if self._several and not self._is_due:
       self._asked += 1
@@ -42,8 +44,9 @@ class Preemption:
     return self._is_due
 
   def _notice(self, number, _):
+    """Handles a signal."""
     if number == signal.SIGINT:
-      signal.signal(number, self._before[number])  # the second one ends the program at once
+      signal.signal(number, self._before[number])  # so that the second Ctrl-C ends the program
     if self._several:
       os.kill(os.getpid(), signal.SIGTERM)
     else:

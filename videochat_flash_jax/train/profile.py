@@ -1,4 +1,4 @@
-"""Traces some steps of a run into a folder, for TensorBoard or xprof."""
+"""Records a profile of some steps of a run in a folder, for TensorBoard or xprof."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 
 
 class Profile:
-  """To be told of each step; a trace that is not finished ends with the block."""
+  """A context that traces some of the steps in it; its end stops a trace that is still running."""
 
   def __init__(self, steps: tuple[int, ...], folder: Path):
     """Traces from the first to the last of `steps`, or nothing if there are none."""
@@ -21,13 +21,13 @@ class Profile:
     self._stop()
 
   def before(self, step: int):
-    """Called right before a step is dispatched."""
+    """Call this right before a step is dispatched."""
     if step == self._first:
       jax.profiler.start_trace(str(self._folder))
       self._is_tracing = True
 
   def after(self, step: int, metrics: Any):
-    """Called right behind; waits for what the last step computes."""
+    """Call this right after a step is dispatched; waits for the results of the last traced step."""
     if step == self._last:
       jax.block_until_ready(metrics)
       self._stop()

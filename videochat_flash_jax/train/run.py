@@ -1,4 +1,4 @@
-"""One run: begun, or gone on with, step by step; saved, measured, and stopped when it has to be."""
+"""One run, started or resumed: its steps, checkpoints and evaluations, and when it stops."""
 
 import contextlib
 import dataclasses
@@ -21,25 +21,20 @@ from videochat_flash_jax.checkpoints.runs.manager import RunCheckpoints
 from videochat_flash_jax.checkpoints.runs.processes import allgather_streams
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.chips import peak_flops
-from videochat_flash_jax.train.batches import (
-  RunBatches,
-  held_out_batches,
-  open_features,
-  run_batches,
-)
-from videochat_flash_jax.train.flops import step_flops
+from videochat_flash_jax.train.batches import RunBatches, open_features
 from videochat_flash_jax.train.initial_weights import initial_weights
 from videochat_flash_jax.train.metrics import RunLog, StepMeter
+from videochat_flash_jax.train.objectives import OBJECTIVES
 from videochat_flash_jax.train.optimizer import learning_rate_at
 from videochat_flash_jax.train.preemption import Preemption
 from videochat_flash_jax.train.profile import Profile
-from videochat_flash_jax.train.program import TrainProgram, train_program
+from videochat_flash_jax.train.program import train_program
 from videochat_flash_jax.train.settings import TrainSettings
-from videochat_flash_jax.train.step import TrainState
+from videochat_flash_jax.train.step import TrainProgram, TrainState
 from videochat_flash_jax.train.workdir import check_checkpoint, warn_of_room
 
 _log = logging.getLogger("videochat_flash_jax")
-_LONGEST_COMPILING = 3_600_000  # milliseconds
+_MAX_COMPILE_MILLISECONDS = 3_600_000
 
 
 def train_run(
@@ -49,20 +44,22 @@ def train_run(
 
   Args:
     settings: of the run.
-    config: what they were made of, as JSON has it: it is saved beside the weights.
+    config: the config that the settings were made from, in JSON types. It is saved beside the
+      weights.
     workdir: of the run, with `hub/`; see `train.workdir`.
-    preemption: tells when to stop before.
+    preemption: says whether to stop before the last step.
 
   Returns:
-    Whether the last step is done, and not one before it.
+    Whether the last step is done; otherwise the run was stopped, and can be resumed.
 
   Raises:
-    InputError: something the user gave cannot be used; or a loss is no longer finite.
+    InputError: something that the user gave cannot be used; or a loss is no longer finite.
   """
-  kept, run = settings.checkpoint, {"config": dict(config)}
+  objective, rules = OBJECTIVES[settings.objective], settings.checkpoint
+  run = {"config": dict(config)}
   program = train_program(settings, jax.devices())
-  with RunCheckpoints(workdir / "checkpoints", kept.keep, kept.keep_every) as checkpoints:
-    warn_of_room(workdir, program.state, kept.keep)
+  with RunCheckpoints(workdir / "checkpoints", rules.keep, rules.keep_every) as checkpoints:
+    warn_of_room(workdir, program.state, rules.keep)
     restored = checkpoints.restore(program.state, functools.partial(check_checkpoint, config))
     if restored is None:
       weights = initial_weights(settings.init_from, settings.model, program.weights, settings.seed)
@@ -71,8 +68,8 @@ def train_run(
       step, state, data, _ = restored
     features = open_features(settings, state.frozen)
     streams = data["facts"]["streams"] if data and "facts" in data else 0
-    batches = run_batches(settings, program, workdir / "hub", features, streams)
-    held_out = held_out_batches(settings, program, workdir / "hub", features)
+    batches = objective.run_batches(settings, program, workdir / "hub", features, streams)
+    held_out = objective.held_out_batches(settings, program, workdir / "hub", features)
     with (
       contextlib.closing(batches.begin()) as iterator,
       RunLog(workdir, step, settings.num_steps) as log,
@@ -80,7 +77,7 @@ def train_run(
     ):
       if data is not None:
         iterator.set_state(data)
-      iterator.start_prefetch()  # while the step is compiled
+      iterator.start_prefetch()  # reads batches while the step is compiled
       program, seconds = _compiled(program, state, settings, workdir, held_out is not None)
       event = {"event": "resume" if step else "start", "version": __version__}
       event |= {"jax": jax.__version__, "compile_seconds": round(seconds, 1)}
@@ -97,34 +94,36 @@ def train_run(
         log=log,
         fetcher=fetcher,
         preemption=preemption,
+        step_flops=objective.step_flops(settings, program.layout.sequence_shards),
       )
-      return steps.go_on(step, state)
+      return steps.train_from(step, state)
 
 
-def _compiled(program: TrainProgram, state, settings, workdir, is_measured):
-  """The program with its step and evaluation compiled, and the seconds that took.
+def _compiled(program: TrainProgram, state, settings, workdir, is_evaluated):
+  """Compiles the step and the evaluation; returns the program with them, and the seconds it took.
 
-  All processes leave together: when they meet within a step, CPUs wait half a minute for each
-  other, and compiling may take them longer. With dropout of tokens nothing is compiled here: then
-  the shapes depend on the batches, and a step that meets new ones takes longer.
+  All processes return together. Otherwise the first collective operation of a step could fail: on
+  CPUs, a process waits half a minute for the others, and they may compile for longer than that.
+  With token dropout nothing is compiled here: the shapes depend on the batches, and a step with new
+  shapes is compiled when it is called.
   """
   start = time.perf_counter()
   if settings.dropout is None:
     program = program._replace(step=program.step.lower(state, program.batch).compile())
-    if is_measured:
+    if is_evaluated:
       program = program._replace(evaluate=program.evaluate.lower(state, program.batch).compile())
   seconds = time.perf_counter() - start
-  get_barrier_sync_fn()(key=f"compiled in {workdir}", timeout_ms=_LONGEST_COMPILING)
+  get_barrier_sync_fn()(key=f"compiled in {workdir}", timeout_ms=_MAX_COMPILE_MILLISECONDS)
   return program, seconds
 
 
-class _Running(NamedTuple):
-  """A step that was dispatched, and whose metrics were not looked at yet.
+class _DispatchedStep(NamedTuple):
+  """A step that was dispatched, but whose metrics were not read yet.
 
   Attributes:
     step: its number.
-    metrics: their values, and when they were there.
-    data: state of the batches behind the step's.
+    metrics: their values, and the time at which they were known.
+    data: state of the batches after the step's batch.
   """
 
   step: int
@@ -133,6 +132,7 @@ class _Running(NamedTuple):
 
 
 def _fetched(metrics: Mapping[str, jax.Array]) -> tuple[dict[str, float], float]:
+  """Waits for metrics; returns their values, and the time at which they were known."""
   return {name: float(x) for name, x in jax.device_get(metrics).items()}, time.perf_counter()
 
 
@@ -142,8 +142,10 @@ class _Steps:
 
   Attributes:
     run: what is saved beside the weights.
+    held_out: batches of the evaluations; None: the run is not evaluated.
     iterator: of `batches`, on the devices.
-    fetcher: waits for metrics, so that it is known when a step is done.
+    fetcher: a thread that waits for metrics, so that the time at which a step ends is known.
+    step_flops: operations of a step on all devices together.
   """
 
   settings: TrainSettings
@@ -157,20 +159,21 @@ class _Steps:
   log: RunLog
   fetcher: ThreadPoolExecutor
   preemption: Preemption
+  step_flops: float
 
   def __post_init__(self):
     settings, peak = self.settings, peak_flops(jax.devices()[0].device_kind)
     self._rate = learning_rate_at(settings.optimizer, settings.num_steps)
     self._meter = StepMeter(
-      step_flops(settings, self.program.layout.sequence_shards),
+      self.step_flops,
       peak and peak * jax.device_count(),
       allgather_streams(self.iterator.get_state()),
     )
-    self._running: _Running | None = None
+    self._dispatched: _DispatchedStep | None = None
     self._wait = 0.0, 0.0  # when waiting for the last batch began, and ended
 
-  def go_on(self, step: int, state: TrainState) -> bool:
-    """Goes on behind `step`; see `train_run`."""
+  def train_from(self, step: int, state: TrainState) -> bool:
+    """Trains all steps after `step`; see `train_run`."""
     settings = self.settings
     with Profile(settings.profile, self.workdir / "profile") as profile:
       while step < settings.num_steps:
@@ -180,16 +183,16 @@ class _Steps:
         with jax.transfer_guard("disallow"):
           state, metrics = self.program.step(state, batch)
         profile.after(step, metrics)
-        # The step before is looked at while this one is computed.
-        self._look_at_running()
-        self.checkpoints.check()  # not as late as the next save
+        # The metrics of the step before are read while this one is computed.
+        self._read_metrics()
+        self.checkpoints.check()  # finds an error of the last save before the next save
         metrics = self.fetcher.submit(_fetched, metrics)
-        self._running = _Running(step, metrics, self.iterator.get_state())
+        self._dispatched = _DispatchedStep(step, metrics, self.iterator.get_state())
         is_last, is_due = step == settings.num_steps, self.preemption.is_due()
         if is_due or is_last or step % settings.checkpoint.every == 0:
           self._save(step, state)
         if self.held_out and not is_due and (is_last or step % settings.eval.every == 0):
-          self._measure(step, state)
+          self._evaluate(step, state)
           is_due = self.preemption.is_due()
         if is_due and not is_last:
           self._save(step, state)
@@ -198,27 +201,33 @@ class _Steps:
     return True
 
   def _next_batch(self):
+    """Waits for the next batch, and notes when; see `_read_metrics`."""
     start = time.perf_counter()
     batch = next(self.iterator)
     self._wait = start, time.perf_counter()
-    if self._running is None:
+    if self._dispatched is None:
       self._meter.waited(self._wait[1] - start)
     return batch
 
   def _save(self, step, state):
-    """Saves, unless that was done; a loss that is not finite is refused before."""
-    self._look_at_running()
+    """Saves the state, unless it is saved already, and unless the last loss is not finite."""
+    self._read_metrics()
     self.checkpoints.save(step, state, self.iterator.get_state(), self.run)
 
-  def _look_at_running(self):
-    """Waits for the metrics of the last step that was dispatched, if nobody did; refuses NaN."""
-    if self._running is None:
+  def _read_metrics(self):
+    """Waits for the metrics of the last dispatched step, unless they were read, and counts them.
+
+    Raises:
+      InputError: its loss or its gradient is not finite.
+    """
+    if self._dispatched is None:
       return
-    step, metrics, data = self._running
-    self._running = None
+    step, metrics, data = self._dispatched
+    self._dispatched = None
     values, done_at = metrics.result()
     if not all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
       raise self._not_finite(step, values, data)
+    # The devices were idle from the end of the step to the arrival of the next batch.
     start, end = self._wait
     self._meter.waited(max(end - max(start, done_at), 0.0))
     self._meter.add(values)
@@ -227,12 +236,13 @@ class _Steps:
       self._write_line(step, data)
 
   def _write_line(self, step, data):
-    """Writes what was counted since the last line, if anything was; every process calls this."""
+    """Logs the steps since the last line, if there are any; every process calls this."""
     if self._meter.num_steps:
       line = self._meter.line(allgather_streams(data))
       self.log.write(step, learning_rate=float(self._rate(step - 1)), **line)
 
   def _not_finite(self, step, values, data):
+    """Writes the names of the examples of a step to a file; returns the error to raise."""
     number = jax.process_index()
     path = self.workdir / f"nan_step_{step}{f'.process_{number}' if number else ''}.json"
     written = {name: repr(value) for name, value in values.items()}
@@ -246,14 +256,14 @@ class _Steps:
     return InputError(
       f"{self.workdir}: the loss of step {step} is {values['loss']}, the norm of its gradient "
       f"{values['grad_norm']}; the examples of its batch are in {path.name}, {saved}: look at the "
-      "examples, or go on with a lower config.optimizer.learning_rate, which is "
-      f"{self.settings.optimizer.learning_rate}; if its weights are spoilt already, move it away, "
-      "and the one before counts"
+      "examples, or resume with a lower config.optimizer.learning_rate, which is "
+      f"{self.settings.optimizer.learning_rate}; if the weights of that checkpoint are damaged "
+      "already, move it away, and the run resumes from the one before"
     )
 
-  def _measure(self, step, state):
-    """Means over held-out batches, the same ones each time, of what each learns from."""
-    self._look_at_running()
+  def _evaluate(self, step, state):
+    """Logs means over the targets of held-out batches, which are the same ones each time."""
+    self._read_metrics()
     sums: dict[str, float] = {}
     with self._meter.paused(), contextlib.closing(self.held_out.begin()) as batches:
       for _ in range(self.settings.eval.batches):

@@ -1,13 +1,14 @@
-"""One training step as a pure function: state and batch to state and metrics."""
+"""One training step as a pure function of a state and a batch, and what a run needs to call it."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.shapes import Array
 from videochat_flash_jax.train.losses import Sums
@@ -29,22 +30,53 @@ class TrainState(NamedTuple):
   optimizer: optax.OptState
 
 
+class TrainProgram(NamedTuple):
+  """A step, and the shapes and shardings of its arguments; `train.program` builds it.
+
+  Attributes:
+    step: `step(state, batch) -> (state, metrics)`; it consumes the state, and has `lower`.
+    jitted_step: the same for functions that are traced: it uses dropout plans without shortening
+      them.
+    evaluate: `evaluate(state, batch) -> metrics`, without a gradient.
+    state: shapes of weights and optimizer.
+    batch: shapes of a batch of all processes.
+    weights: shapes of the model's own weights by their dotted paths: what `begin` expects.
+    begin: `begin(weights) -> state`: the state before the first step; None draws all weights.
+    graph: of the model, with its adapters or heads: `nnx.merge(graph, trained, frozen)`.
+    layout: how arrays are sharded over the mesh.
+  """
+
+  step: Callable
+  jitted_step: Callable
+  evaluate: Callable
+  state: TrainState
+  batch: dict[str, Any]
+  weights: dict[str, jax.ShapeDtypeStruct]
+  begin: Callable[[Mapping[str, Any] | None], TrainState]
+  graph: nnx.GraphDef
+  layout: Layout
+
+
 def split_state(
   module: nnx.Module,
   is_trained: Callable[[str], bool],
   optimizer: optax.GradientTransformation,
   frozen_dtype: jnp.dtype | None = None,
 ) -> tuple[nnx.GraphDef, TrainState]:
-  """Takes a module apart for training; steps consume its arrays, so put the last state back.
+  """Splits a module into its graph and the state of a training run.
+
+  Steps consume the arrays of the state, so the module cannot be used until the last state is merged
+  with the graph.
 
   Args:
     module: a model, perhaps with adapters or heads.
-    is_trained: of the dotted path of a weight, such as `connector.fc1.kernel`.
-    optimizer: whose state to start.
-    frozen_dtype: of the weights that are not trained; None: as they are.
+    is_trained: takes the dotted path of a weight, such as `connector.fc1.kernel`.
+    optimizer: its state is initialised.
+    frozen_dtype: the dtype to convert frozen weights to; None: as they are.
   """
 
   def filter_trained(path, _):
+    """Selects the weights that are trained, for `nnx.split`."""
     return is_trained(dotted_path(path))
 
   graph, trained, frozen = nnx.split(module, filter_trained, ...)
@@ -63,30 +95,33 @@ def make_step(
 ):
   """Returns the jitted `step(state, batch) -> (state, metrics)`; it consumes the state.
 
-  The gradient is that of the mean over all that counts in the whole batch, on all hosts and in all
-  of its parts: sums are added up in float32, and divided once. Metrics are the loss, shares of
-  right answers by the names that the loss gives them, how many `targets` were learnt, and the
-  gradient's norm before it is clipped.
+  The gradient is that of the mean over all targets of the whole batch, on all hosts and in all of
+  its parts: sums are accumulated in float32, and divided once. The metrics are the loss, the shares
+  of right answers by the names that the loss gives them, the number of `targets`, and the
+  gradient's norm before clipping.
 
   Args:
     graph: of the module, from `split_state`.
-    loss: of the module and a batch.
-    optimizer: what `split_state` was given.
-    compute_dtype: the dtype to which weights are rounded, once a step, before anything is done with
-      them: on a mesh it is what travels. None: as they are.
+    loss: a function of the module and a batch.
+    optimizer: the one that `split_state` was given.
+    compute_dtype: weights are converted to this dtype first of all, once a step; on a mesh they are
+      also gathered in it. None: as they are.
     shardings: of the state, on a mesh.
-    accumulate: parts of a batch that are computed one after another, see `_parts`.
+    accumulate: the number of parts of a batch that are computed sequentially, see `_parts`.
   """
 
   def step(state: TrainState, batch: dict[str, Array]):
+    """One update of the trained weights."""
     trained, frozen = (_in_dtype(x, compute_dtype) for x in (state.trained, state.frozen))
 
-    def objective(trained, batch):
+    def summed_loss(trained, batch):
+      """The loss to differentiate, and all sums beside it."""
       sums = loss(nnx.merge(graph, trained, frozen), batch)
       return sums.loss, sums
 
     def gradients_of(batch):
-      (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(trained, batch)
+      """The sums of a part of the batch, and their gradients in float32."""
+      (_, sums), gradients = jax.value_and_grad(summed_loss, has_aux=True)(trained, batch)
       return sums, _in_dtype(gradients, jnp.float32)
 
     sums, gradients = _total(gradients_of, batch, accumulate)
@@ -113,6 +148,7 @@ def make_evaluation(
   """Returns the jitted `evaluate(state, batch) -> metrics`; arguments are those of `make_step`."""
 
   def evaluate(state: TrainState, batch: dict[str, Array]):
+    """The metrics of a batch, without a gradient."""
     trained, frozen = (_in_dtype(x, compute_dtype) for x in (state.trained, state.frozen))
     return _total(
       lambda batch: loss(nnx.merge(graph, trained, frozen), batch), batch, accumulate
@@ -122,26 +158,27 @@ def make_evaluation(
 
 
 def _total(function, batch, accumulate):
-  """The sum of a function of the parts of a batch, one part after another."""
+  """Adds up a function's results over the parts of a batch, which are computed sequentially."""
   if accumulate == 1:
     return function(batch)
   parts = _parts(batch, accumulate)
-  start = jax.tree.map(
+  zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype),
     jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts)),
   )
 
   def add_part(total, part):
+    """Adds the result of one part."""
     return jax.tree.map(jnp.add, total, function(part)), None
 
-  return jax.lax.scan(add_part, start, parts)[0]
+  return jax.lax.scan(add_part, zeros, parts)[0]
 
 
 def _parts(batch, number):
-  """Arrays [B, ...] as [number, B / number, ...]: row r becomes one of part r % number.
+  """Splits arrays [B, ...] to [number, B / number, ...]: row r goes to part r % number.
 
-  Every device has its rows in one block; so it has as many of each part, and none travels. Four
-  rows on two devices, in two parts:   0 1 | 2 3   ->   0 | 2   and   1 | 3
+  Each device holds one block of rows. It holds equally many rows of each part, so no row is sent
+  between devices. Four rows on two devices, in two parts:   0 1 | 2 3   ->   0 | 2   and   1 | 3
   """
   return jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), batch)
 

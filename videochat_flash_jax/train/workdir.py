@@ -31,6 +31,7 @@ from videochat_flash_jax.parallel.agreement import allgather_text, raise_on_all_
 from videochat_flash_jax.synthetic.training import vocabulary_lines
 from videochat_flash_jax.train.config import Change, config_changes
 from videochat_flash_jax.train.initial_weights import RANDOM, copy_hub_files
+from videochat_flash_jax.train.objectives import OBJECTIVES
 from videochat_flash_jax.train.settings import TrainSettings
 from videochat_flash_jax.train.step import TrainState
 
@@ -120,7 +121,7 @@ def check_config(workdir: Path, config: Mapping[str, Any]):
   changes = _changes(workdir, config)  # refuses what is no run's
   for change in changes if begun else ():
     is_free = change.on_resume == OnResume.MAY_CHANGE
-    if not is_free or (change.path == "clips_per_shard" and config["objective"] == "patches"):
+    if not is_free or change.path in OBJECTIVES[config["objective"]].batch_fields:
       raise InputError(
         f"{workdir} holds a run with config.{change.path} {change.before!r}, now it is "
         f"{change.now!r}; give {change.before!r}, or another --workdir"
