@@ -1,4 +1,3 @@
-# Over 300 lines: the programs, and the same programs with shapes for arguments.
 """The engine's jitted programs; and two of them with shapes for arguments, for `vcflash compile`.
 
 On a mesh, rows are split over `data` and `fsdp`. Heads (and so the cache), MLP and vocabulary are

@@ -1,4 +1,3 @@
-# Over 300 lines: the plan, made on the host, and its use on the device explain each other.
 """Video-level HiCo: visual tokens are dropped between decoder layers, by a plan from the host.
 
 A row with a text token, four visual tokens and a question (`?`), where half of the visual tokens
