@@ -87,7 +87,7 @@ def test_each_part_of_the_layers_remembers_the_tokens_it_saw(engine, prompts):
 
 def test_visual_tokens_are_not_added_to_a_reading_from_which_some_were_dropped(engine, prompts):
   reading = engine.read(prompts, NEW_TOKENS)
-  with pytest.raises(ValueError, match="at once"):
+  with pytest.raises(ValueError, match="in one call"):
     engine.read(prompts, NEW_TOKENS, after=reading)
 
 

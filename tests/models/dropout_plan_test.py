@@ -17,13 +17,13 @@ from videochat_flash_jax.models.token_dropout import (
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 
 
-def slots(plan):
-  return [drop.slots.tolist() for drop in plan.drops.values()]
+def kept_indices(plan):
+  return [drop.indices.tolist() for drop in plan.drops.values()]
 
 
 def test_the_plan_of_two_samples_in_a_row_is_that_of_its_docstring():
   plan = plan_of(config_of("uniform0_attention"), "S v v v v ? S v v ?")
-  assert slots(plan) == [[[0, 1, 4, 5, 6, 7, 9]], [[0, 1, 2, 4, 5]]]
+  assert kept_indices(plan) == [[[0, 1, 4, 5, 6, 7, 9]], [[0, 1, 2, 4, 5]]]
   assert [type(drop) for drop in plan.drops.values()] == [EvenDrop, RankedDrop]
   assert list(plan.drops) == [1, 2]
 
@@ -45,32 +45,34 @@ def test_a_kind_says_from_which_drop_on_attention_chooses(kind, ranked):
 def test_counts_are_of_the_first_number_of_visual_tokens_and_cut_off():
   for kind in DROPOUT_KINDS:
     plan = plan_of(config_of(kind, (1, 2), (1.0, 0.7, 0.3)), "S v v v v v v v ?")
-    assert [drop.slots.shape[1] for drop in plan.drops.values()] == [2 + 4, 2 + 2]
+    assert [drop.indices.shape[1] for drop in plan.drops.values()] == [2 + 4, 2 + 2]
 
 
 def test_shorter_rows_and_rows_of_text_are_padded_to_the_longest():
   plan = plan_of(config_of("uniform"), "S v v v v ?", "S v ? v ?", "S ?")
-  first, second = slots(plan)
+  first, second = kept_indices(plan)
   assert first == [[0, 1, 4, 5], [0, 1, 2, 4], [0, 1, 6, 6]]  # two images are one pool
   assert second == [[0, 1, 3], [0, 2, 3], [0, 1, 4]]
 
 
 def test_all_visual_tokens_may_go():
-  assert slots(plan_of(config_of("attention", (1,), (1.0, 0.1)), "S v v ? v v ?")) == [[[0, 1, 2]]]
+  assert kept_indices(plan_of(config_of("attention", (1,), (1.0, 0.1)), "S v v ? v v ?")) == [
+    [[0, 1, 2]]
+  ]
 
 
 def test_rows_are_rounded_up_to_the_lengths_of_the_caller():
   plan = plan_of(config_of("uniform"), "S v v v v ?", round_length=lambda n: n + 3)
-  assert slots(plan) == [[[0, 1, 4, 5, 6, 6, 6]], [[0, 1, 3, 7, 7, 7]]]
+  assert kept_indices(plan) == [[[0, 1, 4, 5, 6, 6, 6]], [[0, 1, 3, 7, 7, 7]]]
 
 
 def test_in_training_attention_leaves_samples_without_an_answer_as_they_are():
   rows = ("S v v v v ? S v v ? a", "A v v v v ? A v v ?")
   plan = plan_of(config_of("attention"), *rows, training=True)
-  assert [row[-1] for row in slots(plan)[0]] == [9, 9]
-  assert slots(plan)[0][0] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+  assert [row[-1] for row in kept_indices(plan)[0]] == [9, 9]
+  assert kept_indices(plan)[0][0] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
   even = plan_of(config_of("uniform"), *rows, training=True)
-  assert slots(even)[0][0] == [0, 1, 4, 5, 6, 7, 9, 10]
+  assert kept_indices(even)[0][0] == [0, 1, 4, 5, 6, 7, 9, 10]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ BATCH, NUM_SLOTS = 2, 7
 HEADS = (DECODER.num_kv_heads, DECODER.head_size)
 
 
-@pytest.fixture(params=[False, True], ids=["stacked", "apart"])
-def cache(request):
-  empty = KVCache.empty(DECODER, BATCH, NUM_SLOTS, apart=request.param)
+@pytest.fixture
+def cache():
+  empty = KVCache.empty(DECODER, BATCH, NUM_SLOTS, depth=DECODER.depth)
   return empty._replace(length=jnp.array([1, 4]))
 
 

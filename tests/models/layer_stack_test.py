@@ -43,33 +43,11 @@ def test_layers_start_with_weights_of_their_own(stack):
   assert len(np.unique(kernels)) == kernels.size
 
 
-def test_apart_layers_compute_the_same_and_so_do_their_gradients(stack):
-  x = normal(2, WIDTH)
-
-  def out_and_gradient(layers):
-    return jax.value_and_grad(lambda x: run(layers, x)[0].sum())(x)
-
-  stacked = out_and_gradient(stack)
-  apart = out_and_gradient(stack.unstack())
-  assert_close(apart[0], stacked[0], relative=1e-6)
-  assert_close(apart[1], stacked[1], relative=1e-6)
-
-
-def test_taking_layers_apart_frees_the_stack(stack):
-  kernel = stack.stacked.kernel[...]
-  stack.unstack()
-  assert kernel.is_deleted()
-
-
 def run_in_parts(layers, x, edges):
   carry = (x, jnp.zeros(DEPTH))
   for edge in itertools.pairwise(edges):
     carry, layers = layers.run_part(apply, carry, range(*edge))
   return carry
-
-
-def copied(stack):
-  return nnx.merge(*jax.tree.map(jnp.copy, nnx.split(stack)))
 
 
 @pytest.mark.parametrize("edges", [(0, 3), (0, 1, 3), (0, 1, 2, 3)])
@@ -92,15 +70,10 @@ def test_parts_one_after_another_are_the_whole_and_so_are_their_gradients(stack,
   parts, of_parts = out_and_gradients(stack, in_parts)
   assert_close(parts, whole, relative=1e-6)
   jax.tree.map(lambda a, b: assert_close(a, b, relative=1e-6), of_parts, of_whole)
-  apart = copied(stack).unstack()
-  parts, of_apart = out_and_gradients(apart, in_parts)
-  assert_close(parts, whole, relative=1e-6)
-  assert_close(of_apart[1], of_whole[1], relative=1e-6)
 
 
 def test_one_layer_can_be_had_by_itself(stack):
   x = normal(2, WIDTH)
-  np.testing.assert_array_equal(stack.layer(2)(x), copied(stack).unstack().layer(2)(x))
   assert_close(stack.layer(1)(x), x @ stack.stacked.kernel[...][1], absolute=1e-6)
 
 

@@ -1,6 +1,5 @@
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,18 +79,6 @@ def test_a_prompt_is_read_alike_in_a_longer_cache(model):
   after, _ = extend(model, token, cache, lengths(1, 1))
   longer_after, _ = extend(model, token, longer, lengths(1, 1))
   assert_close(longer_after, after, relative=TOLERANCE)
-
-
-def test_layers_apart_compute_what_the_stack_does(model):
-  x = embedded()
-  whole = read(model, x)
-  apart = nnx.merge(*nnx.split(model), copy=True)
-  apart.layers = jax.tree.map(jnp.copy, model.layers).unstack()  # frees the copy
-  assert_close(read(apart, x), whole, relative=TOLERANCE)
-  hidden, cache = prefill(apart, x[:, :-1], lengths(LENGTH - 1, LENGTH - 1), LENGTH)
-  assert_close(hidden, whole[:, :-1], relative=TOLERANCE)
-  hidden, _ = extend(apart, x[:, -1:], cache, lengths(1, 1))
-  assert_close(hidden, whole[:, -1:], relative=TOLERANCE)
 
 
 def test_packed_conversations_do_not_see_each_other(model):

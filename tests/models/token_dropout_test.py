@@ -14,22 +14,22 @@ from tests.models.small_models import DECODER, fill_randomly, normal
 from videochat_flash_jax.models.qwen2 import Qwen2
 from videochat_flash_jax.models.token_dropout import (
   EvenDrop,
-  asking,
+  before_answer,
   drop_tokens,
-  every_token,
   segment_positions,
+  token_indices,
 )
 
 TOLERANCE = 2e-5
 
 
-def test_answers_are_asked_for_by_the_token_before_them():
+def test_the_token_before_an_answer_is_found():
   _, segment_ids, learnt = marks("S ? a a ? a", "A ? a . . .", "S ? A a ? .")
   segment_ids, learnt = jnp.asarray(segment_ids), jnp.asarray(learnt)
-  asks = np.argwhere(asking(segment_ids, learnt)).tolist()
-  assert asks == [[0, 1], [0, 4], [1, 1]]  # not the end of a row for its beginning
-  asks = np.argwhere(asking(segment_ids, None)).tolist()
-  assert asks == [[0, 5], [1, 2], [2, 1], [2, 4]]
+  found = np.argwhere(before_answer(segment_ids, learnt)).tolist()
+  assert found == [[0, 1], [0, 4], [1, 1]]  # not the last token of a row for its first
+  found = np.argwhere(before_answer(segment_ids, None)).tolist()
+  assert found == [[0, 5], [1, 2], [2, 1], [2, 4]]
 
 
 def test_positions_begin_anew_in_each_segment():
@@ -48,7 +48,7 @@ def give(scores):
 def drop_by(scores, row, ratio=0.5):
   plan = plan_of(config_of("attention", (1,), (1.0, ratio)), row)
   x = normal(1, plan.is_visual.shape[1], 3)
-  hidden, kept = drop_tokens(plan, plan.drops[1], x, every_token(plan), give([scores]))
+  hidden, kept = drop_tokens(plan, plan.drops[1], x, token_indices(plan), give([scores]))
   np.testing.assert_array_equal(hidden[0], x[0, kept[0]])
   return kept[0].tolist()
 
@@ -147,23 +147,13 @@ def test_packed_samples_lose_the_tokens_they_lose_alone(model):
       start, number = end, number + 1
 
 
-def test_layers_apart_lose_the_tokens_that_the_stack_loses(model):
-  apart = nnx.merge(*nnx.split(model), copy=True)
-  apart.layers = jax.tree.map(jnp.copy, model.layers).unstack()  # frees the copy
-  x, plan = padded_batch(SAMPLES), plan_of(config_of("attention"), *SAMPLES, training=True)
-  expected_hidden, expected_kept = read_and_drop(model, x, plan)
-  hidden, kept = read_and_drop(apart, x, plan)
-  np.testing.assert_array_equal(kept, expected_kept)
-  assert_close(hidden, expected_hidden, relative=TOLERANCE)
-
-
 @pytest.mark.slow
 def test_no_gradient_flows_through_the_choice(model):
   x, plan = padded_batch(SAMPLES[:1]), plan_of(config_of("attention"), SAMPLES[0])
   _, first = read_and_drop(model, x, plan._replace(drops={1: plan.drops[1]}))
   _, second = read_and_drop(model, x, plan)
-  places = jnp.searchsorted(first[0], second)
-  fixed = plan._replace(drops={1: EvenDrop(first), 2: EvenDrop(places)})
+  indices = jnp.searchsorted(first[0], second)
+  fixed = plan._replace(drops={1: EvenDrop(first), 2: EvenDrop(indices)})
   graph, weights = nnx.split(model)
 
   def gradients(plan):
@@ -207,11 +197,11 @@ def test_decoding_many_tokens_is_reading_all_that_is_left_at_once(model):
     first = {layer: plan.drops[layer] for layer in range(1, number + 1)}
     _, kept = read_and_drop(model, x, plan._replace(drops=first))
     after = [np.asarray(row[row < length]) for row, length in zip(kept, lengths, strict=True)]
-    slots = np.full((len(rows), max(map(len, after)) + num_new), 10**6, np.int32)
+    indices = np.full((len(rows), max(map(len, after)) + num_new), 10**6, np.int32)
     for row, (was, stays) in enumerate(zip(before, after, strict=True)):
-      slots[row, : len(stays)] = np.searchsorted(was, stays)
-      slots[row, len(stays) : len(stays) + num_new] = len(was) + np.arange(num_new)
-    drops[number], before = EvenDrop(slots), after
+      indices[row, : len(stays)] = np.searchsorted(was, stays)
+      indices[row, len(stays) : len(stays) + num_new] = len(was) + np.arange(num_new)
+    drops[number], before = EvenDrop(indices), after
     np.testing.assert_array_equal(cached[number], [len(stays) + num_new for stays in after])
   text = plan_of(CHOICE, *[" ".join(["S"] * (length + num_new)) for length in lengths])
   segment_ids = np.minimum(text.segment_ids, 1)

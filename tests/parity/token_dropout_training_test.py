@@ -36,7 +36,7 @@ from tests.parity.golden_flash import (
 )
 from tests.parity.golden_models import hub_gradients
 from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
-from videochat_flash_jax.models.token_dropout import asking, segment_positions
+from videochat_flash_jax.models.token_dropout import before_answer, segment_positions
 from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.train.losses import cross_entropy, sequence_loss
 
@@ -126,8 +126,8 @@ def by_key(rows):
 def test_the_tokens_behind_which_an_answer_begins_ask(stored):
   row = training_row(stored)
   segment_ids = jnp.ones((1, len(row.labels)), jnp.int32)
-  asks = asking(segment_ids, jnp.asarray(row.labels != IGNORE_LABEL)[None])
-  assert np.flatnonzero(asks[0]).tolist() == stored["query_rows_stage0"]
+  found = before_answer(segment_ids, jnp.asarray(row.labels != IGNORE_LABEL)[None])
+  assert np.flatnonzero(found[0]).tolist() == stored["query_rows_stage0"]
 
 
 @pytest.mark.parametrize("stored", by_key(TRAINING))

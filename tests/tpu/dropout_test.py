@@ -38,7 +38,7 @@ def plan_of_a_row():
   segment_ids = np.repeat([[1, 2]], LENGTHS[0] // 2, axis=1).astype(np.int32)
   config = DropoutConfig("uniform0_attention", layers=(1, 2), ratios=(1.0, 0.6, 0.25))
   plan = plan_dropout(config, is_visual, segment_ids, ~is_visual, lambda n: -(-n // 1024) * 1024)
-  assert [drop.slots.shape[1] for drop in plan.drops.values()] == [*LENGTHS[1:]]
+  assert [drop.indices.shape[1] for drop in plan.drops.values()] == [*LENGTHS[1:]]
   return plan
 
 

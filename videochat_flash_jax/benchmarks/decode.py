@@ -11,6 +11,7 @@ from flax import nnx
 from videochat_flash_jax.benchmarks.comparison import Phase, compare, random_weights
 from videochat_flash_jax.benchmarks.floors import FLOAT_BYTES, Work
 from videochat_flash_jax.benchmarks.qwen2_peer import Qwen2Peer
+from videochat_flash_jax.inference.cpu_layers import unstack_decoder
 from videochat_flash_jax.models.config import DecoderConfig
 from videochat_flash_jax.models.qwen2 import Qwen2
 
@@ -54,12 +55,12 @@ def run(
 
 
 class _Decoder:
-  """Our decoder, its layers apart as `inference.engine` has them on a CPU."""
+  """Our decoder. On a CPU its layers are unstacked, as `inference.engine` keeps them."""
 
   def __init__(self, config: DecoderConfig, prompt: np.ndarray, new_tokens: int):
     model = nnx.merge(*random_weights(lambda: Qwen2(config, rngs=nnx.Rngs(0))))
     if jax.default_backend() == "cpu":
-      model.layers = model.layers.unstack()
+      unstack_decoder(model)
     graph, self._weights = nnx.split(model)
     self._prompt, self._cache = jnp.asarray(prompt), None
     length, num_slots = jnp.array([prompt.shape[1]]), prompt.shape[1] + new_tokens

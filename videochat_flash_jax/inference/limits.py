@@ -1,4 +1,4 @@
-"""What cannot be computed at inference, refused before anything is read or compiled."""
+"""Checks that inference can run, made before anything is read or compiled."""
 
 import jax
 
@@ -9,41 +9,41 @@ from videochat_flash_jax.parallel.layout import Layout
 
 
 def check_mesh(config: VideoChatFlashConfig, layout: Layout) -> None:
-  """Refuses a mesh over which a model cannot be split for inference, before anything is compiled.
+  """Checks that a model can be split over a mesh for inference.
 
   Raises:
-    InputError: names the axis of the mesh, and what it must divide.
+    InputError: names the axis of the mesh, and the number that it must divide.
   """
   if layout.mesh is None:
     return
   if layout.sequence_shards > 1:
     raise InputError(
       f"mesh.sequence is {layout.sequence_shards}, but only training splits the tokens of a row; "
-      "give mesh.sequence=1: in inference mesh.tensor shares out the cache of a long video"
+      "give mesh.sequence=1. In inference mesh.tensor splits the cache of a long video"
     )
-  decoder, parts = config.decoder, layout.mesh.shape["tensor"]
-  for of_what in ("num_kv_heads", "num_heads", "mlp_width", "vocab_size"):
-    size = getattr(decoder, of_what)
-    if size % parts:
+  decoder, num_shards = config.decoder, layout.mesh.shape["tensor"]
+  for field in ("num_kv_heads", "num_heads", "mlp_width", "vocab_size"):
+    size = getattr(decoder, field)
+    if size % num_shards:
       raise InputError(
-        f"mesh.tensor is {parts}, but {config.name} has {of_what} {size}, which cannot be shared "
-        f"out evenly; give mesh.tensor a divisor of {size}"
+        f"mesh.tensor is {num_shards}, but {config.name} has {field} {size}, which cannot be split "
+        f"evenly; give mesh.tensor a divisor of {size}"
       )
 
 
 def check_length(layout: Layout, num_tokens: int, num_keys: int) -> None:
-  """Refuses to read more tokens at once than the attention kernel of TPUs has tables for.
+  """Checks that the tables of the TPU's attention kernel can hold the tokens read at once.
 
-  All layers before the first drop see all tokens, so dropout does not help; nor does a mesh, which
-  shares out heads and not the tokens of a row.
+  Token dropout does not raise the limit, because the layers before the first drop read all tokens.
+  A mesh does not raise it either, because inference splits the heads and not the tokens of a row.
 
   Args:
-    layout: whose devices read; on others than TPUs there is no limit.
-    num_tokens: that are read at once, padded.
-    num_keys: that they attend to: themselves, or all slots of a cache.
+    layout: the devices. Devices other than TPUs have no limit.
+    num_tokens: tokens read at once, with padding.
+    num_keys: keys that they attend to: the tokens themselves, or all slots of a cache.
 
   Raises:
-    InputError: they are too many.
+    InputError: there are too many.
   """
   mesh = layout.mesh
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

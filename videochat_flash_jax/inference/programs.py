@@ -1,7 +1,8 @@
-"""The engine's jitted programs; and two of them described by shapes, for `vcflash compile`.
+"""The engine's jitted programs; and two of them with shapes for arguments, for `vcflash compile`.
 
-On a mesh, rows are split over `data` and `fsdp`; heads (and so the cache), MLP and vocabulary
-over `tensor`. Weights are copied over rows, so that none travel while an answer is written.
+On a mesh, rows are split over `data` and `fsdp`. Heads (and so the cache), MLP and vocabulary are
+split over `tensor`. Weights are replicated over `data` and `fsdp`, so that no weight is sent
+between devices while an answer is written.
 """
 
 import functools
@@ -26,7 +27,7 @@ from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.sharding import weight_shardings
 from videochat_flash_jax.shapes import Array, Bool, Float, Int, UInt8
 
-DECODE_STEPS = 16  # tokens decoded on the device before the host looks
+DECODE_STEPS = 16  # tokens decoded on the device before the host reads them
 NO_TOKEN = -1
 
 
@@ -34,7 +35,7 @@ NO_TOKEN = -1
 def encode(
   graph: nnx.GraphDef, layout: Layout, weights: dict, clips: UInt8[Array, "R C F S S 3"]
 ) -> Float[Array, "V D"]:
-  """Visual tokens of clips, whole on every device; see `VideoChatFlash.encode_rows`."""
+  """Visual tokens of clips, replicated on every device. See `VideoChatFlash.encode_rows`."""
   tokens = nnx.merge(graph, weights).encode_rows(clips, layout)
   return layout.constrain(tokens.reshape(-1, tokens.shape[-1]))
 
@@ -43,7 +44,7 @@ def encode(
 def encode_features(
   graph: nnx.GraphDef, layout: Layout, weights: dict, clips: UInt8[Array, "R C F S S 3"]
 ) -> Float[Array, "N V E"]:
-  """What a feature store keeps of clips, whole on every device; N = R C."""
+  """The features of N = R C clips that a feature store keeps, replicated on every device."""
   features = nnx.merge(graph, weights).encode_features(clips, layout)
   features = features.reshape(-1, *features.shape[2:])
   return layout.constrain(features.astype(jnp.bfloat16))
@@ -53,7 +54,7 @@ def encode_features(
 def project(
   graph: nnx.GraphDef, layout: Layout, weights: dict, features: Float[Array, "R C V E"]
 ) -> Float[Array, "W D"]:
-  """Visual tokens of clips from their features, as `encode`."""
+  """As `encode`, from the features of `encode_features`."""
   tokens = nnx.merge(graph, weights).project_rows(features, layout)
   return layout.constrain(tokens.reshape(-1, tokens.shape[-1]))
 
@@ -70,7 +71,7 @@ def prefill(
   plan: DropoutPlan | None,
   num_slots: int,
 ) -> tuple[Caches, Float[Array, "B vocab"]]:
-  """Reads prompts into new caches; also scores the next token. See `Qwen2.prefill`."""
+  """Reads prompts into new caches. Returns these and the logits of the next token."""
   model = nnx.merge(graph, weights)
   sequence = model.embed_sequence(token_ids, visual_tokens, visual_index, layout)
   hidden, caches = model.decoder.prefill(sequence, length, num_slots, plan, layout)
@@ -88,7 +89,7 @@ def extend(
   visual_index: Int[Array, "B T"],
   length: Int[Array, "B"],
 ) -> tuple[Caches, Float[Array, "B vocab"]]:
-  """Reads on, behind what the caches hold. See `Qwen2.extend`."""
+  """Reads more tokens after those in the caches. Returns as `prefill`."""
   model = nnx.merge(graph, weights)
   sequence = model.embed_sequence(token_ids, visual_tokens, visual_index, layout)
   hidden, caches = model.decoder.extend(sequence, caches, length, layout)
@@ -111,18 +112,38 @@ def decode(
   top_p: float,
   num_steps: int,
 ) -> tuple[Int[Array, "B steps"], Caches, Float[Array, "B vocab"], Bool[Array, "B"]]:
-  """Up to `num_steps` (at most `DECODE_STEPS`) tokens a row: choose, record, read, repeat."""
+  """Decodes up to `num_steps` (at most `DECODE_STEPS`) tokens per row.
+
+  Args:
+    graph: the model, as from `nnx.split`.
+    layout: how arrays are split over the mesh.
+    weights: of the model, as nested dicts.
+    caches: of the tokens read so far.
+    logits: scores of the next token.
+    finished: which rows need no more tokens.
+    stop_ids: token ids that end an answer.
+    key: of the random numbers.
+    temperature: see `Sampling`.
+    top_p: see `Sampling`.
+    num_steps: the most tokens to decode.
+
+  Returns:
+    The new tokens, with `NO_TOKEN` after the stop token of a row; the caches with these tokens;
+    the logits of the next token; and which rows are finished.
+  """
   decoder = nnx.merge(graph, weights).decoder
 
   def unfinished(state):
+    """Whether any row needs one more token."""
     step, *_, finished = state
     return (step < num_steps) & ~finished.all()
 
   def one_token(state):
+    """Chooses a token per row, records it, and reads it."""
     step, tokens, caches, logits, finished = state
     token = sample(logits, jax.random.fold_in(key, step), temperature, top_p)
     tokens = tokens.at[:, step].set(jnp.where(finished, NO_TOKEN, token))
-    # A stop token is read, too: the next turn of a chat follows it.
+    # A stop token is read, too, since the next turn of a chat comes after it.
     num_read = 1 - finished.astype(jnp.int32)
     embedded = decoder.embed(token[:, None], layout)
     hidden, caches = decoder.extend(embedded, caches, num_read, layout)
@@ -144,7 +165,7 @@ def _logits(decoder: Qwen2, hidden, layout):
 
 
 def bucket(size: int, smallest: int = 64) -> int:
-  """The next of 64, 96, 128, 192, 256, 384...: at most a half more than needed."""
+  """Rounds a size up to 64, 96, 128, 192, 256, 384... From 64 on this adds less than a half."""
   step = smallest
   while step < size:
     step = step * 3 // 2 if step & (step - 1) == 0 else step * 4 // 3
@@ -152,7 +173,7 @@ def bucket(size: int, smallest: int = 64) -> int:
 
 
 def padded_sizes(num_tokens: int, num_visual: int, max_new_tokens: int) -> tuple[int, int, int]:
-  """To what prompts are padded: their tokens, their visual tokens, and slots of the first cache.
+  """The padded sizes of prompts: tokens, visual tokens, and slots of the first cache.
 
   padded_sizes(8448, 8192, 256) = 12288, 8192, 16384
   """
@@ -163,7 +184,7 @@ def padded_sizes(num_tokens: int, num_visual: int, max_new_tokens: int) -> tuple
 def plan_prompts(
   config: VideoChatFlashConfig, is_visual: Bool[np.ndarray, "B T"], length: Int[np.ndarray, "B"]
 ) -> DropoutPlan | None:
-  """What is dropped from right-padded prompts; those that stay are padded to buckets, too."""
+  """Plans the token dropout of right-padded prompts. After a drop rows are padded to a bucket."""
   if config.dropout is None:
     return None
   segment_ids = (np.arange(is_visual.shape[1]) < length[:, None]).astype(np.int32)
@@ -179,22 +200,22 @@ def prefill_program(
   num_visual: int,
   max_new_tokens: int,
 ) -> tuple[Callable, tuple]:
-  """Reading prompts, each about one video, padded as the engine pads them.
+  """The program that reads prompts, for prompts about one video each, padded as by the engine.
 
   Args:
-    model_config: of the model; its weights are bfloat16.
-    mesh: of the devices to compile for.
-    rows: prompts, on all devices together.
-    num_tokens: of a prompt, visual ones included.
-    num_visual: how many of them are visual.
-    max_new_tokens: of an answer, for which the caches have room.
+    model_config: config of the model. Its weights are bfloat16.
+    mesh: the devices to compile for.
+    rows: number of prompts, on all devices together.
+    num_tokens: tokens of a prompt, with the visual ones.
+    num_visual: visual tokens of a prompt.
+    max_new_tokens: tokens of an answer, for which the caches have free slots.
 
   Returns:
-    The jitted program, and its arguments: shapes with shardings, and what is static.
+    The jitted program; and its arguments, where arrays are given by shape and sharding.
 
   Raises:
-    InputError: rows or model cannot be split over the mesh; there is more to see than to read; or
-      there is too much to read at once.
+    InputError: rows or model cannot be split over the mesh; a prompt has more visual tokens than
+      tokens; or a prompt is longer than a TPU can read at once.
   """
   layout = _layout(model_config, mesh, rows)
   if num_visual > num_tokens:
@@ -219,18 +240,22 @@ def prefill_program(
 def decode_program(
   model_config: VideoChatFlashConfig, mesh: Mesh, **prompts: int
 ) -> tuple[Callable, tuple]:
-  """Writing up to `DECODE_STEPS` tokens a row; the compiler is not told how many.
+  """The program that writes up to `DECODE_STEPS` tokens per row. Their number is an argument.
 
   Args:
-    model_config: of the model; its weights are bfloat16.
-    mesh: of the devices to compile for.
-    **prompts: what was read before, as for `prefill_program`.
+    model_config: config of the model. Its weights are bfloat16.
+    mesh: the devices to compile for.
+    **prompts: sizes of the prompts read before, as for `prefill_program`.
 
-  Returns and raises as `prefill_program`.
+  Returns:
+    As `prefill_program`.
+
+  Raises:
+    InputError: as for `prefill_program`.
   """
-  read, arguments = prefill_program(model_config, mesh, **prompts)
+  program, arguments = prefill_program(model_config, mesh, **prompts)
   graph, layout, weights, *_ = arguments
-  caches, logits = read.eval_shape(*arguments)
+  caches, logits = program.eval_shape(*arguments)
   caches = tuple(
     KVCache(
       *_split(layout, (cache.k, cache.v), "layer", "batch", "heads"),
@@ -257,12 +282,13 @@ def _layout(config, mesh, rows):
   if rows % layout.row_shards:
     raise InputError(
       f"rows: {rows} is no multiple of {layout.row_shards}, which is mesh.data x mesh.fsdp; "
-      "change it or the mesh"
+      "change rows or the mesh"
     )
   return layout
 
 
 def _model(config, layout):
+  """The first three arguments of a program, without any weights in memory."""
   model = nnx.eval_shape(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
   graph, weights = nnx.split(model)
   weights = nnx.to_pure_dict(weights)
@@ -271,6 +297,7 @@ def _model(config, layout):
 
 
 def _split(layout: Layout, shapes: Any, *axes: str) -> Any:
+  """The same shapes, with the sharding of named axes."""
   sharding = NamedSharding(layout.mesh, layout.spec(*axes))
   return jax.tree.map(lambda leaf: _shape(leaf, sharding), shapes)
 

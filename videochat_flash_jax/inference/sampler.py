@@ -1,4 +1,4 @@
-"""Choosing the next token: greedily, or at random from the likely ones."""
+"""Choosing the next token: the most likely one, or a random one of the likely ones."""
 
 import math
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from videochat_flash_jax.shapes import Array, Float, Int
 
 
 class Sampling(NamedTuple):
-  """How tokens are chosen; the default is greedy.
+  """How tokens are chosen. The default is greedy decoding.
 
   Attributes:
-    temperature: 0 takes the most likely token; 1 follows the model's probabilities.
-    top_p: sample only from the smallest set of tokens that holds this probability.
-    seed: of the random numbers; the same seed gives the same answer.
+    temperature: 0 takes the most likely token; 1 samples from the model's probabilities.
+    top_p: sample only from the smallest set of tokens whose probabilities add up to this.
+    seed: seed of the random numbers. The same seed gives the same answer.
   """
 
   temperature: float = 0.0
@@ -24,13 +24,13 @@ class Sampling(NamedTuple):
   seed: int = 0
 
   def check(self) -> "Sampling":
-    """Returns itself.
+    """Checks all values, and returns itself.
 
     Raises:
-      InputError: a value out of range.
+      InputError: a value is out of range.
     """
     if not 0 <= self.temperature < math.inf:
-      raise InputError(f"temperature is {self.temperature}; use 0 for greedy answers, or more")
+      raise InputError(f"temperature is {self.temperature}; use 0 (greedy) or a positive number")
     if not 0 < self.top_p <= 1:
       raise InputError(f"top_p is {self.top_p}; use a value above 0 and at most 1")
     if not 0 <= self.seed < 2**32:
@@ -44,18 +44,19 @@ def sample(
   temperature: Float[Array, ""],
   top_p: Float[Array, ""],
 ) -> Int[Array, "B"]:
-  """Chooses one token a row; a row's choice does not depend on the other rows."""
+  """Chooses one token per row. The choice in a row does not depend on the other rows."""
 
   def draw():
+    """Samples from the tokens within `top_p`."""
     scaled = logits / temperature
-    likely_first = jnp.sort(scaled, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(likely_first, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the likelier tokens
-    num_kept = jnp.sum(before < top_p, axis=-1, keepdims=True)  # at least one: 0 < top_p
-    cutoff = jnp.take_along_axis(likely_first, num_kept - 1, axis=-1)
+    sorted_logits = jnp.sort(scaled, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(sorted_logits, axis=-1)
+    sum_of_likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
+    num_kept = jnp.sum(sum_of_likelier < top_p, axis=-1, keepdims=True)  # at least one: 0 < top_p
+    cutoff = jnp.take_along_axis(sorted_logits, num_kept - 1, axis=-1)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(keys, jnp.where(scaled >= cutoff, scaled, -jnp.inf))
 
-  # A branch, not a select: sorting a large vocabulary for each token is slow on a CPU.
+  # `cond` runs one branch only. Sorting a large vocabulary for each token would be slow on a CPU.
   token = jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1))
   return token.astype(jnp.int32)

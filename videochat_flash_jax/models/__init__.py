@@ -1,12 +1,12 @@
-"""What the model is: the modules of the paper's figure, in the order in which data meets them.
+"""The modules of the paper's figure, in the order in which data passes through them.
 
-  UMT              video encoder: clips of 4 frames to patch tokens
+  UMT              video encoder: maps clips of 4 frames to patch tokens
   InternVideo2     the other video encoder, with the same interface
   Connector        clip-level compression: token merging, then an MLP into the decoder's width
   Qwen2            decoder
-  VideoChatFlash   all of it: encode, compress, splice, decode
+  VideoChatFlash   the whole model: encode, compress, splice, decode
 
-Each name is imported when it is first used: `data` reads `models.config` without importing JAX.
+Each name is imported when it is first used, so that `data` reads `models.config` without JAX.
 """
 
 from videochat_flash_jax.lazy_names import lazy_names

@@ -1,4 +1,4 @@
-"""What a model is made of: frozen dataclasses, and one constructor per released checkpoint."""
+"""The sizes and options of a model: frozen dataclasses, and a constructor per checkpoint."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 class VisionConfig:
   """A video ViT: joint space-time attention over the patches of one clip.
 
-  `depth` counts the blocks that run: the original reads the last but one of its blocks, so
-  UMT-L (24 blocks) has depth 23 here. UMT's fixed sinusoid positions are laid out for
-  `position_frames` frames of `position_grid` x `position_grid` patches and resampled to the
-  size at hand; InternVideo2 learns its own for `clip_frames` frames of `image_size`.
+  `depth` is the number of blocks that run. The original takes the output of its last but one block,
+  so UMT-L (24 blocks) has depth 23 here. UMT has fixed sinusoid positions for `position_frames`
+  frames of `position_grid` x `position_grid` patches, which are resampled to other sizes.
+  InternVideo2 learns positions for `clip_frames` frames of `image_size`.
   """
 
   kind: str  # "umt" or "internvideo2"
@@ -46,7 +46,7 @@ class ConnectorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class YarnConfig:
-  """Rotary positions stretched to `factor` times `original_positions` (Peng et al. 2023)."""
+  """YaRN: rotary positions stretched to `factor` times `original_positions` (Peng et al. 2023)."""
 
   factor: float
   original_positions: int
@@ -56,8 +56,8 @@ class YarnConfig:
 class DecoderConfig:
   """A Qwen2 decoder.
 
-  `max_positions` is the most tokens of a prompt and its answer together; a longer prompt is
-  refused, never cut.
+  `max_positions` is the most tokens of a prompt and its answer together. A longer prompt raises an
+  error; it is never cut.
   """
 
   vocab_size: int
@@ -84,11 +84,14 @@ DROPOUT_KINDS = ("uniform", "attention", "uniform0_attention", "uniform1_attenti
 class DropoutConfig:
   """Video-level HiCo: visual tokens are dropped between decoder layers.
 
-  With `layers=(4, 18)` and `ratios=(1, 0.75, 0.25)`, layers 0 to 3 see all visual tokens of a row,
-  layers 4 to 17 three quarters of them, the rest a quarter. `kind` tells how those that stay are
-  chosen: evenly spaced (`uniform`); those that the text attends to most (`attention`); or evenly
-  at the first (`uniform0_attention`) or the first two (`uniform1_attention`) of `layers` and by
-  attention afterwards.
+  With `layers=(4, 18)` and `ratios=(1, 0.75, 0.25)`, layers 0 to 3 read all visual tokens of a row,
+  layers 4 to 17 three quarters of them, and later layers one quarter. `kind` says how the kept
+  tokens are chosen:
+
+    uniform              evenly spaced tokens
+    attention            the tokens that the question attends to most
+    uniform0_attention   evenly spaced at the first of `layers`, by attention at the others
+    uniform1_attention   evenly spaced at the first two of `layers`, by attention at the others
   """
 
   kind: str = field(REQUIRED, choice("", *DROPOUT_KINDS), "How the kept tokens are chosen.")
@@ -139,7 +142,7 @@ def _require(usable, name, value, remedy):
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Adapters of low rank (Hu et al. 2021) beside linear layers: y = W x + B A x * alpha / rank."""
+  """Low-rank adapters of linear layers (Hu et al. 2021): y = W x + B A x * alpha / rank."""
 
   rank: int = field(0, count(0), "The width of the adapters; 0 means that there are none.")
   alpha: float = field(16.0, number(above=0), "Their output is scaled by alpha / rank.")
@@ -160,7 +163,7 @@ class TilingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How many frames a video gives at inference: one a second, within bounds.
+  """How many frames T are read from a video at inference: one per second, within bounds.
 
   T = max(min_frames, min(local_frames * floor(seconds / local_frames), max_frames)).
   """
@@ -172,7 +175,7 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VideoChatFlashConfig:
-  """A whole model: encoder, connector, decoder, and how it looks at videos and images.
+  """A whole model: encoder, connector, decoder, and how videos and images are cut.
 
   `dropout` is off (None) in all released configs.
   """
@@ -187,7 +190,7 @@ class VideoChatFlashConfig:
 
   @classmethod
   def tiny(cls) -> "VideoChatFlashConfig":
-    """The small model that ships with the package, trained on the synthetic world."""
+    """The small model that ships with the package. It was trained on the synthetic world."""
     return cls(
       name="tiny",
       vision=VisionConfig(
@@ -226,7 +229,7 @@ class VideoChatFlashConfig:
 
   @classmethod
   def qwen2_5_2b_res448(cls) -> "VideoChatFlashConfig":
-    """OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448 (Qwen2.5-1.5B; its file stores the head)."""
+    """OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448 (Qwen2.5-1.5B with an untied head)."""
     decoder = DecoderConfig(
       vocab_size=151936,
       width=1536,
@@ -240,7 +243,7 @@ class VideoChatFlashConfig:
 
   @classmethod
   def qwen2_5_7b_1m_res224(cls) -> "VideoChatFlashConfig":
-    """OpenGVLab/VideoChat-Flash-Qwen2_5-7B-1M_res224, a million positions."""
+    """OpenGVLab/VideoChat-Flash-Qwen2_5-7B-1M_res224, with a million positions."""
     decoder = dataclasses.replace(
       _qwen2_7b(), rope_theta=1e7, norm_eps=1e-5, max_positions=1_010_000
     )

@@ -1,4 +1,4 @@
-"""Clip-level HiCo: merge the tokens of a clip to a few, then map them to the decoder's width.
+"""Clip-level HiCo: merges the tokens of a clip, then maps them to the decoder's width.
 
 Source: `tome16_mlp_hd64` of OpenGVLab/VideoChat-Flash.
 """
@@ -13,7 +13,7 @@ from videochat_flash_jax.shapes import Array, Float
 
 
 class Connector(nnx.Module):
-  """Token merging, then Linear, GELU, Linear."""
+  """Token merging, then an MLP of two linear layers with a GELU between."""
 
   def __init__(
     self,
@@ -29,9 +29,9 @@ class Connector(nnx.Module):
     self.fc2 = nnx.Linear(out_width, out_width, param_dtype=param_dtype, rngs=rngs)
 
   def merge(self, x: Float[Array, "C P E"]) -> Float[Array, "C V E"]:
-    """Merges the tokens of each clip, or of each image tile; no parameters.
+    """Merges the tokens of each clip or image tile to `clip_tokens`, without parameters.
 
-    A tile with fewer patches than a clip has tokens keeps them all: those of `tiny` have 16.
+    A tile with no more than `clip_tokens` patches keeps them all. The tiles of `tiny` have 16.
     """
     target = min(self.config.clip_tokens, x.shape[1])
     return merge_tokens(x, target=target, num_heads=self.config.merge_heads)
@@ -41,4 +41,5 @@ class Connector(nnx.Module):
     return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
   def __call__(self, x: Float[Array, "C P E"]) -> Float[Array, "C V D"]:
+    """Merges the tokens, then projects them."""
     return self.project(self.merge(x))

@@ -1,7 +1,7 @@
-"""InternVideo2-1B, the other video ViT: positions are learned, and so is how much a block adds.
+"""InternVideo2-1B, the other video ViT. It learns its position embeddings and layer scales.
 
 Source: `PretrainVisionTransformer_clean` of OpenGVLab/VideoChat-Flash (InternVideo2, Wang et al.
-2024). It keeps one row more than there are patches: the class token, row 0 of every table.
+2024). A class token comes before the patches. It has row 0 of every table of positions.
 """
 
 import math
@@ -17,7 +17,6 @@ from videochat_flash_jax.models.layer_stack import LayerStack
 from videochat_flash_jax.models.umt import cubic_weights, linear_weights, patches
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.norms import RMSNorm
-from videochat_flash_jax.ops.row_blocks import map_row_blocks
 from videochat_flash_jax.shapes import Array, Float
 
 _NORM_EPS = 1e-6
@@ -26,7 +25,7 @@ _INITIAL_CLASS_TOKEN_STD = 0.02
 
 
 class InternVideo2(nnx.Module):
-  """Pixels of clips to one feature per patch; no norm at the end."""
+  """Maps the pixels of clips to one feature per patch. There is no norm at the end."""
 
   def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     self.config = config
@@ -44,29 +43,26 @@ class InternVideo2(nnx.Module):
     )
 
   def __call__(self, pixels: Float[Array, "C F height width 3"]) -> Float[Array, "C P E"]:
-    """Encodes clips of `clip_frames` frames; a clip of one frame is an image.
+    """Encodes clips of `clip_frames` frames. A clip of one frame is an image.
 
     Args:
       pixels: normalised pixels, of the config's `image_size`.
 
     Returns:
-      Features, frame after frame and row after row: P = F * grid * grid. The class token, which
-      the blocks see, does not come out.
+      Features of P = F * grid * grid patches, in the order frame, row, column. The class token is
+      left out.
     """
     x = self.patch_embed(patches(pixels, self.config.patch_size))
     class_tokens = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, x.shape[2]))
     x = jnp.concatenate([class_tokens, x], axis=1)
     is_image = pixels.shape[1] == 1
     x = x + (self.image_positions if is_image else self.video_positions)[...]
-    values_per_clip = x.shape[1] * self.config.mlp_width
-    (x,) = self.blocks.run(
-      lambda block, _, carry: (map_row_blocks(block, carry[0], values_per_clip),), (x,)
-    )
+    (x,) = self.blocks.run(lambda block, _, carry: (block(carry[0]),), (x,))
     return x[:, 1:]
 
 
 class Block(nnx.Module):
-  """Pre-norm attention and MLP, each scaled per channel before it is added."""
+  """Pre-norm attention and MLP. The output of each is scaled per channel before it is added."""
 
   def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, param_dtype):
     width = config.width
@@ -83,47 +79,51 @@ class Block(nnx.Module):
     self.mlp_scale = nnx.Param(jnp.full((width,), _INITIAL_LAYER_SCALE, param_dtype))
 
   def __call__(self, x: Float[Array, "C P E"]) -> Float[Array, "C P E"]:
+    """Applies the block."""
     x = x + _scaled(self._attend(self.norm1(x)), self.attention_scale[...])
     hidden = jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False)
     return x + _scaled(self.fc2(hidden), self.mlp_scale[...])
 
   def _attend(self, x):
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-    q, k = self.q_norm(q), self.k_norm(k)  # over the full width, before the heads part
+    q, k = self.q_norm(q), self.k_norm(k)  # over the full width, before it is split into heads
     heads = (*x.shape[:-1], self.num_heads, -1)
-    mixed = attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
-    return self.proj(mixed.reshape(x.shape))
+    out = attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
+    return self.proj(out.reshape(x.shape))
 
 
 def _scaled(x, scale):
-  """LayerScale (Touvron et al. 2021), multiplied in float32 whatever the weights are."""
+  """LayerScale (Touvron et al. 2021), computed in float32 whatever the dtype of `x` is."""
   return (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def sincos_positions(width: int, *, num_frames: int, grid: int) -> np.ndarray:
-  """The positions that training starts from, [1 + num_frames * grid * grid, width], float32.
+  """Initial position embeddings [1 + num_frames * grid * grid, width], float32.
 
-  Row 0, of the class token, is zero. Of the channels, the first quarter tells the frame, the next
-  three eighths the column and the last three eighths the row of a patch; the original calls the
-  column's share "h" and the row's "w". An image has the table of one frame.
+  Row 0, of the class token, is zero. The first quarter of the channels encodes the frame of a
+  patch, the next three eighths its column, and the last three eighths its row. (The original calls
+  the column's channels "h" and the row's "w".) An image has the table of one frame.
 
   Raises:
-    InputError: `width` cannot be shared out so.
+    InputError: `width` is no multiple of 16, so it cannot be split like this.
   """
   if width % 16:
     raise InputError(
-      f"field 'vision.width' is {width}; InternVideo2's positions need a multiple of 16"
+      f"field 'vision.width' is {width}; give a multiple of 16, as InternVideo2's positions need"
     )
   frame, row, column = np.indices((num_frames, grid, grid)).reshape(3, -1)
-  shares = [
+  channels = [
     _sincos(frame, width // 4), _sincos(column, 3 * width // 8), _sincos(row, 3 * width // 8),
   ]  # fmt: skip
-  table = np.concatenate(shares, axis=1)
+  table = np.concatenate(channels, axis=1)
   return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
 
 
 def _sincos(index, width):
-  """All sines, then all cosines, at frequencies 10000^(-i / (width / 2))."""
+  """A table [len(index), width]: all sines, then all cosines.
+
+  Channel i of either half has the frequency 10000^(-i / (width / 2)).
+  """
   frequencies = 10000.0 ** (-np.arange(width // 2) / (width // 2))
   angles = index[:, None] * frequencies
   return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -132,19 +132,20 @@ def _sincos(index, width):
 def resample_positions(
   table: np.ndarray, *, table_frames: int, num_frames: int, grid: int
 ) -> np.ndarray:
-  """Learned positions for other numbers of frames and patches, as the original resamples them.
+  """Resamples learned position embeddings to another number of frames and patches.
 
-  Linearly in time, bicubically in space; the class token's row stays as it is. A checkpoint of 8
-  frames becomes one of 4: [1 + 8 * 16 * 16, E] to [1 + 4 * 16 * 16, E].
+  As in the original, linearly in time and bicubically in space. Row 0, of the class token, stays as
+  it is. To read a checkpoint of 8 frames with clips of 4 frames, the table [1 + 8 * 16 * 16, E]
+  becomes [1 + 4 * 16 * 16, E].
 
   Args:
-    table: stored positions [1 + table_frames * patches, E], where patches is a square number.
-    table_frames: frames that `table` is laid out for; 1 for the table of images.
-    num_frames: frames wanted.
-    grid: patches wanted along one side of a frame.
+    table: stored embeddings [1 + table_frames * patches, E], where patches is a square number.
+    table_frames: number of frames in `table`; 1 for the table of images.
+    num_frames: number of frames in the result.
+    grid: patches along one side of a frame in the result.
 
   Returns:
-    Positions [1 + num_frames * grid * grid, E] in the dtype of `table`.
+    Embeddings [1 + num_frames * grid * grid, E] in the dtype of `table`.
   """
   class_row, cells = table[:1], _by_frame(table, table_frames)
   old_grid = math.isqrt(cells.shape[1])
@@ -155,20 +156,20 @@ def resample_positions(
 
 
 def joint_image_positions(table: np.ndarray, *, table_frames: int) -> np.ndarray:
-  """The image's positions where a checkpoint has one table for videos and images.
+  """The position embeddings of images, for a checkpoint with one table for videos and images.
 
-  Each patch has the mean of its positions over the frames: [1 + 4 * 16 * 16, E] becomes
-  [1 + 16 * 16, E]. Row 0 is that of the class token.
+  An image patch has the mean of the embeddings over the frames: [1 + 4 * 16 * 16, E] becomes
+  [1 + 16 * 16, E]. Row 0, of the class token, stays as it is.
   """
   mean = _by_frame(table, table_frames).mean(axis=0)
   return np.concatenate([table[:1], _rows(mean, table)])
 
 
 def _by_frame(table, table_frames):
-  """Positions without the class token's row, [table_frames, patches, E], float64."""
+  """Embeddings without the class token's row, [table_frames, patches, E], float64."""
   return np.asarray(table[1:], np.float64).reshape(table_frames, -1, table.shape[1])
 
 
-def _rows(positions, table):
-  """Positions [..., E] as rows like those of `table`."""
-  return positions.reshape(-1, table.shape[1]).astype(table.dtype)
+def _rows(embeddings, table):
+  """Embeddings [..., E] as a matrix of rows, in the dtype of `table`."""
+  return embeddings.reshape(-1, table.shape[1]).astype(table.dtype)

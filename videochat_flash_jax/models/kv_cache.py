@@ -1,4 +1,4 @@
-"""What a decoder, or a part of its layers, remembers of the tokens it has read."""
+"""The KV cache: keys and values of the tokens that a decoder, or a part of its layers, has read."""
 
 from typing import NamedTuple
 
@@ -12,55 +12,42 @@ from videochat_flash_jax.shapes import Array, Float, Int
 
 
 class KVCache(NamedTuple):
-  """Keys and values of the tokens read so far; row b uses its first `length[b]` slots.
+  """Keys and values of the tokens read so far. Row b uses its first `length[b]` slots."""
 
-  Stacked layers share an array [L, B, K, S, H]. Layers apart (see `models/layer_stack.py`) have
-  one each, [B * K, S, H]: in any other shape XLA on the CPU copies all slots for every new token.
-  """
-
-  k: Float[Array, "L B K S H"] | tuple[Float[Array, "BK S H"], ...]
-  v: Float[Array, "L B K S H"] | tuple[Float[Array, "BK S H"], ...]
+  k: Float[Array, "L B K S H"]
+  v: Float[Array, "L B K S H"]
   length: Int[Array, "B"]
 
   @classmethod
   def empty(
-    cls,
-    config: DecoderConfig,
-    batch: int,
-    num_slots: int,
-    *,
-    apart: bool,
-    depth: int | None = None,
-    dtype=jnp.float32,
+    cls, config: DecoderConfig, batch: int, num_slots: int, *, depth: int, dtype=jnp.float32
   ) -> "KVCache":
-    """A cache for `num_slots` tokens a row in `depth` layers, by default all."""
-    depth = depth or config.depth
+    """A cache without tokens.
 
-    def slots():
-      heads, shape = config.num_kv_heads, (num_slots, config.head_size)
-      if apart:
-        return tuple(jnp.zeros((batch * heads, *shape), dtype) for _ in range(depth))
-      return jnp.zeros((depth, batch, heads, *shape), dtype)
-
-    return cls(slots(), slots(), jnp.zeros((batch,), jnp.int32))
+    Args:
+      config: of the decoder.
+      batch: number of rows.
+      num_slots: tokens that fit into a row.
+      depth: number of layers that the cache is for.
+      dtype: of keys and values.
+    """
+    shape = (depth, batch, config.num_kv_heads, num_slots, config.head_size)
+    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
 
   @property
   def depth(self) -> int:
-    """Layers that it remembers for."""
+    """Number of layers that the cache is for."""
     return len(self.k)
 
   @property
   def num_slots(self) -> int:
     """Tokens that fit into a row."""
-    return jax.tree.leaves(self.k)[0].shape[-2]
+    return self.k.shape[3]
 
   def widened(self, num_slots: int) -> "KVCache":
-    """The same cache with room for `num_slots` tokens a row, at least as many as now."""
-    more = [(0, num_slots - self.num_slots), (0, 0)]
-    k, v = jax.tree.map(
-      lambda slots: jnp.pad(slots, [(0, 0)] * (slots.ndim - 2) + more), (self.k, self.v)
-    )
-    return self._replace(k=k, v=v)
+    """The same tokens in a cache of `num_slots` slots per row, at least as many as now."""
+    padding = ((0, 0), (0, 0), (0, 0), (0, num_slots - self.num_slots), (0, 0))
+    return self._replace(k=jnp.pad(self.k, padding), v=jnp.pad(self.v, padding))
 
   def attend(
     self,
@@ -72,24 +59,27 @@ class KVCache(NamedTuple):
     is_empty: bool = False,
     layout: Layout = ONE_DEVICE,
   ) -> tuple[Float[Array, "B T N H"], "KVCache"]:
-    """Remembers new tokens of one layer, and what each of them sees: itself and all before it.
+    """Writes new tokens into one layer of the cache, then computes their causal attention.
 
-    On a mesh (stacked layers only) every device does so for its own rows and heads: keys and
-    values never travel.
+    A new token attends to itself, to the new tokens before it, and to all tokens in the cache. On
+    a mesh every device does this for its own rows and heads, so no key or value is sent between
+    devices.
 
     Args:
-      layer: counted from the first that this cache is for.
+      layer: index of the layer, counted from the first one that this cache is for.
       q: queries of the new tokens.
-      k: their keys.
-      v: their values.
-      is_empty: nothing was read before; attention in array order is cheaper.
-      layout: how rows and heads lie on a mesh.
+      k: keys of the new tokens.
+      v: values of the new tokens.
+      is_empty: the cache has no tokens yet, so the attention is that of the new tokens alone,
+        which costs less.
+      layout: how rows and heads are split over a mesh.
 
     Returns:
-      Mixed values, and the cache, whose `length` stays as it is.
+      The output of the attention; and the cache, with the same `length` as before.
     """
 
     def attend(layer, q, k, v, cache):
+      """Does the same for the rows and heads of one device."""
       cache = cache.write(layer, k, v)
       if is_empty:
         return attention(q, k, v, causal=True), cache
@@ -104,7 +94,7 @@ class KVCache(NamedTuple):
   def write(
     self, layer: int | Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
   ) -> "KVCache":
-    """Puts new tokens of one layer behind those that count; `length` stays as it is."""
+    """Writes new tokens into one layer, after its `length` first tokens. `length` stays."""
     return self._replace(
       k=_write(self.k, layer, self.length, k), v=_write(self.v, layer, self.length, v)
     )
@@ -112,27 +102,17 @@ class KVCache(NamedTuple):
   def read(
     self, layer: int | Int[Array, ""]
   ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """All slots of one layer, as `ops.attention` takes them."""
-    batch, (*_, num_slots, head_size) = len(self.length), jax.tree.leaves(self.k)[0].shape
-    shape = (batch, -1, num_slots, head_size)
-    return tuple(slots[layer].reshape(shape).swapaxes(1, 2) for slots in (self.k, self.v))
+    """Keys and values in all slots of one layer, in the axis order of `ops.attention`."""
+    return self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)
 
 
 def _write(slots, layer, start, new):
-  """Writes `new` [B, T, K, H] into a layer of `slots`, from slot `start[b]` of row b.
+  """Writes `new` [B, T, K, H] into one layer of `slots`, from slot `start[b]` of row b.
 
-  Row by row, which happens in place; one scatter over all rows would copy the cache.
+  Writing row by row happens in place. One scatter over all rows would copy the cache.
   """
-  new = new.swapaxes(1, 2).astype(jax.tree.leaves(slots)[0].dtype)
-  if not isinstance(slots, tuple):
-    for row in range(len(new)):
-      at = (layer, row, 0, start[row], 0)
-      slots = jax.lax.dynamic_update_slice(slots, new[None, row : row + 1], at)
-    return slots
-
-  def write_row(row, written):
-    at = (row * new.shape[1], start[row], 0)
-    return jax.lax.dynamic_update_slice(written, new[row], at)
-
-  written = jax.lax.fori_loop(0, len(new), write_row, slots[layer])
-  return (*slots[:layer], written, *slots[layer + 1 :])
+  new = new.swapaxes(1, 2).astype(slots.dtype)
+  for row in range(len(new)):
+    at = (layer, row, 0, start[row], 0)
+    slots = jax.lax.dynamic_update_slice(slots, new[None, row : row + 1], at)
+  return slots

@@ -1,4 +1,4 @@
-"""The Qwen2 decoder: grouped-query attention with biases on q, k, v; RoPE; SwiGLU; RMSNorm."""
+"""The Qwen2 decoder: grouped-query attention with biases on q, k and v, RoPE, SwiGLU, RMSNorm."""
 
 import itertools
 
@@ -8,27 +8,31 @@ from flax import nnx
 
 from videochat_flash_jax.models.config import DecoderConfig
 from videochat_flash_jax.models.kv_cache import KVCache
-from videochat_flash_jax.models.layer_stack import LayerList, LayerStack
+from videochat_flash_jax.models.layer_stack import LayerStack
 from videochat_flash_jax.models.token_dropout import (
   DropoutPlan,
   drop_tokens,
-  every_token,
   segment_positions,
+  token_indices,
 )
 from videochat_flash_jax.ops.embedding import embed
 from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.ops.norms import RMSNorm
 from videochat_flash_jax.ops.rope import apply_rope, rope_table
-from videochat_flash_jax.ops.row_blocks import map_row_blocks
 from videochat_flash_jax.ops.sharded_attention import self_attention
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int
 
-Caches = tuple[KVCache, ...]  # one for each part of the layers that sees the same tokens
+Caches = tuple[KVCache, ...]  # one for each range of layers between two drops of tokens
 
 
 class Qwen2(nnx.Module):
-  """Embedded tokens to hidden states, and hidden states to logits."""
+  """Maps embedded tokens to hidden states, and hidden states to logits.
+
+  Attributes:
+    layers: a `LayerStack`, or a container with the same methods.
+    cache_type: the class of the KV caches that fit `layers`.
+  """
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     self.config = config
@@ -44,6 +48,7 @@ class Qwen2(nnx.Module):
       config.depth,
       rngs=rngs,
     )
+    self.cache_type = KVCache
     self.norm = RMSNorm(config.width, config.norm_eps, param_dtype=param_dtype)
     if not config.tied_embeddings:
       self.lm_head = nnx.Linear(
@@ -58,48 +63,54 @@ class Qwen2(nnx.Module):
     segment_ids: Int[Array, "B T"] | None = None,
     layout: Layout = ONE_DEVICE,
   ) -> Float[Array, "B T D"]:
-    """Reads a whole sequence, as in training; returns the hidden states after the last norm.
+    """Computes the hidden states of whole sequences, as in training.
 
     Args:
-      x: embedded sequence. Padding stands at the end of a row, where nothing sees it.
-      positions: rotary positions; 0, 1, 2... if None. A token sees itself and those before it
-        in the row whatever the positions say.
-      segment_ids: with packed rows, tokens see only their own segment.
-      layout: how rows, tokens and weights lie on a mesh.
+      x: embedded sequences. Padding is at the end of a row, where no token attends to it.
+      positions: rotary positions; 0, 1, 2... if None. Attention is causal in the order of the row,
+        whatever the rotary positions are.
+      segment_ids: segments of packed rows. A token attends to its own segment only.
+      layout: how rows, tokens and weights are split over a mesh.
+
+    Returns:
+      Hidden states after the last norm.
     """
     if positions is None:
       positions = layout.to_zigzag(jnp.arange(x.shape[1])[None])
-    (x,) = self.layers.run(self._reader(positions, segment_ids, layout), (x,))
+    (x,) = self.layers.run(self._apply_layer(positions, segment_ids, layout), (x,))
     return self.norm(x)
 
   def read_and_drop(
     self, x: Float[Array, "B T D"], plan: DropoutPlan, layout: Layout = ONE_DEVICE
   ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"]]:
-    """As `__call__`, dropping visual tokens on the way; positions are counted in each segment.
+    """As `__call__`, but drops visual tokens between layers. Rotary positions restart per segment.
 
     Args:
-      x: embedded sequence.
-      plan: what to drop where (see `models/token_dropout.py`), in the order of the text.
-      layout: how rows, tokens and weights lie on a mesh.
+      x: embedded sequences.
+      plan: which tokens to drop before which layer (see `models/token_dropout.py`). Its arrays are
+        in the order of the text.
+      layout: how rows, tokens and weights are split over a mesh.
 
     Returns:
-      Hidden states of the tokens that are left, and their indices in the row; behind them, where
-      another row has more, the row's length.
+      Hidden states of the kept tokens; and their indices in the row. Where a row keeps fewer than S
+      tokens, the indices after them are T.
     """
-    layers, kept = self.layers, every_token(plan)
+    layers, kept = self.layers, token_indices(plan)
     for part, drop in _parts(plan, self.config.depth):
       if drop is not None:
         x, kept = self._drop(plan, drop, part.start, x, kept, layout)
       segment_ids = gather_tokens(plan.segment_ids, kept)
       positions = layout.to_zigzag(segment_positions(segment_ids))
-      apply = self._reader(positions, layout.to_zigzag(segment_ids), layout)
+      apply = self._apply_layer(positions, layout.to_zigzag(segment_ids), layout)
       (x,), layers = layers.run_part(apply, (x,), part)
     return self.norm(x), layout.to_zigzag(kept)
 
-  def _reader(self, positions, segment_ids, layout):
+  def _apply_layer(self, positions, segment_ids, layout):
+    """Returns the function that `LayerStack.run` applies: a layer, without a cache."""
     rope = self._rope(positions)
 
     def apply(layer, _, carry):
+      """Gathers the weights of a layer and applies it to the hidden states."""
       layer = layout.gather_layer(layer, "decoder.layers.stacked")
       x = layout.constrain(carry[0], "batch", "sequence")
       return (layer(x, rope, lambda q, k, v: self_attention(q, k, v, segment_ids, layout)),)
@@ -107,7 +118,10 @@ class Qwen2(nnx.Module):
     return apply
 
   def _drop(self, plan, drop, before_layer, x, kept, layout):
+    """Drops tokens of `x` before a layer, see `drop_tokens`."""
+
     def queries_and_keys(x):
+      """Those of the first layer after the drop. Their attention ranks the tokens."""
       positions = segment_positions(gather_tokens(plan.segment_ids, kept))
       layer = layout.gather_layer(self.layers.layer(before_layer), "decoder.layers.stacked")
       x = layout.constrain(x, "batch", "sequence")
@@ -127,25 +141,25 @@ class Qwen2(nnx.Module):
 
     Args:
       x: embedded prompts.
-      length: tokens of each row that count; the rest is padding.
-      num_slots: slots of the first cache, at least T; the others have as many to spare.
-      plan: visual tokens to drop on the way.
-      layout: how rows, heads and weights lie on a mesh; `sequence` must be 1.
+      length: number of tokens of each row without its padding.
+      num_slots: slots of the first cache, at least T. The other caches have as many free slots.
+      plan: which visual tokens to drop before which layer; None to keep all.
+      layout: how rows, heads and weights are split over a mesh. Its `sequence` must be 1.
 
     Returns:
-      Hidden states after the last norm, of the tokens that are left, and a cache for each part
-      of the layers: one, and one more for each drop.
+      Hidden states of the kept tokens, after the last norm; and the caches: one for the layers
+      before the first drop, and one for the layers after each drop.
     """
-    spare, row_length = num_slots - x.shape[1], x.shape[1]
-    kept = None if plan is None else every_token(plan)
+    num_free, row_length = num_slots - x.shape[1], x.shape[1]
+    kept = None if plan is None else token_indices(plan)
     caches = []
     for part, drop in _parts(plan, self.config.depth):
       if drop is not None:
         x, kept = self._drop(plan, drop, part.start, x, kept, layout)
         length = (kept < row_length).sum(axis=1)
-      (batch, num_tokens, _), apart = x.shape, isinstance(self.layers, LayerList)
-      cache = KVCache.empty(
-        self.config, batch, num_tokens + spare, apart=apart, depth=len(part), dtype=x.dtype
+      batch, num_tokens, _ = x.shape
+      cache = self.cache_type.empty(
+        self.config, batch, num_tokens + num_free, depth=len(part), dtype=x.dtype
       )
       x, cache = self._read(x, cache, part, layout, is_empty=True)
       caches.append(cache._replace(length=length.astype(jnp.int32)))
@@ -161,32 +175,35 @@ class Qwen2(nnx.Module):
     """Reads more tokens after those in the caches: a decoded token, or the next turn of a chat.
 
     Args:
-      x: embedded tokens, right-padded. Every cache must have T free slots in every row.
-      caches: what was read before.
-      length: tokens of each row of `x` that count.
-      layout: as of `prefill`.
+      x: embedded tokens, right-padded. Every row of every cache must have T free slots.
+      caches: those of the tokens before.
+      length: number of tokens of each row of `x` without its padding.
+      layout: as for `prefill`.
 
     Returns:
-      Hidden states after the last norm, and the longer caches.
+      Hidden states after the last norm; and the caches, with the new tokens.
     """
-    longer, first = [], 0
+    extended, first = [], 0
     for cache in caches:
       x, read = self._read(x, cache, range(first, first + cache.depth), layout)
-      longer.append(read._replace(length=cache.length + length.astype(jnp.int32)))
+      extended.append(read._replace(length=cache.length + length.astype(jnp.int32)))
       first += cache.depth
-    return self.norm(x), tuple(longer)
+    return self.norm(x), tuple(extended)
 
   def _read(self, x, cache, part, layout, is_empty=False):
+    """Runs the layers of one part on new tokens, and writes these into the part's cache."""
     rope = self._rope(cache.length[:, None] + jnp.arange(x.shape[1])[None])
 
     def apply(layer, index, carry):
+      """Applies a layer to the hidden states and updates its part of the cache."""
       x, cache = carry
 
       def attend(q, k, v):
+        """Attention over the cache and the new tokens."""
         nonlocal cache
-        in_part = index - part.start
-        mixed, cache = cache.attend(in_part, q, k, v, is_empty=is_empty, layout=layout)
-        return mixed
+        index_in_part = index - part.start
+        out, cache = cache.attend(index_in_part, q, k, v, is_empty=is_empty, layout=layout)
+        return out
 
       return layer(layout.constrain(x, "batch", "sequence"), rope, attend), cache
 
@@ -203,37 +220,38 @@ class Qwen2(nnx.Module):
   def embed(
     self, token_ids: Int[Array, "B T"], layout: Layout = ONE_DEVICE
   ) -> Float[Array, "B T D"]:
-    """Looks up text tokens; ids below zero (visual slots, padding) read token 0."""
+    """Looks up text tokens. Ids below zero (visual slots, padding) read token 0."""
     return embed(self.embed_tokens.embedding[...], jnp.maximum(token_ids, 0), layout)
 
   @property
   def head(self) -> Float[Array, "D vocab"]:
-    """What scores the tokens of the vocabulary."""
+    """The matrix that maps hidden states to logits."""
     if self.config.tied_embeddings:
       return self.embed_tokens.embedding[...].T
     return self.lm_head.kernel[...]
 
   def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:
-    """Scores every token of the vocabulary, in float32."""
+    """The score of every vocabulary id, in float32."""
     return jnp.einsum("...d,dv->...v", hidden, self.head, preferred_element_type=jnp.float32)
 
 
 def _parts(plan, depth):
-  """Layers that see equally many tokens, each with the drop before them; the first has none."""
+  """The ranges of layers between drops, each with the drop before it. The first range has None."""
   drops = {0: None} if plan is None else {0: None, **plan.drops}
-  parts = [range(*edges) for edges in itertools.pairwise([*drops, depth])]
+  parts = [range(*bounds) for bounds in itertools.pairwise([*drops, depth])]
   return list(zip(parts, drops.values(), strict=True))
 
 
 class DecoderLayer(nnx.Module):
-  """Attention and SwiGLU, each behind a norm and beside a residual."""
+  """Pre-norm attention and SwiGLU MLP, each with a residual connection."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype):
-    self.head_size, self.mlp_width = config.head_size, config.mlp_width
+    self.head_size = config.head_size
     queries = config.num_heads * config.head_size
     keys = config.num_kv_heads * config.head_size
 
     def linear(inputs, outputs, use_bias=False):
+      """A linear layer in the dtype of the weights."""
       return nnx.Linear(inputs, outputs, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
 
     self.input_norm = RMSNorm(config.width, config.norm_eps, param_dtype=param_dtype)
@@ -247,16 +265,18 @@ class DecoderLayer(nnx.Module):
     self.down_proj = linear(config.mlp_width, config.width)
 
   def __call__(self, x: Float[Array, "B T D"], rope, attend) -> Float[Array, "B T D"]:
-    """One layer.
+    """Applies the layer.
 
     Args:
       x: hidden states.
-      rope: cosines and sines of the tokens' positions.
-      attend: maps new q, k, v to mixed values; it knows the mask and the cache.
+      rope: cosines and sines of the tokens' rotary positions.
+      attend: maps q, k and v to the output of the attention [B, T, N, H]. It knows the mask and
+        the cache.
     """
     q, k, v = self.project(x, rope)
     x = x + self.o_proj(attend(q, k, v).reshape(*x.shape[:-1], -1))
-    return x + map_row_blocks(self._mlp, x, self.mlp_width, row_axes=2)
+    h = self.post_attention_norm(x)
+    return x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))
 
   def project(self, x: Float[Array, "B T D"], rope) -> tuple[Array, Array, Array]:
     """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer's attention."""
@@ -265,7 +285,3 @@ class DecoderLayer(nnx.Module):
     q = apply_rope(self.q_proj(h).reshape(heads), *rope)
     k = apply_rope(self.k_proj(h).reshape(heads), *rope)
     return q, k, self.v_proj(h).reshape(heads)
-
-  def _mlp(self, x):
-    h = self.post_attention_norm(x)
-    return self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))

@@ -1,17 +1,19 @@
-"""Token merging (ToMe, Bolya et al. 2023) as pure functions: clip-level HiCo's first half.
+"""Token merging (ToMe, Bolya et al. 2023) as pure functions: the first half of clip-level HiCo.
 
-In each round the tokens at even places (sources) look for the most similar token at odd places
-(destinations), and the most similar `r` sources merge into theirs. A round is described by one
-index array: `group[i]` is the place of the output token that input token i ends in.
+A round splits the tokens into sources (even positions) and destinations (odd positions). Each
+source finds the destination that is most similar to it. The `r` sources with the highest similarity
+merge into their destinations. A round is described by one index array: `group[i]` is the index of
+the output token that input token i becomes part of.
 
-    6 tokens, r = 2:  sources 0 2 4, destinations 1 3 5
-    most similar pairs 0->3 (best), 4->1, 2->3 (worst, stays)
-    output places: [2, 3, 1, 5] and so group = [2, 1, 0, 2, 1, 3]
-    (token 2 stays and comes first; then the destinations 1, 3, 5 at places 1, 2, 3)
+    6 tokens, r = 2             sources 0 2 4, destinations 1 3 5
+    most similar pairs          0->3 (best), 4->1, 2->3 (worst, so 2 is not merged)
+    output token 0 1 2 3        made of 2 | 1 and 4 | 3 and 0 | 5
+    group                       [2, 1, 0, 2, 1, 3]
 
-Groups compose, and so do averages weighted by size. All rounds therefore run on the narrow
-similarity features alone, and the wide tokens are averaged once, in one matrix product: the
-result is that of averaging after each round, for a fraction of the work.
+The group arrays of several rounds compose into one, and so do averages weighted by size. So all
+rounds run on the narrow similarity features, and the wide tokens are averaged only once, in one
+matrix product. The result is that of averaging the wide tokens after each round, for a fraction of
+the work.
 """
 
 import jax
@@ -21,7 +23,7 @@ from videochat_flash_jax.shapes import Array, Float, Int
 
 
 def merge_schedule(num_tokens: int, target: int) -> list[int]:
-  """How many tokens each round removes: half of them, until `target` are left.
+  """How many tokens each round removes: half of them, until `target` remain.
 
   `merge_schedule(784, 64)` is [392, 196, 98, 34].
 
@@ -29,7 +31,9 @@ def merge_schedule(num_tokens: int, target: int) -> list[int]:
     ValueError: `num_tokens` is below `target`.
   """
   if num_tokens < target:
-    raise ValueError(f"cannot merge {num_tokens} tokens to {target}: there are fewer already")
+    raise ValueError(
+      f"cannot merge {num_tokens} tokens to {target}: give a target of at most {num_tokens}"
+    )
   schedule = []
   while num_tokens > target:
     removed = min(num_tokens // 2, num_tokens - target)
@@ -39,19 +43,19 @@ def merge_schedule(num_tokens: int, target: int) -> list[int]:
 
 
 def similarity_features(x: Float[Array, "C P E"], num_heads: int) -> Float[Array, "C P H"]:
-  """What tokens are compared by: their features averaged over heads, in float32."""
+  """The features by which tokens are compared: those of `x` averaged over heads, in float32."""
   heads = x.astype(jnp.float32).reshape(*x.shape[:-1], num_heads, -1)
   return heads.mean(axis=-2)
 
 
 def match_tokens(features: Float[Array, "C P H"], num_removed: int) -> Int[Array, "C P"]:
-  """One round: the place of the output token that each token ends in.
+  """One round: the index of the output token that each token becomes part of.
 
-  Output places: first the sources that stay, in the order of falling similarity, then all
-  destinations in their own order. Equal similarities keep the order of their places.
+  The output has first the sources that are not merged, by falling similarity, and then all
+  destinations in their order. Sources with equal similarity keep their order.
 
   Args:
-    features: what tokens are compared by (cosine similarity).
+    features: what tokens are compared by, with cosine similarity.
     num_removed: r, at most the number of destinations.
   """
   norm = jnp.sqrt(jnp.sum(jnp.square(features), axis=-1, keepdims=True))
@@ -59,25 +63,25 @@ def match_tokens(features: Float[Array, "C P H"], num_removed: int) -> Int[Array
   sources, destinations = features[:, ::2], features[:, 1::2]
   scores = jnp.einsum("cah,cbh->cab", sources, destinations, precision=jax.lax.Precision.HIGHEST)
   best = scores.max(axis=-1)
-  # The first best destination: argmax, which XLA on the CPU runs on one core, without vectors.
-  places = jnp.arange(destinations.shape[1])
-  partner = jnp.where(scores == best[..., None], places, places.size).min(axis=-1)
-  num_staying = sources.shape[1] - num_removed
-  source_place = num_staying + partner
-  if num_staying:
+  # The first best destination. This is argmax, which XLA on the CPU runs on one core, unvectorised.
+  index = jnp.arange(destinations.shape[1])
+  partner = jnp.where(scores == best[..., None], index, index.size).min(axis=-1)
+  num_unmerged = sources.shape[1] - num_removed
+  source_group = num_unmerged + partner
+  if num_unmerged:
     best_first = jnp.argsort(-best, axis=-1, stable=True)
     rank = jnp.argsort(best_first, axis=-1)
-    source_place = jnp.where(rank < num_removed, source_place, rank - num_removed)
-  destination_place = num_staying + places
+    source_group = jnp.where(rank < num_removed, source_group, rank - num_removed)
+  destination_group = num_unmerged + index
   group = jnp.zeros(features.shape[:2], jnp.int32)
-  group = group.at[:, ::2].set(source_place.astype(jnp.int32))
-  return group.at[:, 1::2].set(destination_place.astype(jnp.int32))
+  group = group.at[:, ::2].set(source_group.astype(jnp.int32))
+  return group.at[:, 1::2].set(destination_group.astype(jnp.int32))
 
 
 def sum_groups(
   x: Float[Array, "C P E"], group: Int[Array, "C P"], num_groups: int
 ) -> Float[Array, "C V E"]:
-  """Sums the tokens of each group, as a matrix product: scatters are slow on TPU and CPU."""
+  """Sums the tokens of each group, as a matrix product, since scatters are slow on TPU and CPU."""
   return jnp.einsum(
     "cvp,cpe->cve",
     _members(group, num_groups).astype(x.dtype),
@@ -93,8 +97,8 @@ def merge_tokens(x: Float[Array, "C P E"], *, target: int, num_heads: int) -> Fl
   Gradients flow through the averages, not through the choice of partners.
 
   Args:
-    x: tokens of each clip, in raster order.
-    target: V, below P or equal (then the tokens are returned as they are).
+    x: tokens of each clip, in the order frame, row, column.
+    target: V, at most P. With V = P nothing is merged.
     num_heads: heads over which features are averaged for comparison.
   """
   features = jax.lax.stop_gradient(similarity_features(x, num_heads))
@@ -104,17 +108,17 @@ def merge_tokens(x: Float[Array, "C P E"], *, target: int, num_heads: int) -> Fl
 
 
 def merge_groups(features: Float[Array, "C P H"], *, target: int) -> Int[Array, "C P"]:
-  """All rounds: the output token that each token ends in."""
+  """All rounds: the index of the output token that each token becomes part of."""
   num_tokens = features.shape[1]
   group = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), features.shape[:2])
   for num_removed in merge_schedule(num_tokens, target):
     step = match_tokens(features, num_removed)
-    # Sums, not averages: the cosine sees no difference.
+    # Sums instead of averages, since cosine similarity does not depend on the length.
     features = sum_groups(features, step, step.shape[1] - num_removed)
     group = jnp.take_along_axis(step, group, axis=1)
   return group
 
 
 def _members(group, num_groups):
-  """Whether token p is of group v: [C, V, P]."""
+  """Whether token p belongs to group v: [C, V, P]."""
   return group[:, None, :] == jnp.arange(num_groups)[None, :, None]

@@ -1,4 +1,4 @@
-"""UMT-L, the video ViT: every patch of a clip attends to every other, in space and time.
+"""UMT-L, a video ViT: every patch of a clip attends to all patches, in space and time.
 
 Source: `PretrainVisionTransformer` of OpenGVLab/VideoChat-Flash (Unmasked Teacher, Li et al. 2023).
 """
@@ -12,7 +12,6 @@ from videochat_flash_jax.models.config import VisionConfig
 from videochat_flash_jax.models.layer_stack import LayerStack
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.norms import LayerNorm
-from videochat_flash_jax.ops.row_blocks import map_row_blocks
 from videochat_flash_jax.shapes import Array, Float
 
 _BLOCK_NORM_EPS = 1e-6
@@ -20,7 +19,7 @@ _FINAL_NORM_EPS = 1e-12
 
 
 class UMT(nnx.Module):
-  """Pixels of clips to one feature per patch."""
+  """Maps the pixels of clips to one feature per patch."""
 
   def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     self.config = config
@@ -32,27 +31,24 @@ class UMT(nnx.Module):
     self.norm = LayerNorm(config.width, _FINAL_NORM_EPS, param_dtype=param_dtype)
 
   def __call__(self, pixels: Float[Array, "C F height width 3"]) -> Float[Array, "C P E"]:
-    """Encodes clips; a clip of one frame is an image.
+    """Encodes clips. A clip of one frame is an image.
 
     Args:
       pixels: normalised pixels.
 
     Returns:
-      Features, frame after frame and row after row: P = F * grid * grid.
+      Features of P = F * grid * grid patches, in the order frame, row, column.
     """
     x = self.patch_embed(patches(pixels, self.config.patch_size))
     num_frames, grid = pixels.shape[1], pixels.shape[2] // self.config.patch_size
     table = position_table(self.config, num_frames=num_frames, grid=grid)
     x = x + jnp.asarray(table, x.dtype)
-    values_per_clip = x.shape[1] * self.config.mlp_width
-    (x,) = self.blocks.run(
-      lambda block, _, carry: (map_row_blocks(block, carry[0], values_per_clip),), (x,)
-    )
+    (x,) = self.blocks.run(lambda block, _, carry: (block(carry[0]),), (x,))
     return self.norm(x)
 
 
 class Block(nnx.Module):
-  """Pre-norm attention and MLP. Queries and values have a bias, keys have none."""
+  """Pre-norm attention and MLP. Queries and values have a bias; keys have none."""
 
   def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, param_dtype):
     width = config.width
@@ -67,6 +63,7 @@ class Block(nnx.Module):
     self.fc2 = nnx.Linear(config.mlp_width, width, param_dtype=param_dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "C P E"]) -> Float[Array, "C P E"]:
+    """Applies the block."""
     x = x + self._attend(self.norm1(x))
     return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
 
@@ -74,12 +71,12 @@ class Block(nnx.Module):
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
     q, v = q + self.q_bias[...], v + self.v_bias[...]
     heads = (*x.shape[:-1], self.num_heads, -1)
-    mixed = attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
-    return self.proj(mixed.reshape(x.shape))
+    out = attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
+    return self.proj(out.reshape(x.shape))
 
 
 def patches(pixels, size):
-  """[C, F, height, width, 3] to flattened patches [C, F * grid * grid, size * size * 3]."""
+  """Cuts pixels [C, F, height, width, 3] into patches [C, F * grid * grid, size * size * 3]."""
   clips, frames, height, width, channels = pixels.shape
   x = pixels.reshape(clips, frames, height // size, size, width // size, size, channels)
   x = x.transpose(0, 1, 2, 4, 3, 5, 6)
@@ -87,11 +84,11 @@ def patches(pixels, size):
 
 
 def position_table(config: VisionConfig, *, num_frames: int, grid: int) -> np.ndarray:
-  """The fixed positions [num_frames * grid * grid, E], float32.
+  """The fixed position embeddings [num_frames * grid * grid, E], float32.
 
-  One sinusoid over the flattened index of `position_frames` x `position_grid`^2 patches,
-  resampled where the size at hand differs: bicubically in space, then linearly in time, as
-  torch does with align_corners=False. An image (one frame) reads the first frame's table.
+  They are sinusoids of the flat index over `position_frames` x `position_grid`^2 patches. For
+  other sizes the table is resampled: bicubically in space, then linearly in time, as torch does
+  with align_corners=False. An image has the embeddings of the first frame.
   """
   frames = 1 if num_frames == 1 else config.position_frames
   table = _sinusoid(frames * config.position_grid**2, config.width)
@@ -105,16 +102,19 @@ def position_table(config: VisionConfig, *, num_frames: int, grid: int) -> np.nd
 
 
 def _sinusoid(length, width):
-  """Sines at even channels and cosines at odd ones, base 10000^(2 floor(j / 2) / width)."""
+  """A table [length, width]: sines in even channels j, cosines in odd ones.
+
+  The angle is index / 10000^(2 floor(j / 2) / width).
+  """
   channel = np.arange(width)
   angles = np.arange(length)[:, None] / 10000.0 ** (2 * (channel // 2) / width)
   return np.where(channel % 2 == 0, np.sin(angles), np.cos(angles))
 
 
 def linear_weights(size, new_size):
-  """Matrix [new_size, size] of linear resampling, borders held."""
+  """The matrix [new_size, size] of linear resampling. Border cells are repeated outwards."""
   weights = np.zeros((new_size, size))
-  for i, centre in enumerate(_source_positions(size, new_size)):
+  for i, centre in enumerate(_source_coordinates(size, new_size)):
     centre = max(centre, 0.0)
     left = int(centre)
     weights[i, min(left, size - 1)] += 1 - (centre - left)
@@ -123,9 +123,12 @@ def linear_weights(size, new_size):
 
 
 def cubic_weights(size, new_size, a=-0.75):
-  """Matrix [new_size, size] of cubic convolution (Keys 1981) with torch's a, borders held."""
+  """The matrix [new_size, size] of bicubic resampling along one axis (Keys 1981).
+
+  Border cells are repeated outwards. `a` is that of torch.
+  """
   weights = np.zeros((new_size, size))
-  for i, centre in enumerate(_source_positions(size, new_size)):
+  for i, centre in enumerate(_source_coordinates(size, new_size)):
     left = int(np.floor(centre))
     for tap in range(left - 1, left + 3):
       t = abs(centre - tap)
@@ -135,6 +138,6 @@ def cubic_weights(size, new_size, a=-0.75):
   return weights
 
 
-def _source_positions(size, new_size):
-  """Where the centre of each new cell lies among the old cells."""
+def _source_coordinates(size, new_size):
+  """The centres of the new cells, as coordinates between the old cells."""
   return (np.arange(new_size) + 0.5) * size / new_size - 0.5

@@ -1,4 +1,4 @@
-"""The paper's figure as code: encode clips, compress them, splice them into text, decode."""
+"""The paper's figure as code: encode clips, compress them, splice them into the text, decode."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from videochat_flash_jax.models.umt import UMT
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int, UInt8
 
-_PATCHES_AT_ONCE = 1 << 15  # of the clips on a device; more at once take more memory
+_MAX_PATCHES_PER_GROUP = 1 << 15  # clips are encoded in groups, since more take more memory
 
 _ENCODERS = {"umt": UMT, "internvideo2": InternVideo2}
 
@@ -23,8 +23,8 @@ _ENCODERS = {"umt": UMT, "internvideo2": InternVideo2}
 class VideoChatFlash(nnx.Module):
   """Video ViT, connector and decoder.
 
-  All computation is done in the dtype of the weights, but for norms, softmax, rotary positions,
-  token similarity and logits, which are float32.
+  Computation is in the dtype of the weights. Norms, softmax, rotary positions, token similarity and
+  logits are always in float32.
   """
 
   def __init__(self, config: VideoChatFlashConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
@@ -47,7 +47,7 @@ class VideoChatFlash(nnx.Module):
     self.decoder = Qwen2(config.decoder, rngs=rngs, param_dtype=param_dtype)
 
   def encode(self, frames: UInt8[Array, "C F height width 3"]) -> Float[Array, "C V D"]:
-    """Clips (or image tiles, F = 1) to visual tokens in the decoder's width."""
+    """Encodes clips (or image tiles, F = 1) to visual tokens in the decoder's width."""
     return self.connector(self.encode_patches(frames))
 
   def encode_rows(
@@ -56,14 +56,24 @@ class VideoChatFlash(nnx.Module):
     layout: Layout = ONE_DEVICE,
     tiles: UInt8[Array, "B I 1 height width 3"] | None = None,
   ) -> Float[Array, "B V D"]:
-    """The visual tokens of every row of a batch: clip by clip, then of its image tiles.
+    """Encodes the clips and the image tiles of every row of a batch to visual tokens.
 
-    On a mesh every device encodes clips of its own, whichever axis it is on. The clips of a row are
-    shared out evenly over the shards of its sequence, in order, those of the first shard first, and
-    so are its tiles; a shard's tokens are those of its clips, then those of its tiles.
+    A row's tokens are those of its clips, in order, then those of its tiles. On a mesh the clips
+    are split over all devices. The clips of a row are split evenly over the shards of its sequence,
+    the first clips on the first shard; its tiles, too. Each shard then holds the tokens of its own
+    clips, then those of its own tiles:
+
+        row of clips a b c d and tiles p q, 1 shard     tokens  a b c d p q
+        the same row, 2 shards                          tokens  a b p | c d q
+
+    Args:
+      frames: clips of each row.
+      layout: how rows and clips are split over a mesh.
+      tiles: image tiles of each row.
     """
 
     def encode(parts, frames):
+      """Visual tokens of one group of clips or tiles."""
       return parts["connector"](_encode_patches(parts["vision"], frames))
 
     parts = {"vision": self.vision, "connector": self.connector}
@@ -72,9 +82,10 @@ class VideoChatFlash(nnx.Module):
   def encode_features(
     self, frames: UInt8[Array, "B C F height width 3"], layout: Layout = ONE_DEVICE
   ) -> Float[Array, "B C V E"]:
-    """Clips to what a feature store keeps: merged, but not yet in the decoder's width."""
+    """Encodes clips to the features that a feature store keeps: merged, in the encoder's width."""
 
     def encode(parts, frames):
+      """Merged features of one group of clips."""
       return parts["connector"].merge(_encode_patches(parts["vision"], frames))
 
     parts = {"vision": self.vision, "connector": self.connector}
@@ -87,16 +98,17 @@ class VideoChatFlash(nnx.Module):
     layout: Layout = ONE_DEVICE,
     tile_features: Float[Array, "B I V E"] | None = None,
   ) -> Float[Array, "B W D"]:
-    """`encode_rows`, of clips and tiles that went through `encode_features` before."""
+    """As `encode_rows`, from the features of clips and tiles that `encode_features` gave before."""
 
     def project(parts, features):
+      """Visual tokens of one group of clips or tiles."""
       return parts["connector"].project(features.astype(parts["connector"].fc1.kernel.dtype))
 
     parts = {"connector": self.connector}
     return self._row_tokens(project, parts, layout, features, tile_features)
 
   def _row_tokens(self, function, parts, layout, clips, tiles):
-    """The tokens that a function makes of the clips of each row, then of its tiles."""
+    """The tokens [B, V, D] that `function` makes of the clips of each row, then of its tiles."""
     tokens = ("batch", "sequence")
     of_clips = layout.constrain(self._each_clip(function, parts, layout, clips), *tokens)
     if tiles is None:
@@ -104,19 +116,21 @@ class VideoChatFlash(nnx.Module):
     of_tiles = layout.constrain(self._each_clip(function, parts, layout, tiles), *tokens)
 
     def join(*kinds):
+      """One shard's tokens of clips, then those of tiles."""
       return jnp.concatenate(kinds, axis=1)
 
     return layout.shard_map(join, (tokens, tokens), tokens)(of_clips, of_tiles)
 
   def _each_clip(self, function, parts, layout, clips):
-    """The tokens `[B, V, D]` of clips `[B, C, ...]`: `function(parts, group)` of each group."""
+    """The tokens [B, V, D] of clips [B, C, ...], by `function(parts, group)` of each group."""
     graph, weights = nnx.split(parts)
     weights = nnx.to_pure_dict(weights)
 
     def run(weights, clips):
+      """All groups of the clips on one device."""
       parts = nnx.merge(graph, layout.gather_shards(weights))
       rows, num_clips = clips.shape[:2]
-      group = self._clips_at_once(rows * num_clips)
+      group = self._group_size(rows * num_clips)
       if group == rows * num_clips:
         output = function(parts, clips.reshape(group, *clips.shape[2:]))
       else:
@@ -127,14 +141,14 @@ class VideoChatFlash(nnx.Module):
     split = layout.shard_map(run, (weights, ("batch", "clips")), ("batch", "clips"))
     return split(weights, clips)
 
-  def _clips_at_once(self, num_clips):
-    """Clips of a group, that all groups be equal and none have too many patches."""
+  def _group_size(self, num_clips):
+    """The most clips per group such that all groups have equally many and not too many patches."""
     vision = self.config.vision
-    most = max(1, _PATCHES_AT_ONCE // (vision.clip_frames * vision.grid_size**2))
+    most = max(1, _MAX_PATCHES_PER_GROUP // (vision.clip_frames * vision.grid_size**2))
     return max(group for group in range(1, most + 1) if num_clips % group == 0)
 
   def encode_patches(self, frames: UInt8[Array, "C F height width 3"]) -> Float[Array, "C P E"]:
-    """Clips to the encoder's features, before merging."""
+    """Encodes clips to one feature per patch, before merging."""
     return _encode_patches(self.vision, frames)
 
   def embed_sequence(
@@ -144,10 +158,10 @@ class VideoChatFlash(nnx.Module):
     visual_index: Int[Array, "B T"],
     layout: Layout = ONE_DEVICE,
   ) -> Float[Array, "B T D"]:
-    """The decoder's input: embedded text with the visual tokens in their places.
+    """Embeds the text and puts the visual tokens at their positions in it: the decoder's input.
 
-    On a mesh a shard of the sequence takes visual tokens from its own clips alone (see
-    `encode_rows`), and `visual_index` counts among those.
+    On a mesh a shard of the sequence takes visual tokens of its own clips and tiles alone (see
+    `encode_rows`), and `visual_index` is an index into those.
     """
     text = self.decoder.embed(token_ids, layout)
     tokens = ("batch", "sequence")
@@ -163,15 +177,15 @@ class VideoChatFlash(nnx.Module):
     segment_ids: Int[Array, "B T"] | None = None,
     layout: Layout = ONE_DEVICE,
   ) -> Float[Array, "B T D"]:
-    """Hidden states of a whole sequence, as in training; `decoder.logits` scores them.
+    """Hidden states of whole sequences, as in training. `decoder.logits` maps them to logits.
 
     Args:
-      token_ids: text, laid out with room for the visual tokens.
-      visual_tokens: output of `encode` for all clips and tiles of a row, one after another.
-      visual_index: which visual token stands at each position, or -1 for text.
-      positions: rotary positions, 0, 1, 2... if None.
-      segment_ids: tokens of packed rows see only their own segment.
-      layout: how all of it lies on a mesh.
+      token_ids: text, with room for the visual tokens.
+      visual_tokens: visual tokens of each row, from `encode_rows`.
+      visual_index: index of the visual token at each position; -1 for text.
+      positions: rotary positions; 0, 1, 2... if None.
+      segment_ids: segments of packed rows. A token attends to its own segment only.
+      layout: how arrays and weights are split over a mesh.
     """
     sequence = self.embed_sequence(token_ids, visual_tokens, visual_index, layout)
     return self.decoder(sequence, positions=positions, segment_ids=segment_ids, layout=layout)
@@ -184,17 +198,17 @@ class VideoChatFlash(nnx.Module):
     plan: DropoutPlan,
     layout: Layout = ONE_DEVICE,
   ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"]]:
-    """As `__call__`, dropping visual tokens between layers (see `models/token_dropout.py`).
+    """As `__call__`, but drops visual tokens between layers (see `models/token_dropout.py`).
 
     Args:
-      token_ids: text, laid out with room for the visual tokens.
-      visual_tokens: output of `encode` for all clips and tiles of a row, one after another.
-      visual_index: which visual token stands at each position, or -1 for text.
-      plan: from `plan_dropout`; it knows segments, too.
-      layout: how all of it lies on a mesh.
+      token_ids: text, with room for the visual tokens.
+      visual_tokens: visual tokens of each row, from `encode_rows`.
+      visual_index: index of the visual token at each position; -1 for text.
+      plan: from `plan_dropout`. It also holds the segments.
+      layout: how arrays and weights are split over a mesh.
 
     Returns:
-      Hidden states of the tokens that are left, and their indices in the row; T in the padding.
+      Hidden states of the kept tokens; and their indices in the row, T in the padding.
     """
     sequence = self.embed_sequence(token_ids, visual_tokens, visual_index, layout)
     return self.decoder.read_and_drop(sequence, plan, layout)
@@ -205,6 +219,6 @@ def _encode_patches(vision, frames):
 
 
 def normalise_pixels(frames: UInt8[Array, "*batch 3"]) -> Float[Array, "*batch 3"]:
-  """Bytes to what the encoders were trained on: (x / 255 - mean) / std per channel."""
+  """Normalises bytes as the encoders were trained: (x / 255 - mean) / std per channel."""
   mean, std = jnp.asarray(PIXEL_MEAN), jnp.asarray(PIXEL_STD)
   return (frames.astype(jnp.float32) * (1 / 255) - mean) / std

@@ -57,11 +57,11 @@ def shorten(plan: DropoutPlan, layout: Layout) -> DropoutPlan:
   num_tokens = plan.is_visual.shape[1]
   parts = 2 * layout.sequence_shards
   unit = -(-num_tokens // (_NUM_LENGTHS * parts)) * parts
-  needed = jax.device_get(_longest(tuple(drop.slots for drop in plan.drops.values())))
+  needed = jax.device_get(_longest(tuple(drop.indices for drop in plan.drops.values())))
   drops = {}
   for (layer, drop), longest in zip(plan.drops.items(), needed, strict=True):
     length = min(-(-max(int(longest), 1) // unit) * unit, num_tokens)
-    drops[layer] = type(drop)(_cut(drop.slots, length))
+    drops[layer] = type(drop)(_cut(drop.indices, length))
   return plan._replace(drops=drops)
 
 
