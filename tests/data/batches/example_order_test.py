@@ -58,7 +58,7 @@ def test_order_depends_on_the_seed_and_can_be_begun_anywhere():
   assert [order.row(0, number) for number in (39, 3)] == [drawn(rows, 40)[0][n] for n in (39, 3)]
 
 
-def test_orders_are_told_apart_also_if_a_shuffle_changes_at_one_place(monkeypatch):
+def test_the_digest_changes_even_if_the_shuffle_changes_for_one_example(monkeypatch):
   rows, row = Lengths([500]), ExampleOrder.row
   digests = [ExampleOrder(rows, *key).digest() for key in ((0, 1), (0, 1), (1, 1), (0, 2))]
   assert digests[0] == digests[1] and len(set(digests)) == 3
