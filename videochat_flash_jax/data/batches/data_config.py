@@ -45,7 +45,7 @@ class ReadingConfig:
   position_skip: int = field(
     0,
     count(0),
-    "Rotary positions of an example jump ahead by up to so many, twice; see `skipped_positions`.",
+    "Rotary positions of an example jump twice, by at most this many; see `skipped_positions`.",
   )
 
 
