@@ -71,6 +71,6 @@ def test_the_digest_changes_even_if_the_shuffle_changes_for_one_example(monkeypa
 
 
 def test_a_weight_that_leaves_nothing_of_a_source_is_refused():
-  said = "^source of 40: weight 0.5 leaves none of its 1 rows; give at least 1, or leave"
+  said = "^source of 40: weight 0.5 leaves none of its 1 rows; give at least 1, or remove"
   with pytest.raises(InputError, match=said):
     ExampleOrder(Lengths([40, 1], weights=[1.0, 0.5]), 0, 1)
