@@ -180,18 +180,20 @@ class RunCheckpoints:
   def restore(
     self, shapes: Any, check_run: Callable[[Path, Mapping[str, Any]], None] | None = None
   ) -> Restored | None:
-    """Reads the newest whole checkpoint, on any mesh and any number of processes.
+    """Reads the newest whole checkpoint, on any mesh and with any number of processes.
 
     Args:
-      shapes: a tree of `jax.ShapeDtypeStruct` with shardings, as the state that was saved.
-      check_run: called with the checkpoint and what `save` wrote of its run; it may refuse it.
+      shapes: a tree of `jax.ShapeDtypeStruct` with shardings; it has the structure of the saved
+        state.
+      check_run: called with the directory of the checkpoint and the `run` that `save` wrote. It
+        raises an error if this checkpoint must not be restored.
 
     Returns:
-      None if there is no checkpoint.
+      The restored checkpoint; None if there is none.
 
     Raises:
-      InputError: the checkpoint is of another config, and names the first field or array that
-        differs; or its files are damaged.
+      InputError: the checkpoint belongs to another config (the message names the first field or
+        array that differs), or its files are damaged.
     """
     self.wait()
     step = newest_on_all_processes(self._directory)
@@ -203,13 +205,13 @@ class RunCheckpoints:
       saved = self._manager.restore(step, args=ocp.args.Composite(**read))
       if check_run is not None:
         check_run(where, saved["run"])
-      held = dict(self._manager.item_metadata(step)["state"])
-      beside = find_frozen(where, saved["run"])
-      check_arrays(where, held | (frozen_shapes(beside) if beside else {}), wanted)
-      args = ocp.args.StandardRestore({path: wanted[path] for path in held})
+      stored = dict(self._manager.item_metadata(step)["state"])
+      frozen = find_frozen(where, saved["run"])
+      check_arrays(where, stored | (frozen_shapes(frozen) if frozen else {}), wanted)
+      args = ocp.args.StandardRestore({path: wanted[path] for path in stored})
       arrays = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-      if beside:
-        arrays |= restore_frozen(beside, _frozen(wanted))
+      if frozen:
+        arrays |= restore_frozen(frozen, _frozen(wanted))
     state = jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in wanted])
     return Restored(step, state, saved["data"], saved["run"])
 
