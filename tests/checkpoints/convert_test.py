@@ -111,13 +111,13 @@ def test_a_stored_head_counts_even_if_the_config_says_tied(checkpoint):
 def test_half_a_file_is_refused(checkpoint):
   path = checkpoint / "model.safetensors"
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  assert_refused(checkpoint, str(path), "not a whole safetensors file")
+  assert_refused(checkpoint, str(path), "not a complete safetensors file")
 
 
 def test_a_file_of_another_kind_is_refused(checkpoint):
   path = checkpoint / "model.safetensors"
   path.write_text("these are no weights, though the file is long enough to be read")
-  assert_refused(checkpoint, str(path), "not a whole safetensors file")
+  assert_refused(checkpoint, str(path), "not a complete safetensors file")
 
 
 def test_missing_shards_are_named(checkpoint):
@@ -131,7 +131,7 @@ def test_a_tensor_in_two_shards_is_refused(checkpoint):
   names = shard(checkpoint)
   tensors = load_file(checkpoint / names[0])
   save_file(load_file(checkpoint / names[1]) | tensors, checkpoint / names[1])
-  assert_refused(checkpoint, names[1], f"tensor '{min(tensors)}' is in another shard, too")
+  assert_refused(checkpoint, names[1], f"tensor '{min(tensors)}' is also in another shard")
 
 
 @pytest.mark.parametrize(
@@ -150,15 +150,15 @@ def test_a_tensor_in_two_shards_is_refused(checkpoint):
 def test_an_index_that_is_none_is_refused(checkpoint, text):
   shard(checkpoint)
   (checkpoint / "model.safetensors.index.json").write_text(text)
-  assert_refused(checkpoint, "model.safetensors.index.json", "no index of shards")
+  assert_refused(checkpoint, "model.safetensors.index.json", "not an index of shards")
 
 
 def test_an_index_of_other_tensors_than_its_shards_hold_is_refused(checkpoint):
   names = shard(checkpoint)
   index = checkpoint / "model.safetensors.index.json"
-  home = json.loads(index.read_text())["weight_map"]
-  del home[(left_out := min(home))]
-  index.write_text(json.dumps({"weight_map": {**home, "nowhere": names[0]}}))
+  file_of = json.loads(index.read_text())["weight_map"]
+  del file_of[(left_out := min(file_of))]
+  index.write_text(json.dumps({"weight_map": {**file_of, "nowhere": names[0]}}))
   assert_refused(checkpoint, index.name, "not name the same tensors", left_out, "nowhere")
 
 
@@ -172,13 +172,13 @@ def test_a_directory_without_config_is_refused(checkpoint):
   assert_refused(checkpoint, str(checkpoint / "config.json"), "no such file")
 
 
-def test_a_pickle_is_told_from_a_broken_file_and_not_run(checkpoint):
+def test_a_pickle_is_not_taken_for_a_broken_file_and_not_run(checkpoint):
   class Trap:
     def __reduce__(self):
       return pytest.fail, ("unpickled",)
 
   (checkpoint / "model.safetensors").write_bytes(pickle.dumps(Trap()))
-  assert_refused(checkpoint, "model.safetensors: a pickle under the name of a safetensors file")
+  assert_refused(checkpoint, "model.safetensors: a pickle with the name of a safetensors file")
 
 
 def test_a_directory_of_pickles_is_refused(checkpoint):

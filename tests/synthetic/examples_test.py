@@ -31,25 +31,25 @@ def make_tokenizer(tmp_path_factory):
   return functools.partial(SentencePieceTokenizer, path)
 
 
-def batches(make_tokenizer, workers=0, streams=1, questions=QUESTIONS, layout=None, **example):
+def batches(make_tokenizer, workers=0, streams=1, questions=QUESTIONS, row_shape=None, **example):
   sizes = {"tokens": 512, "clip_tokens": CLIP_TOKENS, "clips_per_shard": 12}
-  layout = RowShape(**sizes | (layout or {}))
+  row_shape = RowShape(**sizes | (row_shape or {}))
   example = ExampleConfig(image_size=SIZE, **{"frames": (4, 16)} | example)
-  config = DataConfig(example, layout, rows=2, seed=5, streams=streams, workers=workers)
+  config = DataConfig(example, row_shape, rows=2, seed=5, streams=streams, workers=workers)
   return iter(synthetic_batches(config, MODEL, make_tokenizer, questions))
 
 
 SHARDED = {"num_shards": 2, "zigzag": True}
 
 
-@pytest.mark.parametrize("layout", [{}, SHARDED], ids=["whole rows", "zigzag"])
+@pytest.mark.parametrize("row_shape", [{}, SHARDED], ids=["whole rows", "zigzag"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_saved_state_goes_on_exactly_whoever_reads(make_tokenizer, workers, layout):
-  run, states, digests = batches(make_tokenizer, layout=layout), [], []
+def test_a_saved_state_goes_on_exactly_whoever_reads(make_tokenizer, workers, row_shape):
+  run, states, digests = batches(make_tokenizer, row_shape=row_shape), [], []
   for _ in range(6):
     states.append(json.loads(json.dumps(run.get_state())))
     digests.append(digest(next(run)))
-  again = batches(make_tokenizer, workers, layout=layout)
+  again = batches(make_tokenizer, workers, row_shape=row_shape)
   again.set_state(states[3])
   assert [digest(next(again)) for _ in range(3)] == digests[3:]
   again.close()
@@ -106,7 +106,7 @@ def test_what_cannot_be_drawn_is_refused_at_once(make_tokenizer, change, said):
 
 
 def test_a_part_of_a_row_with_too_little_room_is_named(make_tokenizer):
-  run = batches(make_tokenizer, layout={"num_shards": 4, "clips_per_shard": 1})
+  run = batches(make_tokenizer, row_shape={"num_shards": 4, "clips_per_shard": 1})
   with pytest.raises(InputError, match="clips in a part of a row, but clips_per_shard is 1"):
     list(itertools.islice(run, 20))
 

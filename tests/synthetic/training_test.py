@@ -81,16 +81,16 @@ def test_answers_and_their_ends_are_learnt(tokenizer):
     np.testing.assert_array_equal(example["labels"][starts], example["token_ids"][starts])
 
 
-def test_an_answer_is_also_asked_for_behind_the_name_of_its_thing_and_nowhere_else(tokenizer):
+def test_an_answer_has_a_second_label_after_the_name_of_its_thing_and_nowhere_else(tokenizer):
   names = [tokenizer.encode(f" {kind}") for kind in KINDS]
   for seed in range(5):
     example = conversation(tokenizer, seed)
     starts = answer_starts(example)
     early = set(np.flatnonzero(example["labels"] >= 0)) - set(starts) - set(starts + 1)
     assert len(early) == len(starts)
-    for place, start in zip(sorted(early), starts, strict=True):
-      assert place < start and example["labels"][place] == example["labels"][start]
-      assert [example["token_ids"][place - 1]] in names
+    for index, start in zip(sorted(early), starts, strict=True):
+      assert index < start and example["labels"][index] == example["labels"][start]
+      assert [example["token_ids"][index - 1]] in names
 
 
 def test_a_conversation_keeps_to_the_limit_by_asking_less(tokenizer):

@@ -77,10 +77,10 @@ def test_a_config_names_what_batches_are_made_of():
   config = data_config(settings_of("stage3_long.py", "data.frames=(8, 64)"), 4, streams=2)
   assert config.example.frames == (8, 64) and config.example.image_size == 224
   assert config.example.time_message == "short" and config.streams == 2 and config.rows == 16
-  layout = config.layout
-  assert (layout.tokens, layout.clip_tokens, layout.num_shards) == (32768, 64, 4)
-  assert layout.zigzag and (layout.clips_per_shard, layout.tiles_per_shard) == (128, 40)
-  assert not data_config(settings_of("stage1_align.py"), 1, streams=1).layout.zigzag
+  row_shape = config.row_shape
+  assert (row_shape.tokens, row_shape.clip_tokens, row_shape.num_shards) == (32768, 64, 4)
+  assert row_shape.zigzag and (row_shape.clips_per_shard, row_shape.tiles_per_shard) == (128, 40)
+  assert not data_config(settings_of("stage1_align.py"), 1, streams=1).row_shape.zigzag
 
 
 def test_dropout_and_synthetic_questions_can_be_asked_for():

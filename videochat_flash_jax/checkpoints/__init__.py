@@ -1,10 +1,10 @@
-"""Weights and configs on disk, in and out.
+"""Reads and writes weights and configs on disk.
 
-| place         | what it knows                                                                  |
+| part          | what it does                                                                   |
 |---------------|--------------------------------------------------------------------------------|
-| `hub/`        | the released layout on the hub; upstream's names stand here and nowhere else   |
-| `runs/`       | the files of a training run, written through Orbax                             |
-| `convert`     | opens, loads and writes checkpoints of either kind                             |
+| `hub/`        | reads and writes the released format; only here upstream's names are known     |
+| `runs/`       | reads and writes the checkpoints of a training run, through Orbax              |
+| `convert`     | opens, loads and writes checkpoints of both kinds                              |
 
 Imports go one way: `convert -> runs -> hub`.
 """

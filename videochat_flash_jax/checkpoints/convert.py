@@ -1,4 +1,7 @@
-"""Checkpoint directories in the released layout, in and out: strict, nothing left over."""
+"""Opens, loads and writes checkpoints; writing always gives the released format.
+
+Loading is strict: each stored tensor is used exactly once, and each array of the model is filled.
+"""
 
 import contextlib
 import errno
@@ -35,7 +38,7 @@ from videochat_flash_jax.parallel.sharding import dotted_path
 MakeModel = Callable[[VideoChatFlashConfig], nnx.Module]
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What goes along with the weights, as it is: the tokenizer, and the original's code if it is there.
+# Files that are copied unchanged: the tokenizer, and the original's code if there is any.
 _COPIED = (
   "added_tokens.json",
   "generation_config.json",
@@ -50,12 +53,15 @@ _COPIED = (
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-  """Opens a directory with `config.json` and `model.safetensors`, or shards and their index.
+  """Opens a checkpoint without reading its weights.
 
-  Or a training run: its WORKDIR, for the newest checkpoint, or one of WORKDIR/checkpoints.
+  Args:
+    directory: a directory with `config.json` and either `model.safetensors` or shards with their
+      index; or the WORKDIR of a training run, for its newest checkpoint; or one of the directories
+      in WORKDIR/checkpoints.
 
   Raises:
-    InputError: a file is missing, broken, or describes a model that this package does not have.
+    InputError: a file is missing or broken, or describes a model that this package does not have.
   """
   refuse_stages(directory)
   if is_run(directory):
@@ -74,17 +80,18 @@ def load_model(
   dtype: np.dtype = np.float32,
   sharding_of: ShardingOf = lambda path, shape: None,
 ) -> nnx.Module:
-  """Builds the model that a checkpoint directory describes, with its weights.
+  """Builds the model that a checkpoint directory describes, and loads its weights.
 
   Args:
     make_model: builds a model from a config.
     directory: see `open_checkpoint`.
-    dtype: of the weights in memory.
-    sharding_of: where the array of a path and shape goes; paths are such as
+    dtype: dtype of the weights in memory.
+    sharding_of: returns the sharding of an array, given its path and shape. A path looks like
       `decoder.layers.stacked.q_proj.kernel`.
 
   Raises:
-    InputError: what is wrong with the directory, all of it at once.
+    InputError: something is wrong with the directory. All tensors that do not fit are named in one
+      message.
   """
   checkpoint = open_checkpoint(directory)
   graph, state = nnx.split(nnx.eval_shape(lambda: make_model(checkpoint.config)))
@@ -103,20 +110,21 @@ def save_model(
   *,
   source: Path | None = None,
 ) -> None:
-  """Writes a checkpoint directory in the released layout; weights keep their dtype.
+  """Writes a checkpoint directory in the released format; weights keep their dtype.
 
-  Weights and config of an earlier checkpoint are replaced once all is written.
+  If the directory already holds a checkpoint, its weights and config are replaced after everything
+  new has been written.
 
   Args:
-    model: its parameters are written.
-    config: of the model.
-    directory: made if it is missing; other files in it stay.
-    source: the checkpoint that the model was made of: its tokenizer is copied, and the fields of
-      its config.json that mean nothing here survive.
+    model: the model whose parameters are written.
+    config: the config of the model.
+    directory: the directory to write. It is created if it is missing; other files in it are kept.
+    source: the checkpoint from which the model was made. Its tokenizer is copied, and so are the
+      fields of its config.json that have no meaning here.
 
   Raises:
-    InputError: the directory cannot be written or the disk is full, and it is as it was; or a
-      weight holds NaN or infinity.
+    InputError: the directory cannot be written or the disk is full (then the directory is
+      unchanged), or a weight holds NaN or infinity.
   """
   weights = dict(flat_weights(nnx.state(model, nnx.Param)))
   dtype = str(next(iter(weights.values())).dtype)
@@ -130,41 +138,43 @@ def save_model(
 def write_checkpoint(
   checkpoint: Checkpoint, make_model: MakeModel, out: Path, dtype: str | None = None
 ) -> int:
-  """Writes a checkpoint anew, tensor by tensor: in the released layout, and checked on the way.
+  """Writes a checkpoint to a new directory in the released format, tensor by tensor.
+
+  All tensors are checked while they are copied.
 
   Args:
-    checkpoint: what to write.
+    checkpoint: the checkpoint to copy.
     make_model: builds a model from a config.
-    out: a directory that does not exist yet; it appears whole or not at all.
-    dtype: `bfloat16` and so on; by default every tensor stays as it is.
+    out: a directory that does not exist yet. It appears only when all of it has been written.
+    dtype: dtype to write, such as `bfloat16`; by default each tensor keeps its own.
 
   Returns:
-    Bytes of all tensors.
+    Number of bytes of all tensors.
 
   Raises:
-    InputError: the tensors do not fit the config, one holds NaN or infinity, or `out` exists, is
-      inside the checkpoint, or cannot be written.
+    InputError: the tensors do not fit the config, a tensor holds NaN or infinity, or `out` exists,
+      is inside the checkpoint, or cannot be written.
   """
   if os.path.lexists(out):
     raise InputError(f"{out}: exists already; give another directory, or remove it first")
   if out.resolve().is_relative_to(checkpoint.directory.resolve()):
-    raise InputError(f"{out}: inside the checkpoint {checkpoint.directory}; give another place")
+    raise InputError(f"{out}: inside the checkpoint {checkpoint.directory}; give another directory")
   state = nnx.state(nnx.eval_shape(lambda: make_model(checkpoint.config)))
   shapes = {path: leaf.shape for path, leaf in flat_weights(state)}
   tensors = hub_tensors(shapes, checkpoint.tensors)
   check_tensors(checkpoint.where, checkpoint.tensors, tensors)
   stored = {name: checkpoint.tensors[name] for name in tensors}
   first = str(FLOATING[next(iter(stored.values())).dtype])
-  told = dtype or checkpoint.fields.get("torch_dtype", first)
+  torch_dtype = dtype or checkpoint.fields.get("torch_dtype", first)
   with _staged(out) as partial:
     num_bytes = write_directory(partial, checkpoint.where, stored, dtype and jnp.dtype(dtype))
-    write_config(checkpoint.config, partial, dtype=told, base=checkpoint.fields)
+    write_config(checkpoint.config, partial, dtype=torch_dtype, base=checkpoint.fields)
     copy_beside(checkpoint.directory, partial)
   return num_bytes
 
 
 def copy_beside(source: Path, target: Path):
-  """Copies what goes along with the weights of a checkpoint: the tokenizer above all."""
+  """Copies the files of a checkpoint other than weights and config, mainly the tokenizer."""
   for pattern in _COPIED:
     for path in source.glob(pattern):
       shutil.copyfile(path, target / path.name)
@@ -172,7 +182,7 @@ def copy_beside(source: Path, target: Path):
 
 @contextlib.contextmanager
 def _staged(directory: Path) -> Iterator[Path]:
-  """A directory to write into; what is there at the end appears in `directory`, or nothing does."""
+  """Gives a temporary directory, and moves its files to `directory` if no error occurs."""
   directory = directory.resolve()
   partial = directory.parent / f".{directory.name}.partial"
   try:
@@ -202,7 +212,10 @@ def _unwritable(directory, error):
 
 
 def _replace_files(partial, directory):
-  """Moves files over those of the same name; weights under other names would count, and go."""
+  """Moves files into a directory, over files of the same name.
+
+  Old weight files with other names are removed, because they would be read together with the new.
+  """
   new = {path.name for path in partial.iterdir()}
   for name in new:
     (partial / name).replace(directory / name)
@@ -212,5 +225,5 @@ def _replace_files(partial, directory):
 
 
 def flat_weights(state: nnx.State) -> list[tuple[str, jax.Array]]:
-  """Arrays of a model with their paths, `decoder.norm.scale` and so on."""
+  """Returns the arrays of a model with their paths, such as `decoder.norm.scale`."""
   return [(dotted_path(path), leaf.get_value()) for path, leaf in nnx.to_flat_state(state)]

@@ -1,12 +1,12 @@
-"""The small world that tests, demos and the tiny model live in: coloured things that pass.
+"""The synthetic world: small videos of moving coloured things, for tests, demos and the tiny model.
 
-Takes a seed. Gives videos and questions whose answers are known.
+Input: a seed. Output: videos, and questions about them whose answers are known.
 
 | file       | what it does                                                              |
 |------------|---------------------------------------------------------------------------|
 | `world`    | draws scenes, asks questions, writes video files and annotations          |
-| `shapes`   | the outlines of things                                                    |
-| `render`   | pictures of a scene at any moment                                         |
-| `training` | conversations and clips of the model's size, without files                |
-| `examples` | the same as batches, like those of a mixture                              |
+| `shapes`   | computes the outlines of things                                           |
+| `render`   | renders the frames of a scene at any time                                 |
+| `training` | makes conversations and clips of the model's picture size, without files  |
+| `examples` | makes batches of these conversations, like the batches of a mixture       |
 """

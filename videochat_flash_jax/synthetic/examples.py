@@ -1,8 +1,8 @@
-"""The synthetic world in place of a mixture: packed, saved and begun again like any other.
+"""Makes batches of the synthetic world: packed, saved and resumed like the batches of a mixture.
 
   batches = synthetic_batches(config, model, make_tokenizer, {"attribute": 0.8, "absence": 0.2})
 
-An example depends on (seed, stream, number) alone, so nothing of it has to be saved.
+An example depends only on (seed, stream, number), so its content never has to be saved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.synthetic import world as synthetic
 from videochat_flash_jax.synthetic.training import draw_conversation
 
-_TEXT_TOKENS = 64  # enough for a question with all that stands around it: fewer than 55
+_TEXT_TOKENS = 64  # enough for one question with its template, which has fewer than 55 tokens
 
 
 def synthetic_batches(
@@ -31,18 +31,18 @@ def synthetic_batches(
   questions: Mapping[str, float],
   streams: Sequence[int] | None = None,
 ) -> TrainBatches:
-  """Batches of conversations about the synthetic world.
+  """Returns batches of conversations about the synthetic world.
 
   Args:
-    config: what batches are made of; of `example` the sizes, `frames`, `template` and
-      `position_skip` count.
-    model: whose pictures and visual tokens they are.
-    make_tokenizer: gives the tokenizer, once in each worker.
+    config: settings of the batches. Of `example`, only the sizes, `frames`, `template` and
+      `position_skip` are used.
+    model: gives the picture size and the number of visual tokens.
+    make_tokenizer: returns the tokenizer; called once in each worker.
     questions: how often each kind out of `synthetic.QUESTION_KINDS` is asked.
     streams: see `TrainBatches`.
 
   Raises:
-    InputError: a kind of question is unknown, or the longest video does not fit a row.
+    InputError: a kind of question is unknown, or the longest video does not fit into a row.
   """
   reader = SyntheticReader(config, model, make_tokenizer, questions)
   facts = {"questions": dict(questions), "tokenizer": vocabulary_digest(reader.tokenizer)}
@@ -50,7 +50,7 @@ def synthetic_batches(
 
 
 class SyntheticReader(TokenizerOfProcess):
-  """Gives the n-th example of a stream, always; `Drawn.row` is its number."""
+  """Draws the n-th example of a stream; its `Drawn.row` is n."""
 
   def __init__(
     self,
@@ -59,7 +59,7 @@ class SyntheticReader(TokenizerOfProcess):
     make_tokenizer: Callable[[], Tokenizer],
     questions: Mapping[str, float],
   ):
-    """Opens nothing yet; see `synthetic_batches`."""
+    """Stores and checks the settings; nothing is opened yet. See `synthetic_batches`."""
     super().__init__(make_tokenizer)
     self._config, self._model, self._questions = config, model, dict(questions)
     _check_questions(self._questions)
@@ -69,39 +69,39 @@ class SyntheticReader(TokenizerOfProcess):
     """Draws example `number` of a stream.
 
     Raises:
-      InputError: it needs more clips than a part of a row has room for.
+      InputError: it needs more than `clips_per_shard` clips in one part of a row.
     """
-    config, layout = self._config.example, self._config.layout
+    config, row_shape = self._config.example, self._config.row_shape
     rng = np.random.default_rng([self._config.seed, stream, number])
     drawn = draw_conversation(
       rng,
       self._model,
       self.tokenizer,
       config.frames,
-      layout.tokens,
+      row_shape.tokens,
       self._questions,
       config.template,
     )
     positions = skipped_positions(len(drawn["token_ids"]), config.position_skip, rng)
     tiles = np.empty((0, 1, *drawn["frames"].shape[2:]), np.uint8)
     example = Example(tiles=tiles, positions=positions, **drawn)
-    needed = layout.needs(example.visual_index, len(example.frames))[0].max()
-    if needed > layout.clips_per_shard:
+    needed = row_shape.needs(example.visual_index, len(example.frames))[0].max()
+    if needed > row_shape.clips_per_shard:
       raise InputError(
         f"a video of {CLIP_FRAMES * len(example.frames)} frames needs {needed} clips in a part of "
-        f"a row, but clips_per_shard is {layout.clips_per_shard}; give more, or fewer frames"
+        f"a row, but clips_per_shard is {row_shape.clips_per_shard}; give more, or fewer frames"
       )
     return Drawn(example, number)
 
   def read_again(self, stream: int, number: int, row: int) -> Drawn:
-    """Draws it again, the same as before."""
-    del row  # the number itself
+    """Draws example `number` again, the same as before."""
+    del row  # always equal to `number`
     return self.read(stream, number)
 
 
 def _check_questions(questions):
-  known = set(questions) <= set(synthetic.QUESTION_KINDS)
-  if not known or not any(questions.values()) or min(questions.values()) < 0:
+  are_known = set(questions) <= set(synthetic.QUESTION_KINDS)
+  if not are_known or not any(questions.values()) or min(questions.values()) < 0:
     raise InputError(
       f"questions are {questions}: give weights from 0 of {', '.join(synthetic.QUESTION_KINDS)}, "
       "one of them positive"
@@ -109,13 +109,13 @@ def _check_questions(questions):
 
 
 def _check_room(config):
-  """Refuses videos that no row has room for, before the first of them is drawn."""
-  layout, most = config.layout, config.example.frames[1]
-  clips = most // CLIP_FRAMES
-  tokens = clips * layout.clip_tokens + _TEXT_TOKENS
-  if tokens > layout.tokens or clips > layout.num_shards * layout.clips_per_shard:
+  """Raises `InputError` if the longest video does not fit into a row, before any is drawn."""
+  row_shape, max_frames = config.row_shape, config.example.frames[1]
+  clips, max_clips = max_frames // CLIP_FRAMES, row_shape.num_shards * row_shape.clips_per_shard
+  tokens = clips * row_shape.clip_tokens + _TEXT_TOKENS
+  if tokens > row_shape.tokens or clips > max_clips:
     raise InputError(
-      f"a video of {most} frames and a question need {clips} clips and {tokens} tokens, but a row "
-      f"has room for {layout.num_shards * layout.clips_per_shard} and {layout.tokens}; give rows "
-      "more, or fewer frames"
+      f"a video of {max_frames} frames and a question need {clips} clips and {tokens} tokens, but "
+      f"a row has room for {max_clips} and {row_shape.tokens}; give more clips_per_shard and "
+      "tokens, or fewer frames"
     )

@@ -1,9 +1,9 @@
-"""Pictures of the synthetic world: things, motion and textures as functions of time.
+"""Renders frames of the synthetic world: things, motion and textures as functions of time.
 
-Everything is a formula of the place in the picture (x to the right, y downwards, both 0 to 1) and
-of the time in seconds, so a scene can be drawn at any size and at any moment. Edges are smoothed
-over one pixel by their signed distance (negative inside a silhouette), which is what shrinking a
-larger picture would give.
+Every colour is a formula of the coordinates in the picture (x to the right, y downwards, both from
+0 to 1) and of the time in seconds. So a scene can be rendered at any size and at any time. Edges
+are smoothed over one pixel by their signed distance (negative inside a silhouette); downscaling a
+larger picture would give the same result.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ import numpy as np
 
 from videochat_flash_jax.synthetic.shapes import signed_distance
 
-ENTRANCE_SECONDS = 0.3  # A thing needs this long to come in and to go: shorter than half a second,
-# so that in the middle of every second it is wholly there.
-OUTLINE = 0.018  # Width of the outline around a thing, as a part of the picture's side.
-_FARTHEST = 1.5  # All things lie within so many radii.
+# A thing needs this long to appear and to disappear. It is less than half a second, so that in the
+# middle of every second the whole thing is visible.
+ENTRANCE_SECONDS = 0.3
+OUTLINE = 0.018  # Width of the outline around a thing, as a fraction of the picture's side.
+_MAX_RADII = 1.5  # No point of a thing is farther from its centre than this many radii.
 
 COLOURS = {
   "red": (222, 34, 38),
@@ -31,13 +32,13 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Path:
-  """A motion: to and fro between two corners of a box, with a wiggle on top; arrays `[2]` (x, y).
+  """A motion: back and forth between the sides of a box, plus a small sine; arrays `[2]` (x, y).
 
   Attributes:
-    low, high: the box.
-    speed: crossings of the box a second (a sharp turn at its sides, as a ball bounces).
-    phase: where it starts, in crossings.
-    wiggle: amplitude and rate (a second) of the sine on top.
+    low, high: two corners of the box.
+    speed: crossings of the box per second (with a sharp turn at its sides, like a bouncing ball).
+    phase: starting point, in crossings.
+    wiggle: amplitude and rate (per second) of the added sine.
   """
 
   low: np.ndarray
@@ -47,7 +48,7 @@ class Path:
   wiggle: tuple[float, float]
 
   def __call__(self, seconds: np.ndarray) -> np.ndarray:
-    """Returns places `[F, 2]` at `seconds [F]`."""
+    """Returns coordinates `[F, 2]` at the times `seconds [F]`."""
     crossings = self.phase + self.speed * seconds[:, None]
     bounce = np.abs(crossings % 2.0 - 1.0)
     amplitude, rate = self.wiggle
@@ -57,15 +58,15 @@ class Path:
 
 @dataclass(frozen=True)
 class Texture:
-  """A drifting background: up to four plane waves, sharpened and mapped onto two colours.
+  """A moving background: up to four plane waves, sharpened and mapped to two colours.
 
   Attributes:
-    waves: `[4, 2]` cycles across the picture in x and y.
-    drift: `[4]` cycles a second.
-    phase: `[4]` cycles.
+    waves: `[4, 2]`, cycles across the picture in x and y.
+    drift: `[4]`, cycles per second.
+    phase: `[4]`, in cycles.
     weight: `[4]`; zero switches a wave off (one wave: stripes; two: plaid; three: honeycomb).
-    sharpness: how hard the edges are.
-    colours: `[2, 3]` RGB, 0 to 255.
+    sharpness: sharpness of the edges.
+    colours: `[2, 3]`, RGB from 0 to 255.
   """
 
   waves: np.ndarray
@@ -78,10 +79,11 @@ class Texture:
 
 @dataclass(frozen=True)
 class Clutter:
-  """A neutral thing that nobody asks about: a rounded bar, box or disc that moves and turns.
+  """A grey or brown thing that no question is about: a rounded bar, box or disc.
 
-  `half_size [2]` without the rounding and `rounding` are parts of the picture's side; `turn` is
-  the angle in radians at second 0 and its change a second.
+  It moves along `path` and turns. `half_size [2]` (without the rounding) and `rounding` are
+  fractions of the picture's side. `turn` is the angle in radians at second 0, and its change per
+  second.
   """
 
   path: Path
@@ -93,11 +95,12 @@ class Clutter:
 
 @dataclass(frozen=True)
 class Event:
-  """A thing that comes, moves and goes: `kind` and `colour` are indices of KINDS and COLOURS.
+  """A thing that appears, moves and disappears.
 
-  It is there from second `start` to second `start + length`. `slide [2]` is the direction from
-  which it slides in; a zero vector means that it grows instead. `tilt` is the angle in radians at
-  second 0, the amplitude of its rocking and the rate of it a second.
+  `kind` and `colour` are indices of KINDS and COLOURS. The thing is visible from second `start` to
+  second `start + length`. `slide [2]` is the direction from which it slides in; if it is zero, the
+  thing grows instead. `tilt` is the angle in radians around which it swings, the amplitude of the
+  swing, and its rate per second. `fill [3]` and `outline [3]` are RGB colours from 0 to 255.
   """
 
   kind: int
@@ -114,7 +117,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Scene:
-  """A video before it is drawn: `num_seconds` long, events in their order, none overlapping."""
+  """The content of a video of `num_seconds`; events are in order of time and do not overlap."""
 
   num_seconds: int
   texture: Texture
@@ -122,7 +125,7 @@ class Scene:
   events: tuple[Event, ...]
 
   def event_at(self, second: int) -> int:
-    """Returns the index of the event seen in that second, or -1."""
+    """Returns the index of the event that is visible in that second, or -1."""
     for index, event in enumerate(self.events):
       if event.start <= second < event.start + event.length:
         return index
@@ -130,16 +133,16 @@ class Scene:
 
 
 def render(scene: Scene, seconds: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Draws a scene.
+  """Renders frames of a scene.
 
   Args:
-    scene: what to draw.
-    seconds: `[F]` moments.
-    size: side of the picture in pixels.
+    scene: the scene.
+    seconds: `[F]`, times of the frames, rising.
+    size: side of a frame in pixels.
 
   Returns:
-    Frames, uint8 `[F, size, size, 3]`, and how much of each pixel the event's thing covers,
-    float32 `[F, size, size]` (zeros where no event is).
+    Frames, uint8 `[F, size, size, 3]`, and the fraction of each pixel that the visible thing
+    covers, float32 `[F, size, size]` (zeros where no thing is visible).
   """
   seconds = np.asarray(seconds, np.float32)
   frames = _draw_texture(scene.texture, seconds, size)
@@ -147,25 +150,26 @@ def render(scene: Scene, seconds: np.ndarray, size: int) -> tuple[np.ndarray, np
     _draw_clutter(frames, clutter, seconds)
   cover = np.zeros(frames.shape[:3], np.float32)
   for event in scene.events:
-    seen = np.flatnonzero((seconds >= event.start) & (seconds < event.start + event.length))
-    if seen.size:
-      first, last = seen[0], seen[-1] + 1  # Moments rise, so a slice (a view) will do.
+    visible = np.flatnonzero((seconds >= event.start) & (seconds < event.start + event.length))
+    if visible.size:
+      first, last = visible[0], visible[-1] + 1  # Times rise, so a slice (a view) is enough.
       cover[first:last] = _draw_event(frames[first:last], event, seconds[first:last])
   return np.clip(frames + 0.5, 0, 255).astype(np.uint8), cover
 
 
 def _draw_texture(texture: Texture, seconds: np.ndarray, size: int) -> np.ndarray:
-  """Returns float32 `[F, size, size, 3]`."""
-  place = ((np.arange(size) + 0.5) / size).astype(np.float32)
+  """Renders the background: float32 `[F, size, size, 3]`."""
+  coordinate = ((np.arange(size) + 0.5) / size).astype(np.float32)
   value = np.zeros((len(seconds), size, size), np.float32)
   for wave, drift, phase, weight in zip(
     texture.waves, texture.drift, texture.phase, texture.weight, strict=True
   ):
     if weight == 0.0:
       continue
-    # cos(a + b) = cos a cos b - sin a sin b: sines of rows and columns only, not of every pixel.
-    across = 2 * np.pi * (wave[0] * place[None] + (drift * seconds + phase)[:, None])
-    down = 2 * np.pi * wave[1] * place
+    # cos(a + b) = cos a cos b - sin a sin b, so sines are computed per row and per column, not per
+    # pixel.
+    across = 2 * np.pi * (wave[0] * coordinate[None] + (drift * seconds + phase)[:, None])
+    down = 2 * np.pi * wave[1] * coordinate
     value += weight * (
       np.cos(across)[:, None, :] * np.cos(down)[None, :, None]
       - np.sin(across)[:, None, :] * np.sin(down)[None, :, None]
@@ -176,9 +180,10 @@ def _draw_texture(texture: Texture, seconds: np.ndarray, size: int) -> np.ndarra
 
 
 def _window(centre, reach, size):
-  """The part of a picture out of which a thing never sticks: slices of rows and of columns.
+  """The part of the picture that contains a thing in all frames: a slice of rows, one of columns.
 
-  `centre [F, 2]` is where it is, and `reach` how far it and its smoothed edge come.
+  `centre [F, 2]` is the centre of the thing, and `reach` the largest distance of a point of the
+  thing, with its smoothed edge, from that centre.
   """
   low = np.floor((centre.min(axis=0) - reach) * size).astype(int)
   high = np.ceil((centre.max(axis=0) + reach) * size).astype(int)
@@ -188,21 +193,21 @@ def _window(centre, reach, size):
 
 
 def _local(window, size, centre, angle):
-  """Returns places of a window's pixels relative to `centre [F, 2]`, turned by `angle [F]`.
+  """Coordinates x and y, each `[F, h, w]`, of a window's pixels in the system of a thing.
 
-  They are x and y, `[F, h, w]`.
+  The origin is `centre [F, 2]`, and the axes are turned by `angle [F]`.
   """
-  place = ((np.arange(size) + 0.5) / size).astype(np.float32)
+  coordinate = ((np.arange(size) + 0.5) / size).astype(np.float32)
   rows, columns = window
-  x = place[None, None, columns] - centre[:, 0, None, None]
-  y = place[None, rows, None] - centre[:, 1, None, None]
+  x = coordinate[None, None, columns] - centre[:, 0, None, None]
+  y = coordinate[None, rows, None] - centre[:, 1, None, None]
   cosine = np.cos(angle)[:, None, None]
   sine = np.sin(angle)[:, None, None]
   return cosine * x + sine * y, cosine * y - sine * x
 
 
 def _paint(frames, cover, colour):
-  """Lays `colour` over `frames [F, h, w, 3]` in place where `cover [F, h, w]` is one."""
+  """Blends `colour` into `frames [F, h, w, 3]`, with the opacity `cover [F, h, w]`."""
   frames += cover[..., None] * (colour.astype(np.float32) - frames)
 
 
@@ -221,25 +226,29 @@ def _draw_clutter(frames: np.ndarray, clutter: Clutter, seconds: np.ndarray):
 
 
 def _draw_event(frames: np.ndarray, event: Event, seconds: np.ndarray) -> np.ndarray:
-  """Draws the thing in place and returns how much of each pixel it covers `[F, S, S]`."""
+  """Draws the thing into `frames`; returns the fraction of each pixel it covers, `[F, S, S]`."""
   size = frames.shape[1]
   covers = np.zeros(frames.shape[:3], np.float32)
-  since = np.minimum(seconds - event.start, event.start + event.length - seconds)
-  there = np.clip(since / ENTRANCE_SECONDS, 0, 1)
-  there = (there * there * (3 - 2 * there)).astype(np.float32)
+  to_end = np.minimum(seconds - event.start, event.start + event.length - seconds)
+  # From 0 to 1 while the thing appears, from 1 to 0 while it disappears, without sudden changes.
+  entered = np.clip(to_end / ENTRANCE_SECONDS, 0, 1)
+  entered = (entered * entered * (3 - 2 * entered)).astype(np.float32)
   slides = bool(event.slide.any())
-  centre = event.path(seconds) + ((1 - there)[:, None] * event.slide if slides else 0.0)
+  centre = event.path(seconds) + ((1 - entered)[:, None] * event.slide if slides else 0.0)
   centre = centre.astype(np.float32)
-  radius = np.full_like(there, event.radius) if slides else np.maximum(event.radius * there, 1e-3)
-  base, rocking, rate = event.tilt
-  angle = (base + rocking * np.sin(2 * np.pi * rate * seconds)).astype(np.float32)
-  window = _window(centre, _FARTHEST * event.radius + OUTLINE + 1 / size, size)
+  if slides:
+    radius = np.full_like(entered, event.radius)
+  else:
+    radius = np.maximum(event.radius * entered, 1e-3)
+  base, swing, rate = event.tilt
+  angle = (base + swing * np.sin(2 * np.pi * rate * seconds)).astype(np.float32)
+  window = _window(centre, _MAX_RADII * event.radius + OUTLINE + 1 / size, size)
   x, y = _local(window, size, centre, angle)
   frames, radius = frames[:, *window], radius[:, None, None]
   distance = signed_distance(event.kind, x / radius, y / radius) * radius
-  # Further off, while one is still tiny, its own distance is rounded away, and its outline would
-  # cross the whole picture.
-  distance = np.maximum(distance, np.hypot(x, y) - _FARTHEST * radius)
+  # Far from a thing that is still tiny, its own distance is lost in rounding, and its outline would
+  # cross the whole picture. This lower bound of the distance prevents it.
+  distance = np.maximum(distance, np.hypot(x, y) - _MAX_RADII * radius)
   cover = np.clip(0.5 - (distance - OUTLINE) * size, 0, 1)
   _paint(frames, cover, event.outline)
   shade = 1.0 - 0.15 * y / radius  # A little lighter at the top.

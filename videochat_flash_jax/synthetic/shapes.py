@@ -1,7 +1,7 @@
-"""Silhouettes of the synthetic world, as signed distances.
+"""Computes the signed distance to the silhouettes of the synthetic world's things.
 
-Distances are tabulated once on a grid and looked up with linear interpolation: a table costs the
-same for a ball and for a star.
+Distances are computed once on a grid, and then looked up with linear interpolation. So a star costs
+no more time than a ball.
 """
 
 import functools
@@ -18,9 +18,15 @@ _CELLS = 256
 
 
 def signed_distance(kind: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Returns how far points lie outside the silhouette of KINDS[kind] (negative: inside it).
+  """Returns the signed distance of points to the silhouette of KINDS[kind], negative inside it.
 
-  `x` and `y` have any one shape, in units in which a silhouette fills about -1 to 1.
+  Args:
+    kind: index of KINDS.
+    x: coordinates to the right, of any shape. A silhouette fills about -1 to 1.
+    y: coordinates downwards, of the same shape.
+
+  Returns:
+    Distances of that shape, in the same unit.
   """
   table = _distance_table(KINDS[kind]).reshape(-1)
   scale = np.float32(_CELLS / (2 * _REACH))
@@ -38,7 +44,7 @@ def signed_distance(kind: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _distance_table(kind: str) -> np.ndarray:
-  """Returns float32 `[_CELLS + 1, _CELLS + 1]`, rows down, of distances to the silhouette."""
+  """Distances to the silhouette on a grid: float32 `[_CELLS + 1, _CELLS + 1]`, y first."""
   line = np.linspace(-_REACH, _REACH, _CELLS + 1)
   x, y = np.meshgrid(line, line)
   return _SILHOUETTES[kind](x, y).astype(np.float32)
@@ -55,7 +61,7 @@ def _box(x, y, cx, cy, half_width, half_height):
 
 
 def _polygon(x, y, corners):
-  """Signed distance to a simple polygon: nearest edge, and the parity of edges crossed."""
+  """Signed distance to a simple polygon: to the nearest edge; the sign by the even-odd rule."""
   corners = np.asarray(corners, float)
   nearest = np.full(x.shape, np.inf)
   inside = np.zeros(x.shape, bool)

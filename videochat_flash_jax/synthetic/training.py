@@ -1,6 +1,6 @@
-"""Training examples drawn from the synthetic world, straight at the model's picture size.
+"""Draws training examples of the synthetic world, rendered directly at the model's picture size.
 
-An example depends on its random generator alone, so a seed and an index name it.
+An example depends only on its random generator, so a seed and a number identify it.
 """
 
 from collections.abc import Mapping
@@ -22,24 +22,29 @@ from videochat_flash_jax.synthetic import world as synthetic
 from videochat_flash_jax.synthetic.render import COLOURS, Scene, render
 from videochat_flash_jax.synthetic.shapes import KINDS
 
-# A patch shows a thing if that covers more than the first part of it, and none if it covers less
-# than the second; patches in between teach nothing.
-_SHOWN, _BARE = 0.15, 0.03
+# A patch shows a thing if the thing covers more than the first fraction of it, and shows nothing if
+# less than the second. No loss is computed for patches in between.
+_SHOWN, _EMPTY = 0.15, 0.03
 _COLOUR_NAMES = tuple(COLOURS)
 
 
 def draw_clips(
   rng: np.random.Generator, config: VideoChatFlashConfig, num_clips: int
 ) -> dict[str, np.ndarray]:
-  """Draws the clips of one scene, and what each patch of them shows.
+  """Draws the clips of one scene, with labels of what each patch shows.
+
+  Args:
+    rng: what the scene depends on.
+    config: gives the sizes of frames, clips and patches.
+    num_clips: C.
 
   Returns:
-    `frames` uint8 `[C, F, S, S, 3]`; `kinds` and `colours` int32 `[C, P]`: the index of the kind
-    and of the colour of the thing that covers a patch, one past the last for none, IGNORE_LABEL
-    where it is hard to say.
+    `frames`, uint8 `[C, F, S, S, 3]`; `kinds` and `colours`, int32 `[C, P]`: the indices of the
+    kind and of the colour of the thing in a patch. They are `len(KINDS)` and `len(COLOURS)` if the
+    patch shows nothing, and IGNORE_LABEL if a thing covers only a small part of it.
   """
   scene = synthetic.draw_scene(rng, num_clips * config.vision.clip_frames)
-  frames, cover = _film(rng, scene, config)
+  frames, cover = _record(rng, scene, config)
   grid, patch = config.vision.grid_size, config.vision.patch_size
   covered = cover.reshape(-1, grid, patch, grid, patch).mean(axis=(2, 4))
   event_of_second = [scene.event_at(second) for second in range(scene.num_seconds)]
@@ -49,8 +54,8 @@ def draw_clips(
     ("colours", [event.colour for event in scene.events], len(COLOURS)),
   ):
     shown = np.array([*values, nothing])[event_of_second][:, None, None]
-    bare = np.where(covered < _BARE, nothing, IGNORE_LABEL)
-    clips[name] = np.where(covered > _SHOWN, shown, bare).astype(np.int32).reshape(num_clips, -1)
+    other = np.where(covered < _EMPTY, nothing, IGNORE_LABEL)
+    clips[name] = np.where(covered > _SHOWN, shown, other).astype(np.int32).reshape(num_clips, -1)
   return clips
 
 
@@ -63,24 +68,24 @@ def draw_conversation(
   question_weights: Mapping[str, float],
   template: str = "qwen_2",
 ) -> dict[str, np.ndarray]:
-  """Draws a video and a conversation about it, written as at inference.
+  """Draws a video and a conversation about it, in the same format as at inference.
 
-  With template "plain" it is a caption in place of a conversation: "red star, blue moon".
+  With template "plain" the text is a caption instead of a conversation: "red star, blue moon".
 
   Args:
     rng: what the example depends on.
     config: gives the picture size and the number of visual tokens.
-    tokenizer: of the model.
-    frames: least and most sampled frames.
-    max_tokens: the most tokens, visual ones included; later questions are left out.
-    question_weights: how often each kind of question is asked, as far as the scene gives it.
-    template: out of `conversation.TEMPLATES`.
+    tokenizer: the tokenizer of the model.
+    frames: smallest and largest number of sampled frames.
+    max_tokens: largest T, visual tokens included; questions that do not fit are left out.
+    question_weights: how often each kind of question is asked, relative to the other kinds.
+    template: one of `conversation.TEMPLATES`.
 
   Returns:
-    `frames` uint8 `[C, F, S, S, 3]`, and `token_ids`, `labels`, `visual_index`, int32 `[T]`.
+    `frames`, uint8 `[C, F, S, S, 3]`, and `token_ids`, `labels`, `visual_index`, int32 `[T]`.
   """
   scene = synthetic.draw_scene(rng, synthetic.draw_num_frames(rng, *frames))
-  pictures, _ = _film(rng, scene, config)
+  pictures, _ = _record(rng, scene, config)
   clips = pictures.reshape(-1, config.vision.clip_frames, *pictures.shape[1:])
   visual_tokens = len(clips) * config.connector.clip_tokens
   if template == "plain":
@@ -104,24 +109,33 @@ def _caption(scene, tokenizer) -> TokenizedText:
 
 
 def _dialog(rng, scene, tokenizer, max_tokens, question_weights) -> TokenizedText:
-  """As many of the drawn questions as fit, with the labels of `_ask_early`."""
+  """As many of the drawn questions as fit, with the labels of `_add_early_labels`."""
   questions = _deal(rng, scene, question_weights)
   for num_questions in range(len(questions), 0, -1):
     turns = _turns(scene, questions[:num_questions])
     text = encode_dialog(turns, tokenizer, label_style="clean")
     if len(text.ids) - 1 <= max_tokens:
       break
-  return TokenizedText(text.ids, _ask_early(text.ids, text.labels, tokenizer))
+  return TokenizedText(text.ids, _add_early_labels(text.ids, text.labels, tokenizer))
 
 
-def _ask_early(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-  """Labels that ask for each answer also right behind the name of the thing it is about.
+def _add_early_labels(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+  """Adds a second label for each answer: at the token after the name of the thing it is about.
 
       ids     What colour is the star  ?   ... assistant red <end>
       labels  -    -      -  -   -     red ... -         red <end>
 
-  There the answer is one look-up away. Asked at the end of the question alone, a decoder needs
-  more than twice the steps before it finds the way there.
+  At that token, one attention step from the name to the frames is enough to find the answer. With
+  labels only at the end of the question, a decoder needs more than twice as many training steps
+  before it learns to find it.
+
+  Args:
+    ids: int `[T]`, token ids of a conversation.
+    labels: int `[T]`, its labels.
+    tokenizer: the tokenizer of the ids.
+
+  Returns:
+    The new labels, int `[T]`.
   """
   names = [np.array(tokenizer.encode(f" {kind}")) for kind in KINDS]
   labels = labels.copy()
@@ -135,7 +149,7 @@ def _ask_early(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) -> np.
 
 
 def vocabulary_lines(num_scenes: int = 200, seed: int = 0) -> list[str]:
-  """Text to learn a vocabulary from: conversations of the world, and its answers alone."""
+  """Returns the text from which the tiny model's vocabulary is trained: one line per turn."""
   lines = []
   for index in range(num_scenes):
     rng = np.random.default_rng([seed, index])
@@ -146,8 +160,8 @@ def vocabulary_lines(num_scenes: int = 200, seed: int = 0) -> list[str]:
   return [*lines, "You are a helpful assistant."]
 
 
-def _film(rng, scene: Scene, config: VideoChatFlashConfig):
-  """Renders one frame a second, around its middle, with the faults of a camera and a codec."""
+def _record(rng, scene: Scene, config: VideoChatFlashConfig):
+  """Renders one frame near the middle of each second, with noise like that of a camera or codec."""
   moments = np.arange(scene.num_seconds) + rng.uniform(0.35, 0.65)
   frames, cover = render(scene, moments, config.vision.image_size)
   gain, offset = rng.uniform(0.94, 1.06), rng.uniform(-6, 6, 3)
@@ -157,7 +171,7 @@ def _film(rng, scene: Scene, config: VideoChatFlashConfig):
 
 
 def _deal(rng, scene: Scene, weights: Mapping[str, float]) -> list[synthetic.Question]:
-  """Mixes questions: each next one is of a kind drawn by weight, until one kind runs out."""
+  """Mixes questions: draws the kind of each next one by weight, until that kind has none left."""
   kinds = list(weights)
   chances = np.array([weights[kind] for kind in kinds])
   decks = {kind: synthetic.ask(scene, rng, kind) for kind in kinds}

@@ -1,8 +1,8 @@
-"""The synthetic world: videos of passing things, with questions whose answers are known.
+"""Draws scenes of the synthetic world, asks questions about them, and writes them to files.
 
-A video lasts a whole number of seconds. Over a drifting texture with neutral clutter, up to twelve
-things come, move about and go, one after the other; no two are of the same kind, so that a question
-can name one of them:
+A video lasts a whole number of seconds. The background is a moving texture with some grey or brown
+clutter. In front of it up to twelve things appear, move and disappear, one after the other. No two
+things of a video are of the same kind, so a question can name one of them:
 
   seconds   0  1  2  3  4  5  6  7
   events    [ red star ][key][  ][ blue moon ...   "What colour is the key?" -> its colour
@@ -33,7 +33,8 @@ from videochat_flash_jax.synthetic.shapes import KINDS
 MAX_EVENTS = 12
 MAX_EVENT_SECONDS = 8
 MAX_SECONDS = 24 * 60 * 60
-CLIP_SECONDS = 4  # Videos are a multiple of it long, so that every clip of four frames is full.
+# The length of a video is a multiple of this, so that every clip of four frames is full.
+CLIP_SECONDS = 4
 VIDEO_SIZE = 192
 VIDEO_FPS = 8
 QUESTION_KINDS = ("attribute", "absence")
@@ -56,7 +57,7 @@ _ABSENCE_WORDINGS = (
 
 @dataclass(frozen=True)
 class Question:
-  """A question about a scene: `kind` is one of QUESTION_KINDS."""
+  """A question about a scene, with its answer; `kind` is one of QUESTION_KINDS."""
 
   kind: str
   text: str
@@ -64,13 +65,13 @@ class Question:
 
 
 def draw_scene(rng: np.random.Generator, num_seconds: int) -> Scene:
-  """Draws a random scene of `num_seconds`, with one event in three to eight seconds, at most 12."""
-  most = min(MAX_EVENTS, max(2, num_seconds // 3))
-  num_events = int(rng.integers(min(most, max(2, num_seconds // 8)), most + 1))
+  """Draws a random scene of `num_seconds`: about one event in 3 to 8 seconds, but at most 12."""
+  max_events = min(MAX_EVENTS, max(2, num_seconds // 3))
+  num_events = int(rng.integers(min(max_events, max(2, num_seconds // 8)), max_events + 1))
   lengths = rng.integers(1, MAX_EVENT_SECONDS + 1, num_events)
   while lengths.sum() > num_seconds:
     lengths[rng.choice(np.flatnonzero(lengths > 1))] -= 1
-  # What is left over goes to a few gaps; most events follow one another directly.
+  # The remaining seconds go to a few gaps between events; most events follow each other directly.
   spare = num_seconds - int(lengths.sum())
   open_gaps = rng.choice(num_events + 1, min(num_events + 1, 1 + num_events // 4), replace=False)
   gaps = np.zeros(num_events + 1, int)
@@ -91,7 +92,7 @@ def draw_scene(rng: np.random.Generator, num_seconds: int) -> Scene:
 def _draw_texture(rng: np.random.Generator) -> Texture:
   """Draws stripes, plaid, honeycomb or clouds in two muted colours."""
   num_waves = int(rng.integers(1, 5))
-  if num_waves == 4:  # Clouds: waves of all directions and lengths.
+  if num_waves == 4:  # Clouds: waves of different directions and wavelengths.
     angles = rng.uniform(0, 2 * np.pi, 4)
     cycles = rng.uniform(0.5, 3.0, 4)
   else:
@@ -109,13 +110,13 @@ def _draw_texture(rng: np.random.Generator) -> Texture:
   )
 
 
-def _draw_path(rng, low, high, fastest, wiggle) -> Path:
+def _draw_path(rng, low, high, max_speed, wiggle) -> Path:
   corner = rng.uniform(low, high, (2, 2))
   span = np.maximum(np.abs(corner[0] - corner[1]), 0.05)
   return Path(
     low=corner.min(axis=0),
     high=corner.max(axis=0),
-    speed=np.minimum(rng.uniform(0.3, 1.0, 2) * fastest / span, 1.5),
+    speed=np.minimum(rng.uniform(0.3, 1.0, 2) * max_speed / span, 1.5),
     phase=rng.uniform(0, 2, 2),
     wiggle=(float(rng.uniform(0, wiggle)), float(rng.uniform(0.3, 1.2))),
   )
@@ -155,15 +156,19 @@ def _draw_event(rng: np.random.Generator, kind: int, start: int, length: int) ->
 
 
 def ask(scene: Scene, rng: np.random.Generator, kind: str) -> list[Question]:
-  """Returns all questions of a kind about a scene, in random order, each about another thing.
+  """Returns all questions of one kind about a scene, in random order, each about another thing.
 
-  "attribute" asks the colour of a thing shown, "absence" whether a kind is shown (as many "no" as
-  "yes", as far as there are kinds).
+  "attribute" asks for the colour of a thing that appears. "absence" asks whether a kind of thing
+  appears; there are as many "no" as "yes" answers, if enough kinds do not appear.
+
+  Raises:
+    InputError: the kind of question is unknown.
   """
   shown = [KINDS[event.kind] for event in scene.events]
   questions = []
 
   def add(wordings, thing, answer):
+    """Adds a question about a thing, in one of the wordings."""
     questions.append(Question(kind, str(rng.choice(wordings)).format(thing), answer))
 
   if kind == "attribute":
@@ -171,9 +176,9 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str) -> list[Question]:
       add(_ATTRIBUTE_WORDINGS, KINDS[event.kind], _COLOUR_NAMES[event.colour])
   elif kind == "absence":
     missing = [name for name in KINDS if name not in shown]
-    each = min(len(shown), len(missing))
+    num_each = min(len(shown), len(missing))
     for things, answer in ((shown, "yes"), (missing, "no")):
-      for thing in rng.permutation(things)[:each]:
+      for thing in rng.permutation(things)[:num_each]:
         add(_ABSENCE_WORDINGS, thing, answer)
   else:
     raise InputError(f"unknown question kind {kind!r}: choose from {', '.join(QUESTION_KINDS)}")
@@ -181,15 +186,21 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str) -> list[Question]:
   return questions
 
 
-def draw_num_frames(rng: np.random.Generator, least: int, most: int) -> int:
-  """Draws a multiple of CLIP_SECONDS from `least` to `most`, both included."""
-  if most > MAX_SECONDS:
-    raise InputError(f"a video of {most} frames, one a second, lasts over a day; give fewer")
-  low, high = -(-least // CLIP_SECONDS), most // CLIP_SECONDS
-  if least < 1 or low > high:
+def draw_num_frames(rng: np.random.Generator, min_frames: int, max_frames: int) -> int:
+  """Draws a multiple of CLIP_SECONDS from `min_frames` to `max_frames`, both included.
+
+  Raises:
+    InputError: the range contains no such number, or the video would last more than a day.
+  """
+  if max_frames > MAX_SECONDS:
     raise InputError(
-      f"no multiple of {CLIP_SECONDS} lies in the range of frames {least}:{most}: "
-      f"give one that holds it, such as 8:64"
+      f"a video of {max_frames} frames, one a second, lasts more than a day; give fewer"
+    )
+  low, high = -(-min_frames // CLIP_SECONDS), max_frames // CLIP_SECONDS
+  if min_frames < 1 or low > high:
+    raise InputError(
+      f"no multiple of {CLIP_SECONDS} lies in the range of frames {min_frames}:{max_frames}; "
+      f"give a range that contains one, such as 8:64"
     )
   return CLIP_SECONDS * int(rng.integers(low, high + 1))
 
@@ -203,7 +214,7 @@ def write_video(scene: Scene, path: FilePath):
     stream.options = {
       "crf": "23",
       "preset": "veryfast",
-      # Else the bytes depend on the processor, and even on where a picture lies in memory.
+      # Otherwise the bytes depend on the processor, and even on the memory address of a frame.
       "x264-params": "cpu-independent=1",
     }
     stream.codec_context.time_base = Fraction(1, VIDEO_FPS)
@@ -224,20 +235,28 @@ def write_dataset(
 ) -> int:
   """Writes `out/videos/*.mp4` and `out/annotations.json` (LLaVA rows, one question each).
 
-  Video i depends on (seed, i) alone. Its questions are dealt from `question_kinds` in turn; a video
-  with fewer events than questions gets fewer rows.
+  Video i depends only on (seed, i). Its questions are taken from each of `question_kinds` in turn.
+  A video with fewer events than questions gets fewer rows.
+
+  Args:
+    out: the directory to write.
+    num_videos: number of videos.
+    frames: smallest and largest number of frames of a video, at one frame a second.
+    seed: seed of everything that is drawn.
+    question_kinds: kinds of questions, out of QUESTION_KINDS.
+    questions_per_video: number of questions about each video.
 
   Returns:
-    The number of rows.
+    The number of annotation rows.
 
   Raises:
-    InputError: `out` already holds annotations or cannot be written, or a range or a kind is
-      unusable.
+    InputError: `out` already holds annotations or cannot be written, or a range or a kind cannot be
+      used.
   """
   annotations = out / "annotations.json"
-  if os.path.exists(annotations):  # unlike Path's own, it takes a path that is too long, too
+  if os.path.exists(annotations):  # unlike Path.exists, it does not raise for a path too long
     raise InputError(f"{annotations} exists: give another --out, or remove that directory first")
-  # Whatever cannot be used is found before anything is written.
+  # This finds a range or a kind that cannot be used before anything is written.
   rng = np.random.default_rng(seed)
   for kind in question_kinds:
     ask(draw_scene(rng, draw_num_frames(rng, *frames)), rng, kind)
@@ -256,7 +275,7 @@ def write_dataset(
     partial = annotations.with_suffix(".partial")
     partial.write_text(json.dumps(rows, indent=1) + "\n")
     partial.rename(annotations)
-  except OSError as error:  # FFmpeg's errors of writing are some, too
+  except OSError as error:  # FFmpeg's write errors are also of this class
     raise InputError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
   return len(rows)
 

@@ -104,7 +104,7 @@ def data_config(settings: TrainSettings, num_shards: int, streams: int) -> DataC
   reading = {field.name: getattr(data, field.name) for field in dataclasses.fields(ReadingConfig)}
   return DataConfig(
     example=ExampleConfig(image_size=model.vision.image_size, tiling=model.tiling, **reading),
-    layout=RowShape(
+    row_shape=RowShape(
       tokens=settings.tokens_per_row,
       clip_tokens=model.connector.clip_tokens,
       clips_per_shard=settings.clips_per_shard,

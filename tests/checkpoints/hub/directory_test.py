@@ -70,7 +70,7 @@ def test_a_model_in_the_hubs_cache_needs_no_network(cache, monkeypatch, name, re
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
-def test_what_is_not_whole_in_the_cache_is_asked_for(cache, monkeypatch, missing):
+def test_a_model_that_is_incomplete_in_the_cache_is_downloaded(cache, monkeypatch, missing):
   files = {"config.json", "model.safetensors", "tokenizer.json"}
   snapshot = put(cache, RELEASED[0], files - {missing})
   asked = []
@@ -90,9 +90,9 @@ def test_what_is_not_whole_in_the_cache_is_asked_for(cache, monkeypatch, missing
 
 @pytest.mark.parametrize(
   "files, reason",
-  [((), "could not be fetched ("), (("config.json", "merges.txt"), "are missing in ")],
+  [((), "could not be downloaded ("), (("config.json", "merges.txt"), "are missing in ")],
 )
-def test_what_cannot_be_fetched_is_told_in_one_line(cache, files, reason):
+def test_a_failed_download_is_reported_in_one_line(cache, files, reason):
   if files:
     put(cache, RELEASED[0], files)
   with pytest.raises(InputError) as caught:

@@ -77,7 +77,7 @@ def test_another_dtype_is_written_as_the_arrays_would_be_in_it(checkpoint, tmp_p
   assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_a_stored_head_is_told_in_the_config(checkpoint, tmp_path):
+def test_a_stored_head_is_noted_in_the_config(checkpoint, tmp_path):
   fields = json.loads((checkpoint / "config.json").read_text())
   (checkpoint / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))
   rewrite(checkpoint, tmp_path / "out")

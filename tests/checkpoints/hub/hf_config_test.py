@@ -146,7 +146,7 @@ def test_a_snapshot_of_the_hubs_cache_has_the_name_of_its_repository(tmp_path):
   assert read(snapshot, RELEASED_FIELDS) == VideoChatFlashConfig.qwen2_7b_res448()
 
 
-def test_a_language_model_alone_is_told_how_to_get_an_encoder(tmp_path):
+def test_a_language_model_alone_names_the_command_that_adds_an_encoder(tmp_path):
   fields = {"model_type": "qwen2", "hidden_size": 8}
   assert_refused(tmp_path, fields, "a language model alone", "vcflash convert --encoder")
 

@@ -159,7 +159,7 @@ def test_an_encoder_of_another_kind_does_not_fit(parts, tmp_path):
     ("encoder", "absent.pt", "absent.pt: no such file"),
     ("projector", "absent.bin", "absent.bin: no such file"),
     ("encoder", "a" * 300, "aa: no such file"),
-    ("encoder", "config.yaml", "config.yaml: neither .safetensors nor a file of torch"),
+    ("encoder", "config.yaml", "config.yaml: give a .safetensors file or a PyTorch file"),
     ("language_model", "whole", "'model_type' is 'videochat_flash_qwen'; give a Qwen2"),
   ],
 )

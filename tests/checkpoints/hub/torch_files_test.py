@@ -15,7 +15,7 @@ def test_without_torch_its_extra_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
   assert_refused(
     tmp_path / "encoder.pt",
-    "encoder.pt: a file of torch",
+    "encoder.pt: a PyTorch file",
     "pip install 'videochat_flash_jax[convert]'",
     load=read_torch_file,
   )
@@ -89,11 +89,11 @@ def test_a_part_of_a_file_is_refused(torch, tensors, tmp_path, newer_format, byt
   torch.save(tensors, path, _use_new_zipfile_serialization=newer_format)
   content = path.read_bytes()
   path.write_bytes(content[: bytes_kept if bytes_kept >= 1 else int(bytes_kept * len(content))])
-  assert_refused(path, "part.pt: ", "fetch it again", load=read_torch_file)
+  assert_refused(path, "part.pt: ", "download it again", load=read_torch_file)
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("content", [[1, 2], {"model": {}}, {3: 4}, "text"])
 def test_what_is_no_state_dict_is_refused(torch, tmp_path, content):
   torch.save(content, tmp_path / "odd.pt")
-  assert_refused(tmp_path / "odd.pt", "no plain dict of tensors by name", load=read_torch_file)
+  assert_refused(tmp_path / "odd.pt", "not a plain dict of tensors by name", load=read_torch_file)

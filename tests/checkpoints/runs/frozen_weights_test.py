@@ -87,7 +87,7 @@ def test_frozen_weights_of_a_beginning_without_a_checkpoint_are_written_anew(tmp
   np.testing.assert_array_equal(restored(tmp_path).state["frozen"]["kernel"], FROZEN)
 
 
-def test_frozen_weights_that_are_missing_or_damaged_are_told_by_their_place(tmp_path):
+def test_frozen_weights_that_are_missing_or_damaged_are_reported_with_their_directory(tmp_path):
   with RunCheckpoints(tmp_path / "run") as checkpoints:
     checkpoints.save(1, partly_frozen(1), DATA, RUN)
   frozen = tmp_path / "run" / "frozen"

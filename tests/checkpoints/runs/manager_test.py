@@ -222,7 +222,7 @@ def test_arrays_of_another_config_are_refused_by_their_names(tmp_path):
       assert "damaged" not in str(caught.value)
 
 
-def test_damaged_files_are_told_with_what_to_do(tmp_path):
+def test_damaged_files_are_reported_with_the_remedy(tmp_path):
   weights = {"w": jnp.ones(3)}
   with RunCheckpoints(tmp_path) as checkpoints:
     checkpoints.save(5, weights, DATA, RUN)

@@ -128,8 +128,8 @@ def test_adapters_are_merged_on_the_way_out(hub, tmp_path):
 def test_stacks_are_stored_layer_by_layer(hub, tmp_path):
   train_nothing(hub, tmp_path / "run")
   name = "trained.decoder.layers.stacked.up_proj.kernel"
-  place = {"driver": "ocdbt", "base": f"file://{tmp_path}/run/checkpoints/1/state/"}
-  spec = {"driver": "zarr", "kvstore": place | {"path": f"{name}/"}}
+  kvstore = {"driver": "ocdbt", "base": f"file://{tmp_path}/run/checkpoints/1/state/"}
+  spec = {"driver": "zarr", "kvstore": kvstore | {"path": f"{name}/"}}
   stored = tensorstore.open(spec, open=True, read=True).result()
   assert stored.chunk_layout.read_chunk.shape == (1, *stored.shape[1:])
 
@@ -158,7 +158,7 @@ def test_a_checkpoint_is_not_read_without_the_frozen_weights_of_its_run(hub, tmp
   assert_refused(tmp_path / "run", str(frozen), "damaged", "a copy of them")
 
 
-def test_a_run_without_a_whole_checkpoint_is_told_from_one_that_is_damaged(hub, tmp_path):
+def test_a_run_without_a_whole_checkpoint_is_not_called_damaged(hub, tmp_path):
   run = tmp_path / "run"
   train_nothing(hub, run)
   for path in (run / "checkpoints" / "1" / "state").rglob("d/*"):

@@ -10,5 +10,5 @@ def test_the_directory_of_stages_is_refused_with_the_last_of_them(tmp_path, open
   for stage in ("stage0", "stage1"):
     (tmp_path / stage / "checkpoints").mkdir(parents=True)
   assert hub_files(tmp_path / "stage1") == tmp_path / "stage1" / "hub"
-  with pytest.raises(InputError, match=r"stages of a training; give one of them, .*/stage1$"):
+  with pytest.raises(InputError, match=r"several training stages; give one of them, .*/stage1$"):
     opened(tmp_path)

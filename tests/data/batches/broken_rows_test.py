@@ -17,8 +17,8 @@ from videochat_flash_jax.data.batches.example_order import ExampleOrder
 from videochat_flash_jax.data.batches.examples import Example, ExampleReader
 from videochat_flash_jax.data.batches.replacement import (
   Drawn,
-  PassedOver,
   ReplacingReader,
+  SkippedRow,
   may_pass,
 )
 from videochat_flash_jax.data.batches.train_batches import batch_metrics, mixture_batches
@@ -41,7 +41,7 @@ def rows(mutated):
 
 def reader_of(rows):
   order = ExampleOrder(rows, CONFIG.seed, 1)
-  reader = ExampleReader(CONFIG.example, CONFIG.layout, make_tokenizer)
+  reader = ExampleReader(CONFIG.example, CONFIG.row_shape, make_tokenizer)
   return ReplacingReader(rows, reader, order, CONFIG.seed), order
 
 
@@ -57,8 +57,8 @@ def test_an_epoch_delivers_every_healthy_row_and_counts_every_broken_one(mutated
       drawn = reader.read(0, number)
       share.count(drawn)
       label = rows.label(order.row(0, number))
-      if drawn.passed_over:
-        reasons[label] = drawn.passed_over[0].reason
+      if drawn.skipped:
+        reasons[label] = drawn.skipped[0].reason
       else:
         seen.add(label)
   assert seen - set(mutated.doubtful) == set(mutated.healthy)
@@ -173,7 +173,7 @@ def drawn_of(rows, number=3, **reader):
 def test_a_failure_that_passes_is_tried_again_and_not_counted():
   rows = FakeRows({3: [OSError(errno.EIO, "input/output error"), TimeoutError()]})
   drawn = drawn_of(rows)
-  assert drawn.row == example_of(drawn) == 3 and drawn.passed_over == ()
+  assert drawn.row == example_of(drawn) == 3 and drawn.skipped == ()
   assert rows.num_reads[3] == 3
 
 
@@ -183,7 +183,7 @@ def test_a_failure_that_does_not_pass_is_replaced_by_another_row():
   )
   drawn = drawn_of(rows)
   assert drawn.row == example_of(drawn) == 5 and rows.num_reads == {3: 3, 4: 1, 5: 1}
-  assert [row.reason for row in drawn.passed_over] == ["unreadable video", "no frames"]
+  assert [row.reason for row in drawn.skipped] == ["unreadable video", "no frames"]
 
 
 def test_rows_that_are_all_broken_end_the_search():
@@ -197,7 +197,7 @@ def test_a_row_about_a_medium_that_has_just_failed_is_not_tried():
   paths = {3: "a.mp4", 4: "a.mp4", 5: "b.mp4", 6: "b.mp4"}
   rows = FakeRows({3: [gone], 4: [gone], 5: [badly_timed]}, paths=paths)
   drawn = drawn_of(rows)
-  assert drawn.row == 6 and [row.row for row in drawn.passed_over] == [3, 5]
+  assert drawn.row == 6 and [row.row for row in drawn.skipped] == [3, 5]
   assert 4 not in rows.num_reads
 
 
@@ -209,9 +209,9 @@ def test_whatever_a_row_brings_about_breaks_that_row_alone(kind, reason):
   rows = FakeRows({}, kind)
   drawn = drawn_of(rows, errors={3: IndexError("list index")})
   assert drawn.row == 4
-  (passed_over,) = drawn.passed_over
-  assert (passed_over.row, passed_over.reason) == (3, reason)
-  assert passed_over.message == f"{reason}: IndexError: list index"
+  (skipped,) = drawn.skipped
+  assert (skipped.row, skipped.reason) == (3, reason)
+  assert skipped.message == f"{reason}: IndexError: list index"
 
 
 def test_an_error_that_is_not_the_rows_ends_the_run():
@@ -252,7 +252,7 @@ def test_what_caused_an_error_tells_whether_it_may_pass():
 
 
 def broken(source, reason):
-  return Drawn(None, 1, (PassedOver(0, source, "row 1", reason, reason),))
+  return Drawn(None, 1, (SkippedRow(0, source, "row 1", reason, reason),))
 
 
 def test_a_few_broken_rows_at_the_start_do_not_stop_a_run():
@@ -264,7 +264,7 @@ def test_a_few_broken_rows_at_the_start_do_not_stop_a_run():
     share.count(broken("b.jsonl", "no frames"))
   assert str(error.value).startswith(
     "2 of 151 examples could not be read, and max_broken_share is 0.01: "
-    "a.jsonl 1 (1 missing file); b.jsonl 1 (1 no frames); mend them"
+    "a.jsonl 1 (1 missing file); b.jsonl 1 (1 no frames); fix them"
   )
 
 

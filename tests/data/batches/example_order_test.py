@@ -58,7 +58,7 @@ def test_order_depends_on_the_seed_and_can_be_begun_anywhere():
   assert [order.row(0, number) for number in (39, 3)] == [drawn(rows, 40)[0][n] for n in (39, 3)]
 
 
-def test_orders_are_told_apart_also_if_a_shuffle_changes_at_one_place(monkeypatch):
+def test_the_digest_changes_even_if_the_shuffle_changes_for_one_example(monkeypatch):
   rows, row = Lengths([500]), ExampleOrder.row
   digests = [ExampleOrder(rows, *key).digest() for key in ((0, 1), (0, 1), (1, 1), (0, 2))]
   assert digests[0] == digests[1] and len(set(digests)) == 3
@@ -71,6 +71,6 @@ def test_orders_are_told_apart_also_if_a_shuffle_changes_at_one_place(monkeypatc
 
 
 def test_a_weight_that_leaves_nothing_of_a_source_is_refused():
-  said = "^source of 40: weight 0.5 leaves none of its 1 rows; give at least 1, or leave"
+  said = "^source of 40: weight 0.5 leaves none of its 1 rows; give at least 1, or remove"
   with pytest.raises(InputError, match=said):
     ExampleOrder(Lengths([40, 1], weights=[1.0, 0.5]), 0, 1)

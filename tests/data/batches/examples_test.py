@@ -48,7 +48,7 @@ def tokenizer():
 def read(row, **changes):
   """Reads a row; one about nothing but text has no placeholder."""
   made = config(position_skip=0, **changes)
-  reader = ExampleReader(made.example, made.layout, make_tokenizer)
+  reader = ExampleReader(made.example, made.row_shape, make_tokenizer)
   turns = TURNS if {"video", "image"} & set(row) else [TURNS[0] | {"value": "Hm?"}, TURNS[1]]
   return reader.read({"conversations": turns} | row, np.random.default_rng(0))
 
@@ -57,7 +57,9 @@ def text_of(example, tokenizer):
   return tokenizer.decode(example.token_ids[example.visual_index < 0])
 
 
-def test_a_video_gives_clips_the_time_message_and_a_place_for_each_visual_token(folder, tokenizer):
+def test_a_video_gives_clips_the_time_message_and_a_position_for_each_visual_token(
+  folder, tokenizer
+):
   example = read({"video": str(folder / "a.mp4")})
   with open_video(folder / "a.mp4") as video:
     picks = training_indices("dynamic_fps1", 40, 4.0, num_picks=0, min_frames=4, max_frames=32)
@@ -228,7 +230,7 @@ def test_more_images_than_a_row_has_tokens_for_are_refused_unread(folder):
 
 def test_the_positions_of_a_long_conversation_jump_within_what_is_kept_of_it():
   made = config(position_skip=50, tokens=128)
-  reader = ExampleReader(made.example, made.layout, make_tokenizer)
+  reader = ExampleReader(made.example, made.row_shape, make_tokenizer)
   row = {"conversations": TEXT_TURNS * 80}
   for seed in range(5):
     found = reader.read(row, np.random.default_rng(seed)).positions
@@ -236,7 +238,7 @@ def test_the_positions_of_a_long_conversation_jump_within_what_is_kept_of_it():
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_damaged_video_is_told(folder, monkeypatch):
+def test_a_damaged_video_is_reported(folder, monkeypatch):
   assert not read({"video": str(folder / "a.mp4")}).is_damaged
   monkeypatch.setattr("videochat_flash_jax.data.media.video_reader.VideoReader.damaged", True)
   assert read({"video": str(folder / "a.mp4")}).is_damaged
@@ -257,14 +259,14 @@ def test_a_row_is_too_long_until_a_word_of_the_answer_fits(tokenizer, style):
 
 def test_positions_jump_twice_within_bounds():
   rng = np.random.default_rng(0)
-  seconds, places = set(), set()
+  seconds, jumps = set(), set()
   for _ in range(300):
     steps = skipped_positions(5, 3, rng) - np.arange(5)
     assert steps.min() >= 0 and steps.max() <= 3 and (np.diff(steps) >= 0).all()
     assert np.count_nonzero(np.diff(steps)) <= 1
     seconds.add(int(steps[-1]))
-    places |= set(np.flatnonzero(np.diff(steps)).tolist())
-  assert seconds == {0, 1, 2, 3} and places == {0, 1, 2, 3}
+    jumps |= set(np.flatnonzero(np.diff(steps)).tolist())
+  assert seconds == {0, 1, 2, 3} and jumps == {0, 1, 2, 3}
 
 
 def test_positions_without_skipping_are_plain():
@@ -273,7 +275,7 @@ def test_positions_without_skipping_are_plain():
 
 def test_a_reader_crosses_processes_without_its_tokenizer(folder):
   made = config()
-  reader = ExampleReader(made.example, made.layout, make_tokenizer)
+  reader = ExampleReader(made.example, made.row_shape, make_tokenizer)
   row = {"video": str(folder / "a.mp4"), "conversations": TURNS}
   first = reader.read(row, np.random.default_rng(5))
   assert len(pickle.dumps(reader)) < 2000

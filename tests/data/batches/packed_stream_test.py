@@ -127,7 +127,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(mixture):
   next(batches)
   (worker,) = multiprocessing.active_children()
   worker.kill()
-  with pytest.raises(InputError, match=r"has died, mostly for want of memory.*--shm-size"):
+  with pytest.raises(InputError, match=r"has died. If there was too little memory .*--shm-size"):
     run_on(states)
   assert batches.get_state() == states[-1]
   assert not multiprocessing.active_children()

@@ -52,11 +52,11 @@ def draw(rng, mark):
 @pytest.fixture(scope="module", params=[4, 8])
 def packed(request):
   """Rows packed from 800 examples, and what is left in the packer."""
-  layout = RowShape(num_shards=request.param, **STAGE3)
-  rng, packer, rows = np.random.default_rng(0), RowPacker(layout), []
+  row_shape = RowShape(num_shards=request.param, **STAGE3)
+  rng, packer, rows = np.random.default_rng(0), RowPacker(row_shape), []
   for number in range(800):
     row = packer.add(Packed(number, number, draw(rng, number % 20)))
-    assert sum(bin.num_tokens for bin in packer._bins) <= NUM_HELD * layout.tokens
+    assert sum(bin.num_tokens for bin in packer._bins) <= NUM_HELD * row_shape.tokens
     if row:
       rows.append(row)
   return rows, [[number for number, _ in row] for row in packer.unfinished]
@@ -86,12 +86,12 @@ def draw_of_stage_1(rng):
 
 def test_rows_of_stage_1_are_filled_to_99_percent_with_as_many_examples_as_the_config_says():
   settings = train_settings(load_config(CONFIGS / "stage1_align.py"))
-  layout = data_config(settings, num_shards=1, streams=1).layout
-  rng, packer = np.random.default_rng(0), RowPacker(layout)
+  row_shape = data_config(settings, num_shards=1, streams=1).row_shape
+  rng, packer = np.random.default_rng(0), RowPacker(row_shape)
   packed = (packer.add(Packed(number, number, draw_of_stage_1(rng))) for number in range(1500))
   rows = [row for row in packed if row]
   filled = [sum(len(item.example.token_ids) for item in row) for row in rows]
-  assert np.mean(filled) > 0.99 * layout.tokens
+  assert np.mean(filled) > 0.99 * row_shape.tokens
   assert settings.rows * np.mean([len(row) for row in rows]) == pytest.approx(540, rel=0.03)
 
 
@@ -110,16 +110,16 @@ def test_rows_begun_again_are_packed_as_before():
     one.add(item)
   for row in one.unfinished:
     assert all(source_row == 2 * number for number, source_row in row)
-    other.put_together([items[number] for number, _ in row])
+    other.begin_row([items[number] for number, _ in row])
   rest = [[packer.add(item) for item in items[60:]] for packer in (one, other)]
-  told = [[row and [item.number for item in row] for row in rows] for rows in rest]
-  assert told[0] == told[1] and any(told[0]) and one.unfinished == other.unfinished
+  numbers = [[row and [item.number for item in row] for row in rows] for rows in rest]
+  assert numbers[0] == numbers[1] and any(numbers[0]) and one.unfinished == other.unfinished
 
 
 def test_examples_that_do_not_fit_together_any_more_are_refused():
   whole = Packed(0, 31, example(1, 8, 0, 60, SMALL.clip_tokens))
   with pytest.raises(InputError, match=r"^rows 31, 31 of the mixture .* have changed"):
-    RowPacker(SMALL).put_together([whole, whole])
+    RowPacker(SMALL).begin_row([whole, whole])
 
 
 def test_examples_put_anywhere_wait_until_others_are_added():
@@ -131,7 +131,7 @@ def test_examples_put_anywhere_wait_until_others_are_added():
   assert [item.number for item in packer.add(items[0])] == [0]
 
 
-def test_clips_and_tiles_of_every_shard_fit_and_each_place_sees_its_own_picture():
+def test_clips_and_tiles_of_every_shard_fit_and_each_token_comes_from_its_own_picture():
   rng, packer, num_rows, fullest = np.random.default_rng(2), RowPacker(SMALL, num_held=2), 0, 0
   for number in range(400):
     sizes = rng.integers(0, 6), rng.integers(0, 4), rng.integers(1, 14)
@@ -164,17 +164,17 @@ def check_written(row, written):
   fields = {name: written[name][0][back] for name in ("token_ids", "labels", "positions")}
   segments, offset = written["segment_ids"][0][back], 0
   for segment, item in enumerate(row, start=1):
-    place = slice(offset, offset + len(item.example.token_ids))
+    span = slice(offset, offset + len(item.example.token_ids))
     is_visual = item.example.visual_index >= 0
     every = np.concatenate([item.example.frames[:, 0, 0, 0, 0], item.example.tiles[:, 0, 0, 0, 0]])
     index = item.example.visual_index[is_visual]
-    np.testing.assert_array_equal(seen[place][is_visual], every[index // SMALL.clip_tokens])
-    np.testing.assert_array_equal(token[place][is_visual], index % SMALL.clip_tokens)
-    np.testing.assert_array_equal(written["visual_index"][0][back][place] >= 0, is_visual)
+    np.testing.assert_array_equal(seen[span][is_visual], every[index // SMALL.clip_tokens])
+    np.testing.assert_array_equal(token[span][is_visual], index % SMALL.clip_tokens)
+    np.testing.assert_array_equal(written["visual_index"][0][back][span] >= 0, is_visual)
     for name, values in fields.items():
-      np.testing.assert_array_equal(values[place], getattr(item.example, name))
-    assert (segments[place] == segment).all()
-    offset = place.stop
+      np.testing.assert_array_equal(values[span], getattr(item.example, name))
+    assert (segments[span] == segment).all()
+    offset = span.stop
   assert (segments[offset:] == 0).all() and (fields["labels"][offset:] == IGNORE_LABEL).all()
   is_clip = (own >= 0) & (own < SMALL.clips_per_shard * SMALL.clip_tokens)
   return max(

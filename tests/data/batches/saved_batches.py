@@ -14,10 +14,10 @@ from videochat_flash_jax.data.batches.train_batches import mixture_batches
 
 def digest(batch: dict) -> str:
   """Tells batches apart by names, shapes, types and bytes."""
-  told = hashlib.sha256()
+  hashed = hashlib.sha256()
   for name, array in sorted(batch.items()):
-    told.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
-  return told.hexdigest()
+    hashed.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
+  return hashed.hexdigest()
 
 
 def following(rows, workers: int, state: dict, num_batches: int) -> list[str]:

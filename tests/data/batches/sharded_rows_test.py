@@ -9,7 +9,7 @@ LENGTH, CLIP_TOKENS, CLIPS = 24, 3, 4
 
 
 def batch():
-  """Two rows; clip c of a row is a picture of the number 10 * row + c."""
+  """Two rows; all pixels of clip c of a row are the number 10 * row + c."""
   frames = np.arange(2)[:, None] * 10 + np.arange(CLIPS)
   visual_index = np.full((2, LENGTH), -1)
   visual_index[0, 2:14] = np.arange(12)
@@ -22,8 +22,8 @@ def batch():
   }
 
 
-def seen(batch, num_shards):
-  """Which (clip, token of the clip) stands at each place, with shards that know their own only."""
+def visual_tokens(batch, num_shards):
+  """The clip and the token of that clip at each position; each shard only uses its own clips."""
   clips = (
     batch["frames"][:, :, 0, 0, 0, 0].astype(int).reshape(len(batch["frames"]), num_shards, -1)
   )
@@ -35,19 +35,21 @@ def seen(batch, num_shards):
 
 @pytest.mark.parametrize("zigzag", [False, True])
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
-def test_every_place_sees_the_same_token_of_the_same_clip(num_shards, zigzag):
-  spread = shard_rows(
+def test_every_position_holds_the_same_token_of_the_same_clip(num_shards, zigzag):
+  sharded = shard_rows(
     batch(),
     num_shards=num_shards,
     zigzag=zigzag,
     clip_tokens=CLIP_TOKENS,
     clips_per_shard=CLIPS,
   )
-  assert spread["frames"].shape == (2, num_shards * CLIPS, 4, 8, 8, 3)
+  assert sharded["frames"].shape == (2, num_shards * CLIPS, 4, 8, 8, 3)
   back = unzigzag_order(LENGTH, num_shards) if zigzag else np.arange(LENGTH)
-  for ours, theirs in zip(seen(spread, num_shards), seen(batch(), 1), strict=True):
+  for ours, theirs in zip(
+    visual_tokens(sharded, num_shards), visual_tokens(batch(), 1), strict=True
+  ):
     np.testing.assert_array_equal(ours[:, back], theirs)
-  np.testing.assert_array_equal(spread["token_ids"][:, back], batch()["token_ids"])
+  np.testing.assert_array_equal(sharded["token_ids"][:, back], batch()["token_ids"])
 
 
 @pytest.mark.parametrize(

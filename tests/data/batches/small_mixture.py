@@ -27,16 +27,16 @@ SIZE, CLIP_TOKENS = 32, 4
 def config(**changes) -> DataConfig:
   """Two rows of 256 tokens over two zigzag shards; a clip of 4 frames is 4 tokens."""
   example = {"image_size": SIZE, "frames": (4, 32), "position_skip": 50}
-  layout = {
+  row_shape = {
     "tokens": 256, "clip_tokens": CLIP_TOKENS, "clips_per_shard": 24, "tiles_per_shard": 40,
     "num_shards": 2, "zigzag": True,
   }  # fmt: skip
   whole = {"rows": 2, "seed": 3}
   for name, value in changes.items():
-    for part, values in ((ExampleConfig, example), (RowShape, layout), (DataConfig, whole)):
+    for part, values in ((ExampleConfig, example), (RowShape, row_shape), (DataConfig, whole)):
       if name in {field.name for field in dataclasses.fields(part)}:
         values[name] = value
-  return DataConfig(ExampleConfig(**example), RowShape(**layout), **whole)
+  return DataConfig(ExampleConfig(**example), RowShape(**row_shape), **whole)
 
 
 def conversation(opening: str, number: int) -> list[dict]:

@@ -53,7 +53,7 @@ def run(rows):
 
 
 def in_new_process(mixture, states):
-  script = ROOT / "tests" / "data" / "saved_batches.py"
+  script = ROOT / "tests" / "data" / "batches" / "saved_batches.py"
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   process = subprocess.run(
     [sys.executable, str(script), str(mixture), json.dumps(states), str(NUM_FOLLOWING)],
@@ -177,7 +177,7 @@ def test_each_of_several_processes_gives_its_rows_of_what_one_gives(rows):
       np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), array)
 
 
-def test_states_of_several_processes_are_one_when_their_streams_are_put_together(rows):
+def test_the_merged_streams_of_several_processes_are_the_state_of_one(rows):
   whole = iter(mixture_batches(config(streams=2), rows, make_tokenizer))
   next(whole)
   streams = {}
@@ -211,7 +211,7 @@ def test_a_state_names_the_rows_of_the_last_batch(rows, monkeypatch):
     {"num_shards": 1, "zigzag": False, "clips_per_shard": 8, "tiles_per_shard": 10},
   ],
 )
-def test_with_another_layout_rows_are_packed_anew_and_no_example_is_lost(
+def test_with_another_row_shape_rows_are_packed_again_and_no_example_is_lost(
   rows, monkeypatch, caplog, change
 ):
   given, write_row = [], train_batches.write_row
@@ -229,7 +229,7 @@ def test_with_another_layout_rows_are_packed_anew_and_no_example_is_lost(
   with caplog.at_level("INFO", "videochat_flash_jax"):
     other.set_state(saved)
   (said,) = [record.getMessage() for record in caplog.records]
-  assert said.startswith("rows are packed anew, no example is lost: ") and ", now " in said
+  assert said.startswith("rows are packed again, no example is lost: ") and ", now " in said
   assert other.get_state() == saved  # so that nothing changes if the run is stopped at once
   for _ in range(8):
     next(other)

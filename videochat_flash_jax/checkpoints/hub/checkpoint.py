@@ -1,4 +1,4 @@
-"""A checkpoint that was opened, but not read, wherever its tensors are."""
+"""A checkpoint of any kind that was opened, but whose tensors were not read yet."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,19 +10,31 @@ from videochat_flash_jax.models.config import VideoChatFlashConfig
 
 
 class Checkpoint(NamedTuple):
-  """A checkpoint that was opened, but not read."""
+  """A checkpoint that was opened, but whose tensors were not read yet.
 
-  where: str  # for messages
-  directory: Path  # of its tokenizer
+  Attributes:
+    where: what it is called in error messages.
+    directory: directory of its tokenizer.
+    config: its config.
+    fields: the fields of its config.json.
+    tensors: its tensors by their names on the hub.
+  """
+
+  where: str
+  directory: Path
   config: VideoChatFlashConfig
-  fields: Mapping[str, Any]  # of its config.json
-  tensors: Mapping[str, StoredTensor]  # by their names on the hub
+  fields: Mapping[str, Any]
+  tensors: Mapping[str, StoredTensor]
 
 
 def with_head(
   config: VideoChatFlashConfig, tensors: Mapping[str, StoredTensor]
 ) -> VideoChatFlashConfig:
-  """A stored head counts, as in the released 2B, whatever the language model's config says."""
+  """Returns a config with untied embeddings if the checkpoint stores a head.
+
+  The released 2B stores a head, although the config of its language model says that the embeddings
+  are tied. The stored head is used.
+  """
   if not config.decoder.tied_embeddings or "lm_head.weight" not in tensors:
     return config
   return dataclasses.replace(

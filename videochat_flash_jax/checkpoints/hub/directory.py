@@ -1,4 +1,4 @@
-"""From the name of a model to the directory that holds it."""
+"""Finds the directory of a model by its name."""
 
 import difflib
 import os
@@ -19,31 +19,33 @@ RELEASED = (
 )
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
-# Configs, weights, tokenizer: never code, and never a file that has to be unpickled.
-_FETCHED = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model")
+# Which files are downloaded: configs, weights and tokenizer, but never code or pickles.
+_DOWNLOADED = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model")
 _TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")
 
 
 def checkpoint_directory(name: str | Path) -> Path:
   """Finds a checkpoint: the embedded "tiny", a local directory, or a model on the hub.
 
-  A model on the hub, `owner/name` or the short name of a released one, is taken from the local
-  cache if it is there whole, without asking the network; else it is fetched into the cache.
+  A model on the hub is given as `owner/name`, or by the short name of a released one. If all of its
+  files are in the local cache, they are used without any network access; otherwise the model is
+  downloaded into the cache.
 
   Raises:
-    InputError: no such model, with near names; or it could not be fetched.
+    InputError: there is no such model (the message suggests similar names), or it could not be
+      downloaded.
   """
   if name == TINY:
     return Path(str(resources.files("videochat_flash_jax"))) / "assets" / TINY
-  if os.path.isdir(name):  # Path.is_dir raises for a name too long, and takes "" for "."
+  if os.path.isdir(name):  # Path.is_dir raises if the name is too long, and treats "" like "."
     return Path(name)
   known = {TINY: TINY}
   for released in RELEASED:
     known |= {released: released, released.split("/")[1]: released}
   if str(name) in known:
-    return _cached_or_fetched(known[str(name)])
+    return _cached_or_downloaded(known[str(name)])
   if _REPOSITORY.fullmatch(str(name)):
-    return _cached_or_fetched(str(name))
+    return _cached_or_downloaded(str(name))
   raise InputError(
     f"{str(name)[:100]!r}: no such model or directory; did you mean {_near(name, known)}?"
   )
@@ -55,32 +57,35 @@ def _near(name, known):
   return ", ".join(lowered[spelling] for spelling in near) or ", ".join((TINY, *RELEASED))
 
 
-def _cached_or_fetched(repository):
-  import huggingface_hub  # slow to import, and seldom needed
+def _cached_or_downloaded(repository):
+  import huggingface_hub  # slow to import, and rarely needed
 
   def snapshot(**options):
-    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_FETCHED, **options))
+    """Returns the directory of the repository's files in the local cache."""
+    return Path(
+      huggingface_hub.snapshot_download(repository, allow_patterns=_DOWNLOADED, **options)
+    )
 
   try:
     cached = snapshot(local_files_only=True)
     if _is_whole(cached):
       return cached
-  except Exception:  # of whatever kind: it is not in the cache
+  except Exception:  # any error means that it is not in the cache
     pass
   try:
-    fetched = snapshot()
-  except Exception as error:  # of many libraries: no network, no such file, no right to read
+    downloaded = snapshot()
+  except Exception as error:  # from many libraries: no network, no such file, no permission
     reason = str(error).strip().split("\n")[0]
     raise InputError(
-      f"{repository}: no such directory, not in the local hub cache, and it could not be fetched "
-      f"({reason}); give the directory of a copy"
+      f"{repository}: no such directory, not in the local hub cache, and it could not be "
+      f"downloaded ({reason}); give the directory of a copy"
     ) from error
-  if not _is_whole(fetched):  # what the library gives where a download broke off
+  if not _is_whole(downloaded):  # the library returns this if a download was interrupted
     raise InputError(
-      f"{repository}: weights (safetensors) or tokenizer are missing in {fetched}; try again "
-      "with a network, or give the directory of a copy"
+      f"{repository}: weights (safetensors) or tokenizer are missing in {downloaded}; try again "
+      "with a network connection, or give the directory of a copy"
     )
-  return fetched
+  return downloaded
 
 
 def _is_whole(directory):

@@ -1,4 +1,4 @@
-"""`config.json` of the released layout to our config, and back."""
+"""Translates `config.json` of the released format to our config, and back."""
 
 import dataclasses
 import json
@@ -23,9 +23,9 @@ TOWERS = {
   "internvideo2": VideoChatFlashConfig.qwen2_5_7b_internvideo2_1b().vision,
 }
 _PROJECTORS = {"tome16_mlp_hd64": ConnectorConfig()}
-_OWN = "videochat_flash_jax"  # our section: sizes that upstream's fields cannot express
+_OWN = "videochat_flash_jax"  # our section of the file: sizes that upstream's fields cannot express
 
-# Upstream's field -> ours.
+# Upstream's field -> field of our config.
 _DECODER_FIELDS = {
   "vocab_size": "vocab_size",
   "hidden_size": "width",
@@ -41,8 +41,8 @@ _DECODER_FIELDS = {
 }
 _OPTIONAL = {"tie_word_embeddings", "head_dim"}
 
-# What the original's code reads besides, where a config has not been read from a file: values of
-# the released 7B model. The kind of dropout counts only where it is switched on.
+# Fields that the original's code also reads, with the values of the released 7B model. They are
+# written if our config was not read from a file. The kind of dropout is only used if dropout is on.
 _UNMODELLED = {
   "attention_dropout": 0.0,
   "auto_map": {
@@ -70,7 +70,7 @@ _UNMODELLED = {
 
 
 def _fixed_fields(vision: VisionConfig) -> dict:
-  """Upstream's fields that ask for what the code does in one way only, with that way."""
+  """Upstream's fields for which this package supports one value only, with that value."""
   return {
     "hidden_act": "silu",
     "use_sliding_window": False,
@@ -85,7 +85,7 @@ def _fixed_fields(vision: VisionConfig) -> dict:
 
 
 def read_fields(directory: Path) -> dict[str, Any]:
-  """The fields of `config.json` of a directory, as they are.
+  """Reads the fields of `config.json` in a directory, without any translation.
 
   Raises:
     InputError: the file is missing, or is not JSON.
@@ -96,36 +96,39 @@ def read_fields(directory: Path) -> dict[str, Any]:
   try:
     fields = json.loads(path.read_text())
   except (ValueError, RecursionError, OSError) as error:
-    raise InputError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from error
+    raise InputError(f"{path}: not valid JSON ({error}); download the checkpoint again") from error
   if not isinstance(fields, dict):
-    raise InputError(f"{path}: holds no JSON object; fetch the checkpoint again")
+    raise InputError(f"{path}: holds no JSON object; download the checkpoint again")
   return fields
 
 
 def read_config(directory: Path) -> VideoChatFlashConfig:
-  """Reads `config.json` of a checkpoint directory.
+  """Reads `config.json` of a checkpoint directory as our config.
 
-  The context (`max_positions`) is `max_position_embeddings`, or what YaRN stretches it to; the
-  original cuts prompts at `tokenizer_model_max_length`, which therefore does not count here.
+  The context (`max_positions`) is `max_position_embeddings`, or the longer context that YaRN gives.
+  The field `tokenizer_model_max_length` is ignored: it is only the length at which the original
+  cuts prompts.
 
   Raises:
-    InputError: the file is missing, is not JSON, lacks a field, holds a value that cannot be, or
-      asks for a part or a way of working that this package does not have.
+    InputError: the file is missing, is not JSON, lacks a field, holds an impossible value, or needs
+      a part or a feature that this package does not have.
   """
   return parse_config(directory, read_fields(directory))
 
 
 def parse_config(directory: Path, fields: Mapping[str, Any]) -> VideoChatFlashConfig:
-  """What the fields of a directory's config.json say; see `read_config`."""
+  """Translates the fields of a directory's config.json to our config; see `read_config`."""
   path = directory / "config.json"
   if fields.get("model_type") == "qwen2":
-    raise InputError(f"{path}: a language model alone; join it: vcflash convert --encoder FILE")
+    raise InputError(
+      f"{path}: a language model alone; join it with an encoder: vcflash convert --encoder FILE"
+    )
   own = fields.get(_OWN, {})
   if not isinstance(own, dict):
-    raise InputError(f"{path}: field '{_OWN}' is no JSON object; leave it out, or mend it")
+    raise InputError(f"{path}: field '{_OWN}' is no JSON object; leave it out, or correct it")
   unknown = sorted(set(own) - {"vision", "connector", "sampling", "max_positions"})
   if unknown:
-    raise InputError(f"{path}: section '{_OWN}' has no part {', '.join(unknown)}; mend its name")
+    raise InputError(f"{path}: section '{_OWN}' has no part {', '.join(unknown)}; correct its name")
   decoder = read_decoder_config(path, fields, own.get("max_positions"))
   if "vision" in own:
     vision = _own_part(path, own, "vision", VisionConfig)
@@ -150,7 +153,7 @@ def parse_config(directory: Path, fields: Mapping[str, Any]) -> VideoChatFlashCo
 
 
 def _name(directory):
-  """The directory's name; of a snapshot in the hub's cache, that of its repository."""
+  """Name of the directory, or of the repository if it is a snapshot in the hub's cache."""
   if directory.parent.name == "snapshots":
     return directory.parent.parent.name.split("--")[-1]
   return directory.name
@@ -159,16 +162,21 @@ def _name(directory):
 def read_decoder_config(
   path: Path, fields: Mapping[str, Any], own_positions: Any = None
 ) -> DecoderConfig:
-  """The language model that the fields of a config.json describe; the rest does not matter.
+  """Returns the config of the language model; fields about other parts are ignored.
+
+  Args:
+    path: the file, for error messages.
+    fields: fields of a config.json.
+    own_positions: the context from our own section of the file; None if it is not given there.
 
   Raises:
-    InputError: a field is missing, or holds a value that cannot be.
+    InputError: a field is missing, or holds an impossible value.
   """
   missing = sorted(set(_DECODER_FIELDS) - _OPTIONAL - set(fields))
   if missing:
     raise InputError(f"{path}: fields missing: {', '.join(missing)}; add them")
   given = {theirs: fields[theirs] for theirs in _DECODER_FIELDS if theirs in fields}
-  if given.get("head_dim", 0) is None:  # how some write that the default counts
+  if given.get("head_dim", 0) is None:  # some files write null for the default
     del given["head_dim"]
   values = {_DECODER_FIELDS[theirs]: value for theirs, value in given.items()}
   names = {ours: theirs for theirs, ours in _DECODER_FIELDS.items()}
@@ -177,7 +185,7 @@ def read_decoder_config(
     if values["width"] % values["num_heads"]:
       raise InputError(
         f"{path}: field 'hidden_size' is no multiple of 'num_attention_heads'; "
-        "mend them, or give 'head_dim'"
+        "correct them, or give 'head_dim'"
       )
     values["head_size"] = values["width"] // values["num_heads"]
   yarn = hf_options.read_yarn(path, fields)
@@ -185,8 +193,8 @@ def read_decoder_config(
     names = {"max_positions": f"{_OWN}.max_positions"}
     values |= checked(path, DecoderConfig, {"max_positions": own_positions}, names)
   elif yarn is not None:
-    stretched = int(yarn.factor * yarn.original_positions)
-    values["max_positions"] = max(values["max_positions"], stretched)
+    extended = int(yarn.factor * yarn.original_positions)
+    values["max_positions"] = max(values["max_positions"], extended)
   return DecoderConfig(**values, yarn=yarn)
 
 
@@ -194,21 +202,23 @@ def _known_part(path, fields, field, known):
   """The encoder or connector that `field` names."""
   name = fields.get(field)
   if not isinstance(name, str) or name not in known:
-    raise InputError(f"{path}: field '{field}' is {name!r}; known: {', '.join(known)}")
+    raise InputError(f"{path}: field '{field}' is {name!r}; give one of {', '.join(known)}")
   return known[name]
 
 
 def _own_part(path, own, section, part):
-  """The part of the config whose sizes are in our own section."""
+  """A part of the config whose sizes are given in our own section of the file."""
   values = own.get(section, {})
   if not isinstance(values, dict):
-    raise InputError(f"{path}: field '{_OWN}.{section}' is no JSON object; mend it")
+    raise InputError(f"{path}: field '{_OWN}.{section}' is no JSON object; correct it")
   names = {field.name: f"{_OWN}.{section}.{field.name}" for field in dataclasses.fields(part)}
   values = checked(path, part, values, names)
   try:
     return part(**values)
   except TypeError as error:  # a field is missing or unknown
-    raise InputError(f"{path}: section '{_OWN}.{section}' does not fit: {error}") from error
+    raise InputError(
+      f"{path}: section '{_OWN}.{section}' does not fit ({error}); correct its fields"
+    ) from error
 
 
 def _check_fixed(path, fields, vision):
@@ -240,21 +250,24 @@ def write_config(
   dtype: str,
   base: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes `config.json` in the released layout; what upstream has no field for, beside it.
+  """Writes `config.json` in the released format.
+
+  What upstream has no field for is written into a section of our own.
 
   Args:
-    config: what to write.
-    directory: where to write it.
-    dtype: of the weights, `bfloat16` and so on.
-    base: fields of the config.json that this one continues. What is unknown here survives, and
-      all of it does if it says what `config` says.
+    config: the config to write.
+    directory: the directory to write it to.
+    dtype: dtype of the weights, such as `bfloat16`.
+    base: fields of an earlier config.json. Fields that this package does not know are kept. If they
+      describe the same config as `config`, all of them are kept.
   """
   fields = dict(base or {})
   before = parse_config(directory, fields) if "mm_vision_tower" in fields else None
   if before is None or dataclasses.replace(before, name=config.name) != config:
     fields = {field: value for field, value in fields.items() if field not in (_OWN, "head_dim")}
     changed = _upstream_fields(config)
-    unmodelled = {} if "own" in changed.values() else _UNMODELLED  # not for the original's code
+    # With sizes that upstream does not know, the original's code cannot be used anyway.
+    unmodelled = {} if "own" in changed.values() else _UNMODELLED
     fields = {**unmodelled, **fields, **changed, **_own_section(config)}
     if before is None or before.decoder.max_positions != config.decoder.max_positions:
       fields["tokenizer_model_max_length"] = config.decoder.max_positions
@@ -283,7 +296,7 @@ def _upstream_fields(config):
 
 
 def _own_section(config):
-  """What upstream's fields cannot say, if there is anything."""
+  """Our own section with what upstream's fields cannot express; {} if there is nothing."""
   own, yarn = {}, config.decoder.yarn
   if config.sampling != SamplingConfig():
     own["sampling"] = dataclasses.asdict(config.sampling)

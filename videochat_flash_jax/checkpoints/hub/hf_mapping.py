@@ -1,4 +1,8 @@
-"""Upstream's names for weights and config fields, and ours: the only place that knows them."""
+"""Maps upstream's names of weights to the paths of our arrays.
+
+Upstream's names of weights appear only here and in `parts`; its config fields only in `hf_config`
+and `hf_options`.
+"""
 
 import re
 from collections.abc import Callable, Collection
@@ -8,7 +12,7 @@ import numpy as np
 
 
 class Conversion(NamedTuple):
-  """How an array of the hub becomes one of ours, and back."""
+  """Converts an array of the hub to ours, and back."""
 
   from_hub: Callable[[np.ndarray], np.ndarray]
   to_hub: Callable[[np.ndarray], np.ndarray]
@@ -20,20 +24,22 @@ def _patches_to_hub(kernel):
 
 
 SAME = Conversion(lambda x: x, lambda x: x)
-ROWS = Conversion(lambda x: x[0], lambda x: x[None])  # there [1, rows, E]
-LINEAR = Conversion(lambda x: x.T, lambda x: x.T)  # torch keeps [out, in], we [in, out]
-# A convolution over whole patches [E, 3, 1, size, size] is a product with [size * size * 3, E].
+ROWS = Conversion(lambda x: x[0], lambda x: x[None])  # hub [1, rows, E], here [rows, E]
+LINEAR = Conversion(lambda x: x.T, lambda x: x.T)  # hub [out, in], as in torch; here [in, out]
+# A convolution [E, 3, 1, size, size] whose stride is the patch size is the same as a matrix product
+# with [size * size * 3, E].
 PATCHES = Conversion(lambda x: x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0]), _patches_to_hub)
 
-_IN_ENCODER = r"(?:encoder\.)?"  # UMT's names have it, InternVideo2's do not
+_IN_ENCODER = r"(?:encoder\.)?"  # in the names of UMT, but not in those of InternVideo2
 _TOWER = r"model\.vision_tower\.vision_tower\." + _IN_ENCODER
 _BLOCK = _TOWER + r"blocks\.(?P<layer>\d+)"
 # The released InternVideo2 stores `gamma` where the original's module says `weight`: transformers
-# used to rename it while loading. Either is read; `gamma` is written, as it was released.
+# used to rename it while loading. Both names can be read; `gamma` is written, as in the release.
 _GAMMA = r"(?:gamma|weight)"
 _LAYER = r"model\.layers\.(?P<layer>\d+)"
 
-# Name on the hub -> path here. A path through `stacked` holds all layers along its first axis.
+# Name on the hub -> path here. An array with `stacked` in its path holds all layers along its first
+# axis.
 RULES: tuple[tuple[str, str, Conversion], ...] = (
   (_TOWER + r"patch_embed\.proj\.weight", "vision.patch_embed.kernel", PATCHES),
   (_TOWER + r"patch_embed\.proj\.bias", "vision.patch_embed.bias", SAME),
@@ -86,26 +92,34 @@ RULES: tuple[tuple[str, str, Conversion], ...] = (
 
 
 class HubTensor(NamedTuple):
-  """One tensor on the hub: the array here that it fills, or one layer of."""
+  """A tensor on the hub, and the array here (or the layer of a stacked array) that it fills.
+
+  Attributes:
+    name: its name on the hub.
+    path: path of our array.
+    layer: index of the layer in a stacked array; None if the tensor fills the whole array.
+    shape: its shape on the hub.
+    conversion: converts between the two.
+  """
 
   name: str
   path: str
   layer: int | None
-  shape: tuple[int, ...]  # as on the hub
+  shape: tuple[int, ...]
   conversion: Conversion
 
 
 def hub_tensors(
   shapes: dict[str, tuple[int, ...]], stored: Collection[str] = ()
 ) -> dict[str, HubTensor]:
-  """All tensors on the hub that together fill arrays of these paths and shapes.
+  """Returns all hub tensors that together fill the arrays of a model, by their names.
 
   Args:
-    shapes: shape of every array of the model by its path, `decoder.norm.scale` and so on.
-    stored: names in a checkpoint, where one of them decides between two that a tensor may have.
+    shapes: shape of every array of the model by its path, such as `decoder.norm.scale`.
+    stored: names in a checkpoint. Where a tensor may have two names, the stored one is used.
 
   Raises:
-    KeyError: a path that no rule, or more than one rule, produces.
+    KeyError: no rule, or more than one rule, produces one of the paths.
   """
   by_path: dict[str, tuple[str, Conversion]] = {
     path: (regex, conversion) for regex, path, conversion in RULES
@@ -130,6 +144,6 @@ def hub_tensors(
 
 
 def _name(regex, stored):
-  """The name that `regex` stands for: one that is stored, else the one that is written."""
-  names = [regex.replace(_GAMMA, word).replace("\\", "") for word in ("gamma", "weight")]
+  """The name that matches `regex`: the stored one if there is one, otherwise the one we write."""
+  names = [regex.replace(_GAMMA, suffix).replace("\\", "") for suffix in ("gamma", "weight")]
   return next((name for name in names if name in stored), names[0])

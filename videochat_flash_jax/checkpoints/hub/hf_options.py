@@ -1,7 +1,7 @@
-"""What may be switched in `config.json`: video-level dropout, YaRN, and how images are tiled.
+"""Translates the optional parts of `config.json`: video-level dropout, YaRN and image tiling.
 
-Every function takes the fields of the file and its path, for messages. An `InputError` names the
-field, what it holds, and what it has to hold.
+Every function takes the fields of the file, and its path for error messages. An `InputError` names
+the field, its value, and the values that are allowed.
 """
 
 import re
@@ -21,10 +21,15 @@ _YARN_FIELDS = {"type", "rope_type", "factor", "original_max_position_embeddings
 
 
 def read_dropout(path: Path, fields: Mapping[str, Any], depth: int) -> DropoutConfig | None:
-  """Video-level dropout, or None where it is off; then the other fields of it do not count.
+  """Reads video-level dropout; returns None if it is off, and then ignores its other fields.
 
-  `llm_compress_layer_list: [4, 18]` drops tokens after 4 layers there and before layer 4 here,
-  which is the same.
+  With `llm_compress_layer_list: [4, 18]`, upstream drops tokens after 4 layers. This package says:
+  before layer 4, counted from 0. Both mean the same.
+
+  Args:
+    path: the file, for error messages.
+    fields: fields of config.json.
+    depth: number of decoder layers.
   """
   switch = fields.get("mm_llm_compress")
   if not switch:  # null, false and {} all mean "off"
@@ -58,9 +63,9 @@ def _falling_ratios(ratios):
 
 
 def read_yarn(path: Path, fields: Mapping[str, Any]) -> YarnConfig | None:
-  """YaRN as `rope_scaling` asks for it, or None.
+  """Reads YaRN from `rope_scaling`; returns None if it is off.
 
-  The original length is `max_position_embeddings` where the field does not say it.
+  If the field does not give the original length, `max_position_embeddings` is used.
   """
   scaling = fields.get("rope_scaling")
   if not scaling:
@@ -80,10 +85,11 @@ def read_yarn(path: Path, fields: Mapping[str, Any]) -> YarnConfig | None:
 
 
 def read_tiling(path: Path, fields: Mapping[str, Any], image_size: int) -> TilingConfig:
-  """How images are cut, of `image_grid_pinpoints`: all (width, height) in pixels, or a text.
+  """Reads from `image_grid_pinpoints` into which grids of tiles an image may be cut.
 
-  `"(1x1),...,(6x6)"` and, at 448 pixels, `[[448, 448], [448, 896], ..., [2688, 2688]]` both mean
-  any grid of up to 6 x 6 tiles.
+  The field is a list of all sizes (width, height) in pixels, or a text. Both `"(1x1),...,(6x6)"`
+  and, for tiles of 448 pixels, `[[448, 448], [448, 896], ..., [2688, 2688]]` allow all grids of up
+  to 6 x 6 tiles.
   """
   grids = fields.get("image_grid_pinpoints")
   if grids is None:
@@ -95,8 +101,8 @@ def read_tiling(path: Path, fields: Mapping[str, Any], image_size: int) -> Tilin
       tiling = TilingConfig(*map(int, found.groups()))
   elif isinstance(grids, list) and grids and isinstance(grids[-1], list) and len(grids[-1]) == 2:
     columns, rows = (size // image_size if type(size) is int else 0 for size in grids[-1])
-    whole = columns * rows == len(grids)  # else the list below might be huge
-    if whole and grids == grid_sizes(TilingConfig(columns, rows), image_size):
+    is_complete = columns * rows == len(grids)  # otherwise the list below could be very long
+    if is_complete and grids == grid_sizes(TilingConfig(columns, rows), image_size):
       tiling = TilingConfig(columns, rows)
   if tiling is None:
     shown = str(grids) if len(str(grids)) < 80 else f"{str(grids)[:60]}..."
@@ -110,7 +116,7 @@ def read_tiling(path: Path, fields: Mapping[str, Any], image_size: int) -> Tilin
 
 
 def grid_sizes(tiling: TilingConfig, image_size: int) -> list[list[int]]:
-  """(width, height) in pixels of every grid, in the order that decides between equal ones."""
+  """Returns (width, height) in pixels of every grid. Of equally good grids the first is used."""
   return [
     [columns * image_size, rows * image_size]
     for columns in range(1, tiling.max_columns + 1)
@@ -121,7 +127,10 @@ def grid_sizes(tiling: TilingConfig, image_size: int) -> list[list[int]]:
 def option_fields(
   dropout: DropoutConfig | None, yarn: YarnConfig | None, tiling: TilingConfig, image_size: int
 ) -> dict[str, Any]:
-  """Upstream's fields for all of these. Where dropout is off, it says so and no more."""
+  """Returns upstream's fields for dropout, YaRN and tiling.
+
+  If dropout is off, only the field that switches it off is returned, without the others.
+  """
   fields: dict[str, Any] = {
     "mm_llm_compress": dropout is not None,
     "rope_scaling": None,

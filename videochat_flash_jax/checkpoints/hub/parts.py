@@ -1,4 +1,4 @@
-"""A whole checkpoint out of parts: a language model, a raw encoder and perhaps a projector."""
+"""Joins a language model, a raw encoder and optionally a projector into one checkpoint."""
 
 import os
 import re
@@ -24,7 +24,8 @@ from videochat_flash_jax.models.config import (
 
 _ENCODER = "model.vision_tower.vision_tower."
 _PROJECTOR = "model.mm_projector."
-# Parts of the encoders' own pre-training that no VideoChat-Flash has, as they begin in the files.
+# Names of weights that were only used in the pre-training of the encoders begin like this. No
+# VideoChat-Flash has them.
 _PRETRAINING = {"umt": r"(?!encoder\.)", "internvideo2": r"(?:clip|final_clip|mae)_"}
 
 
@@ -35,15 +36,15 @@ def join_parts(
   projector: Path | None = None,
   seed: int = 0,
 ) -> Checkpoint:
-  """A whole VideoChat-Flash, to be written by `write_checkpoint`.
+  """Returns a complete VideoChat-Flash checkpoint, which `write_checkpoint` can write.
 
   Args:
-    language_model: directory of a Qwen2 model as it is on the hub, with its tokenizer.
-    encoder: `UMT-L_f4_vision.pt`, `InternVideo2-1B_f4_vision.pt`, or one of their kind.
-    tower: upstream's name of the encoder and its picture size, as in `TOWERS`; or its sizes.
-    projector: `mm_projector.bin` of a first training stage; by default (None) its weights are
-      drawn at random, as the original draws them.
-    seed: of those.
+    language_model: directory of a Qwen2 model in the format of the hub, with its tokenizer.
+    encoder: `UMT-L_f4_vision.pt`, `InternVideo2-1B_f4_vision.pt`, or a similar file.
+    tower: upstream's name for the encoder and its picture size, as in `TOWERS`; or its config.
+    projector: `mm_projector.bin` of a first training stage. With None (the default) its weights are
+      drawn at random, from the same distribution as in the original.
+    seed: seed of these random weights.
 
   Raises:
     InputError: a file is missing, broken, or of another kind.
@@ -68,11 +69,11 @@ def join_parts(
 
 
 def _encoder_tensors(path: Path, vision: VisionConfig) -> dict[str, StoredTensor]:
-  """What the model builds of an encoder, under the names that it has there.
+  """The tensors of an encoder that the model uses, under the names they have in a checkpoint.
 
-  encoder.norm.weight              the last norm, called vision_layernorm in the model
-  encoder.blocks.23.norm1.weight   of 24 blocks the model builds 23
-  decoder.blocks.0.norm1.weight    of the pre-training
+  encoder.norm.weight              the last norm; is renamed to vision_layernorm
+  encoder.blocks.23.norm1.weight   is left out: the model uses 23 of the 24 blocks
+  decoder.blocks.0.norm1.weight    is left out: it belongs to the pre-training
   """
   tensors = {}
   for name, tensor in _read(path).items():
@@ -85,20 +86,20 @@ def _encoder_tensors(path: Path, vision: VisionConfig) -> dict[str, StoredTensor
 
 
 def _fresh_projector(vision: VisionConfig, decoder: DecoderConfig, seed: int):
-  """Two linear layers as torch draws them: uniform within 1 / sqrt(inputs)."""
+  """Random weights of two linear layers, as torch draws them: uniform within 1 / sqrt(fan_in)."""
   rng, tensors = np.random.default_rng(seed), {}
-  for index, inputs in ((0, vision.width), (2, decoder.width)):
-    for name, shape in (("weight", (decoder.width, inputs)), ("bias", (decoder.width,))):
-      values = rng.uniform(-1, 1, shape).astype(np.float32) / np.float32(inputs**0.5)
+  for index, fan_in in ((0, vision.width), (2, decoder.width)):
+    for name, shape in (("weight", (decoder.width, fan_in)), ("bias", (decoder.width,))):
+      values = rng.uniform(-1, 1, shape).astype(np.float32) / np.float32(fan_in**0.5)
       tensors[f"{_PROJECTOR}mlp.{index}.{name}"] = StoredTensor.of(values)
   return tensors
 
 
 def _read(path: Path) -> dict[str, StoredTensor]:
-  if not os.path.isfile(path):  # Path.is_file raises for a name too long
-    raise InputError(f"{path}: no such file")
+  if not os.path.isfile(path):  # Path.is_file raises an error if the name is too long
+    raise InputError(f"{path}: no such file; check the path")
   if is_torch_file(path):
     return read_torch_file(path)
   if path.suffix == ".safetensors":
     return read_file(path)
-  raise InputError(f"{path}: neither .safetensors nor a file of torch (.pt, .pth, .bin)")
+  raise InputError(f"{path}: give a .safetensors file or a PyTorch file (.pt, .pth, .bin)")

@@ -1,4 +1,4 @@
-"""Safetensors files, read and written block by block: never more than a tensor is in memory."""
+"""Reads and writes safetensors files block by block; at most one tensor is in memory."""
 
 import dataclasses
 import functools
@@ -16,32 +16,33 @@ from tqdm import tqdm
 
 from videochat_flash_jax.errors import InputError
 
-# Element types that weights may have, as safetensors writes them. 8 bits and less need scales that
-# no rule here knows.
+# The allowed dtypes of weights, by their names in safetensors. Dtypes of 8 bits or less need
+# scales, which this package does not support.
 FLOATING = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jnp.bfloat16),
 }
-SHARD_BYTES = 5_000_000_000  # of one file, as the released checkpoints are cut
-# Progress is shown in a terminal only, and not of what takes a moment.
+SHARD_BYTES = 5_000_000_000  # largest size of one file, as in the released checkpoints
+# Progress is shown only in a terminal, and only if the work takes longer than a moment.
 BAR = {"unit": "B", "unit_scale": True, "disable": None, "delay": 1.0, "leave": False}
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _BLOCK_BYTES = 16 * 2**20
-_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how they begin
+# The first bytes of pickles, and of zip files with pickles in them.
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-  """A tensor in a file, or elsewhere, that is read when it is asked for.
+  """A tensor in a file, in memory or on a device that is read only when `blocks` is called.
 
   Attributes:
-    shape: as stored.
-    dtype: element type as safetensors writes it, `BF16` and so on.
-    blocks: gives the tensor in pieces along its first axis, from the first row to the last.
+    shape: its shape in the file.
+    dtype: its dtype by its name in safetensors, such as `BF16`.
+    blocks: iterates over the tensor in pieces along its first axis, from the first row to the last.
   """
 
   shape: tuple[int, ...]
@@ -50,27 +51,31 @@ class StoredTensor:
 
   @classmethod
   def of(cls, array: np.ndarray) -> "StoredTensor":
-    """A tensor of floating-point numbers that is in memory."""
+    """Returns a tensor of floating-point numbers that is in memory."""
     return cls(array.shape, floating_name(array.dtype), lambda: iter([array]))
 
 
 def floating_name(dtype: np.dtype) -> str:
-  """Safetensors' name of a floating-point type of numpy; `KeyError` if it is none of these."""
+  """Returns the name in safetensors of a floating-point dtype.
+
+  Raises:
+    KeyError: it is none of the allowed dtypes.
+  """
   return {known: name for name, known in FLOATING.items()}[np.dtype(dtype)]
 
 
 def read_directory(directory: Path) -> dict[str, StoredTensor]:
-  """The tensors of `model.safetensors`, or of the shards that the index names, by their names.
+  """Returns the tensors of `model.safetensors`, or of all shards of an index, by their names.
 
   Raises:
-    InputError: no such files, a shard is missing, a file is no whole safetensors file, a tensor is
-      in two of them, or the index names others than the shards hold.
+    InputError: there are no such files, a shard is missing, a file is not a complete safetensors
+      file, a tensor is in two shards, or index and shards do not name the same tensors.
   """
   tensors: dict[str, StoredTensor] = {}
   for path in _paths(directory):
     found = read_file(path)
     for name in sorted(tensors.keys() & found.keys())[:1]:
-      raise InputError(f"{path}: tensor '{name}' is in another shard, too; fetch both again")
+      raise InputError(f"{path}: tensor '{name}' is also in another shard; download both again")
     tensors |= found
   if not (directory / _ONE_FILE).is_file():
     index = directory / _INDEX
@@ -78,13 +83,16 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
     if differing := sorted(listed ^ tensors.keys()):
       raise InputError(
         f"{index}: the index and its shards do not name the same tensors: only one of them has "
-        f"{', '.join(fold_layers(differing))}; fetch the checkpoint again"
+        f"{', '.join(fold_layers(differing))}; download the checkpoint again"
       )
   return tensors
 
 
 def is_whole(directory: Path) -> bool:
-  """Whether all files of weights are there, unopened: false after a download that broke off."""
+  """Returns whether all weight files exist, without opening them.
+
+  This is false after a download that was interrupted.
+  """
   try:
     return bool(_paths(directory))
   except InputError:
@@ -97,42 +105,44 @@ def _paths(directory):
   index = directory / _INDEX
   if not index.is_file():
     pickles = sorted(p.name for kind in ("bin", "pt", "pth") for p in directory.glob(f"*.{kind}"))
-    held = f"only {', '.join(pickles)}, which could run code; fetch the safetensors files"
+    only = f"only {', '.join(pickles)}, which could run code; download the safetensors files"
     raise InputError(
       f"{directory}: neither {_ONE_FILE} nor {_INDEX} is there, "
-      + (held if pickles else "so it is no checkpoint directory; give one")
+      + (only if pickles else "so it is no checkpoint directory; give one")
     )
   try:
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     if not shards or any(Path(name).name != name for name in shards):
-      raise ValueError("it names no shards beside it")
+      raise ValueError("it names no shards in its own directory")
     missing = [name for name in shards if not (directory / name).is_file()]
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-    raise InputError(f"{index}: no index of shards ({error}); fetch it again") from error
+    raise InputError(f"{index}: not an index of shards ({error}); download it again") from error
   if missing:
-    raise InputError(f"{index}: shards missing: {', '.join(missing)}; fetch them")
+    raise InputError(f"{index}: shards missing: {', '.join(missing)}; download them")
   return [directory / name for name in shards]
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
-  """The tensors of one file, by their names; only its header is read.
+  """Returns the tensors of one file by their names; only its header is read.
 
   Raises:
-    InputError: it is no whole safetensors file.
+    InputError: it is not a complete safetensors file.
   """
   try:
     with safe_open(path, framework="numpy"):
-      pass  # the header is sound, and the file as long as it says
+      pass  # this checks the header, and that the file has the length given there
     with path.open("rb") as file:
       header_bytes = int.from_bytes(file.read(8), "little")
       header = json.loads(file.read(header_bytes))
   except (SafetensorError, OSError) as error:
     if _is_pickle(path):
       raise InputError(
-        f"{path}: a pickle under the name of a safetensors file, which could run code; "
-        "fetch the safetensors file"
+        f"{path}: a pickle with the name of a safetensors file, which could run code; "
+        "download the safetensors file"
       ) from error
-    raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
+    raise InputError(
+      f"{path}: not a complete safetensors file ({error}); download it again"
+    ) from error
   header.pop("__metadata__", None)
   start = 8 + header_bytes
   return {
@@ -154,22 +164,33 @@ def _is_pickle(path):
 
 
 def _blocks(path, offset, entry):
-  """Plain reads: a mapped file would stay in memory, tensor after tensor."""
+  """Reads a tensor in blocks.
+
+  The file is not memory-mapped: otherwise all tensors read so far would stay in memory.
+  """
   dtype, (num_rows, *row_shape) = FLOATING[entry["dtype"]], entry["shape"]
-  row = int(np.prod(row_shape))
-  rows_per_block = max(1, _BLOCK_BYTES // max(1, row * dtype.itemsize))
+  row_size = int(np.prod(row_shape))
+  row_bytes = row_size * dtype.itemsize
+  rows_per_block = max(1, _BLOCK_BYTES // max(1, row_bytes))
   for start in range(0, num_rows, rows_per_block):
     rows = min(rows_per_block, num_rows - start)
-    block = np.fromfile(path, dtype, rows * row, offset=offset + start * row * dtype.itemsize)
+    block = np.fromfile(path, dtype, rows * row_size, offset=offset + start * row_bytes)
     yield block.reshape(rows, *row_shape)
 
 
 def finite_blocks(
   name: str, tensor: StoredTensor, dtype: np.dtype, broken: list[str]
 ) -> Iterator[np.ndarray]:
-  """Blocks of a tensor in `dtype`; its name goes to `broken` if one holds NaN or infinity."""
+  """Iterates over the blocks of a tensor, and looks for NaN and infinity in them.
+
+  Args:
+    name: name of the tensor.
+    tensor: the tensor.
+    dtype: dtype to which the blocks are converted.
+    broken: the name is added to this list if a block holds NaN or infinity.
+  """
   for block in tensor.blocks():
-    with np.errstate(over="ignore"):  # too large for float16, say: told by name below
+    with np.errstate(over="ignore"):  # a number too large for `dtype` is reported by name below
       block = np.asarray(block).astype(dtype, copy=False)
     if not np.isfinite(block).all() and name not in broken:
       broken.append(name)
@@ -177,16 +198,16 @@ def finite_blocks(
 
 
 def refuse_broken(where: Path | str, broken: list[str]) -> None:
-  """Raises `InputError` if `finite_blocks` found numbers that no weight may be."""
+  """Raises `InputError` if `finite_blocks` found NaN or infinity; names the tensors."""
   if broken:
     names = ", ".join(fold_layers(broken))
     raise InputError(
-      f"{where}: NaN or infinity in {names}; take an earlier checkpoint, or a wider dtype"
+      f"{where}: NaN or infinity in {names}; use an earlier checkpoint, or a wider dtype"
     )
 
 
 def fold_layers(names: Iterable[str]) -> list[str]:
-  """Names that differ in their layer alone, as one: `layers.{3,4}.norm`; one layer stays as is."""
+  """Joins names that differ only in their layer: `layers.{3,4}.norm`; others are unchanged."""
   layers = defaultdict(list)
   for name in names:
     found = re.search(r"(?<=\.)\d+(?=\.)", name)
@@ -207,22 +228,22 @@ def write_directory(
   dtype: np.dtype | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> int:
-  """Writes `model.safetensors`, or shards with their index where one file would be too large.
+  """Writes `model.safetensors`, or shards and their index if one file would be too large.
 
   Args:
-    directory: an empty directory; after an error, what it holds is worthless.
-    where: what the tensors are of, for messages.
-    tensors: what to write, by name.
-    dtype: to write in; by default that of each tensor.
-    shard_bytes: the most bytes of tensors in one file.
+    directory: an empty directory. After an error its content must not be used.
+    where: what the tensors belong to, for error messages.
+    tensors: the tensors to write, by name.
+    dtype: dtype to write; by default each tensor keeps its own.
+    shard_bytes: largest number of bytes of tensors in one file.
 
   Returns:
-    Bytes of all tensors.
+    Number of bytes of all tensors.
 
   Raises:
     InputError: a weight holds NaN or infinity.
   """
-  types = {n: dtype or FLOATING[tensor.dtype] for n, tensor in tensors.items()}
+  types = {n: dtype or FLOATING[t.dtype] for n, t in tensors.items()}
   sizes = {n: types[n].itemsize * int(np.prod(t.shape)) for n, t in tensors.items()}
   shards = _cut(sizes, shard_bytes)
   names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -234,14 +255,14 @@ def write_directory(
       _write_file(directory / file_name, {n: tensors[n] for n in shard}, types, broken, bar)
   refuse_broken(where, broken)
   if len(shards) > 1:
-    home = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(home.items()))}
+    file_of = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
     (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
   return total
 
 
 def _cut(sizes, shard_bytes):
-  """Names in order, cut into lists of at most `shard_bytes` (or of one tensor)."""
+  """Cuts the names, in order, into lists of at most `shard_bytes`, or of one larger tensor."""
   shards: list[list[str]] = [[]]
   room = shard_bytes
   for name, size in sizes.items():
@@ -254,8 +275,8 @@ def _cut(sizes, shard_bytes):
 
 
 def _write_file(path, tensors, types, broken, bar):
-  """One safetensors file: length of the header, header, tensors without gaps."""
-  names = sorted(tensors, key=lambda name: -types[name].itemsize)  # keeps all of them aligned
+  """Writes one safetensors file: length of the header, header, tensors without gaps."""
+  names = sorted(tensors, key=lambda name: -types[name].itemsize)  # so that all are aligned
   header, end = {"__metadata__": {"format": "pt"}}, 0
   for name in names:
     start, end = end, end + types[name].itemsize * int(np.prod(tensors[name].shape))
@@ -270,4 +291,4 @@ def _write_file(path, tensors, types, broken, bar):
         file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
         bar.update(block.nbytes)
     file.flush()
-    os.fsync(file.fileno())  # some disks tell only now that they are full
+    os.fsync(file.fileno())  # some disks report only now that they are full

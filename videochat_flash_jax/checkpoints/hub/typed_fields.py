@@ -1,4 +1,4 @@
-"""Values out of a JSON file, checked against the types that a dataclass declares."""
+"""Checks values of a JSON file against the types that a dataclass declares."""
 
 import dataclasses
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 from videochat_flash_jax.errors import InputError
 
 _LARGEST = sys.float_info.max
-# Type of a field -> what its value has to be. A bool is no number here.
+# Type of a field -> what its value has to be. Here a bool does not count as a number.
 _VALUES = {
   int: ("a positive whole number", lambda value: type(value) is int and value > 0),
   float: ("a positive number", lambda value: type(value) in (int, float) and 0 < value <= _LARGEST),
@@ -21,16 +21,18 @@ _VALUES = {
 def checked(
   path: Path, part: type, values: Mapping[str, Any], names: Mapping[str, str]
 ) -> dict[str, Any]:
-  """Values of the types that the fields of a dataclass have: 1000000 becomes 1000000.0 for a float.
+  """Returns the values, converted to the types of a dataclass.
+
+  For example, 1000000 becomes 1000000.0 for a float.
 
   Args:
-    path: the file, for messages.
-    part: a dataclass; its fields that are not in `values` do not matter.
-    values: by the names of those fields.
-    names: what the fields are called in the file.
+    path: the file, for error messages.
+    part: the dataclass. Its fields that are not in `values` are ignored.
+    values: the values by field name.
+    names: for each field name, the name of that field in the file.
 
   Raises:
-    InputError: a value of another type, or a number that is not positive and finite.
+    InputError: a value has another type, or a number is not positive and finite.
   """
   typed = dict(values)
   for field in dataclasses.fields(part):

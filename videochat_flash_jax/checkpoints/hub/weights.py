@@ -1,4 +1,7 @@
-"""Arrays of a model out of tensors on the hub, and back; one tensor at a time is on the host."""
+"""Converts hub tensors to the arrays of a model, and back.
+
+At any time only one tensor is in the memory of the host.
+"""
 
 import functools
 import itertools
@@ -23,12 +26,12 @@ from videochat_flash_jax.checkpoints.hub.safetensors_files import (
 )
 from videochat_flash_jax.errors import InputError
 
-# From the path of an array, `decoder.norm.scale` and so on, and its shape to where it goes. None is
-# JAX's default device.
+# Returns the sharding of an array, given its path (such as `decoder.norm.scale`) and its shape.
+# None means JAX's default device.
 ShardingOf = Callable[[str, tuple[int, ...]], Sharding | None]
 
-_GROUP_BYTES = 64 * 2**20  # of a stack of layers, read before they go to the device together
-_TILE = (128, 512)  # copied at once where the order of axes changes: it fits into a core's cache
+_GROUP_BYTES = 64 * 2**20  # so much of a stack of layers is read before it is sent to the device
+_TILE = (128, 512)  # a transposing copy works on such tiles, which fit into the cache of a core
 
 
 def load_weights(
@@ -38,21 +41,25 @@ def load_weights(
   dtype: np.dtype | Mapping[str, np.dtype] = np.float32,
   sharding_of: ShardingOf = lambda path, shape: None,
 ) -> dict[str, jax.Array]:
-  """Reads every array of a model; every stored tensor is used exactly once.
+  """Reads every array of a model; uses every stored tensor exactly once.
 
-  Stacks of layers are filled on the device, so the host holds no more than one tensor, or
+  Stacked arrays are filled on the device. So the host never holds more than one tensor, or
   `_GROUP_BYTES` of smaller ones, in `dtype`.
 
   Args:
-    where: the checkpoint, for messages.
+    where: the checkpoint, for error messages.
     stored: tensors by their names on the hub.
-    shapes: shape of every array of the model by its path, `decoder.norm.scale` and so on.
-    dtype: of the arrays returned; of each by its path, or of all.
-    sharding_of: where the array of a path and shape goes.
+    shapes: shape of every array of the model by its path, such as `decoder.norm.scale`.
+    dtype: dtype of all returned arrays, or a mapping from path to dtype.
+    sharding_of: returns the sharding of an array, given its path and shape.
+
+  Returns:
+    The arrays by their paths.
 
   Raises:
-    InputError: names all missing, unexpected and misshapen tensors at once, and those that hold
-      no floating-point numbers; or, once all are read, those with NaN or infinity.
+    InputError: tensors are missing, unexpected, have another shape, or hold no floating-point
+      numbers: one message names all of them. Or tensors hold NaN or infinity: these are named after
+      all have been read.
   """
   tensors = hub_tensors(dict(shapes), stored)
   check_tensors(where, stored, tensors)
@@ -62,7 +69,8 @@ def load_weights(
   with tqdm(desc="loading", total=total, **BAR) as bar:
 
     def fill(array: np.ndarray, tensor: HubTensor):
-      rows, start = tensor.conversion.to_hub(array), 0  # a view of ours with the axes of the file
+      """Reads a tensor into an array of ours, block by block."""
+      rows, start = tensor.conversion.to_hub(array), 0  # a view of our array with the hub's axes
       for block in finite_blocks(tensor.name, stored[tensor.name], types[tensor.path], broken):
         _copy(rows[start : start + len(block)], block)
         start += len(block)
@@ -77,11 +85,11 @@ def load_weights(
 
 
 def _read_array(parts, shape, dtype, sharding, fill):
-  """One array on its device(s), from the one tensor or the layers that it consists of."""
+  """Reads one array to its devices: from one tensor, or from the tensors of its layers."""
   if parts[0].layer is None:
     whole = np.empty(shape, dtype)
     fill(whole, parts[0])
-    return _place(whole, sharding)
+    return _to_devices(whole, sharding)
   layer_bytes = dtype.itemsize * int(np.prod(shape[1:]))
   layers_at_once = max(1, _GROUP_BYTES // layer_bytes)
   stack = None
@@ -90,24 +98,27 @@ def _read_array(parts, shape, dtype, sharding, fill):
     for layer, part in zip(group, parts[start:], strict=False):
       fill(layer, part)
     if len(group) == len(parts):
-      return _place(group, sharding)
+      return _to_devices(group, sharding)
     if stack is None:
       stack = jnp.zeros(shape, dtype, device=sharding)
-    placed = _place(group, _within_layers(sharding))
-    stack = jax.block_until_ready(_layer_writer(stack.sharding)(stack, placed, start))
+    layers = _to_devices(group, _layers_sharding(sharding))
+    stack = jax.block_until_ready(_layer_writer(stack.sharding)(stack, layers, start))
   return stack
 
 
-def _place(array, sharding):
-  """Waits, so that the next array is not read while this one is still on its way."""
+def _to_devices(array, sharding):
+  """Copies an array to its devices, and waits until that is done.
+
+  Without the wait, the next array would be read while this one still takes memory on the host.
+  """
   if sharding is None:
     return jax.block_until_ready(jax.device_put(array))
-  place = functools.partial(jax.make_array_from_callback, array.shape, sharding)
-  return jax.block_until_ready(place(lambda index: array[index]))
+  make_array = functools.partial(jax.make_array_from_callback, array.shape, sharding)
+  return jax.block_until_ready(make_array(lambda index: array[index]))
 
 
-def _within_layers(sharding):
-  """The sharding of a few layers of a stack: as that of the stack, but whole along the layers."""
+def _layers_sharding(sharding):
+  """The sharding of a few layers of a stack: that of the stack, but not split along the layers."""
   if not isinstance(sharding, NamedSharding):
     return sharding
   return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
@@ -115,7 +126,7 @@ def _within_layers(sharding):
 
 @functools.cache
 def _layer_writer(sharding):
-  """Writes layers into a stack in place; the stack stays where it is."""
+  """A program that writes layers into a stack in place, and keeps the sharding of the stack."""
   return jax.jit(
     lambda stack, layers, start: jax.lax.dynamic_update_slice_in_dim(stack, layers, start, 0),
     donate_argnums=0,
@@ -124,7 +135,14 @@ def _layer_writer(sharding):
 
 
 def hub_arrays(weights: Mapping[str, jax.Array]) -> dict[str, StoredTensor]:
-  """The tensors on the hub that hold the arrays of a model, given by their paths."""
+  """Returns the hub tensors that hold the arrays of a model.
+
+  Args:
+    weights: arrays by their paths.
+
+  Returns:
+    Tensors by their names on the hub. An array is copied to the host when its tensor is read.
+  """
   tensors = hub_tensors({path: array.shape for path, array in weights.items()})
   return {
     name: StoredTensor(
@@ -146,7 +164,7 @@ def _hub_blocks(array, tensor) -> Iterator[np.ndarray]:
 
 
 def _copy(target, source):
-  """`target[...] = source`, several times as fast where one of them is transposed."""
+  """`target[...] = source`, but several times faster if one of them is transposed."""
   if target.ndim != 2 or target.flags.c_contiguous == source.flags.c_contiguous:
     target[...] = source
     return
@@ -159,7 +177,16 @@ def _copy(target, source):
 def check_tensors(
   where: Path | str, stored: Mapping[str, StoredTensor], tensors: Mapping[str, HubTensor]
 ) -> None:
-  """Raises an `InputError` that names all stored tensors that do not fit those of a model."""
+  """Compares the stored tensors of a checkpoint with those that a model needs.
+
+  Args:
+    where: the checkpoint, for error messages.
+    stored: the stored tensors.
+    tensors: the tensors of the model. Both are given by their names on the hub.
+
+  Raises:
+    InputError: names all stored tensors that do not fit.
+  """
   known = {name: tensor for name, tensor in stored.items() if name in tensors}
   found = {
     "missing": [name for name in tensors if name not in stored],
@@ -179,5 +206,5 @@ def check_tensors(
   if problems:
     raise InputError(
       f"{where}: the tensors do not fit config.json; {'; '.join(problems)}; "
-      "fetch the checkpoint again, or mend its config.json"
+      "download the checkpoint again, or correct its config.json"
     )

@@ -1,4 +1,4 @@
-"""Adapters of LoRA, added to the kernels that they stand beside."""
+"""Adds LoRA adapters to the kernels that they belong to."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,19 +8,20 @@ import numpy as np
 
 from videochat_flash_jax.models.config import LoraConfig
 
-# Ends of the paths of an adapter; before them comes the path of its layer, as before `.kernel`.
+# The paths of an adapter are the path of its layer with these endings; the kernel's has `.kernel`.
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 
 
 def merge_adapters(weights: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
-  """Weights without adapters that compute the same.
+  """Returns weights without adapters that compute the same outputs.
 
   Args:
-    weights: of a model with adapters, by their dotted paths: arrays, or what is read like them.
-    lora: of these adapters.
+    weights: weights of a model with adapters, by their dotted paths: arrays, or objects that can be
+      read like arrays.
+    lora: the settings of the adapters.
 
   Returns:
-    All weights but the adapters; a kernel with an adapter as `MergedKernel`.
+    All weights except the adapters. Each kernel that has an adapter becomes a `MergedKernel`.
   """
   merged = {path: w for path, w in weights.items() if not path.endswith((LORA_A, LORA_B))}
   for path, a in weights.items():
@@ -33,13 +34,16 @@ def merge_adapters(weights: Mapping[str, Any], lora: LoraConfig) -> dict[str, An
 
 @dataclasses.dataclass(frozen=True)
 class MergedKernel:
-  """kernel + A B * alpha / rank, computed in float32 when it is read: `kernel[2]`, or all of it.
+  """A kernel plus its adapter: kernel + A B * alpha / rank.
+
+  It is computed in float32 when it is read: one layer with `kernel[2]`, or all of it with
+  `np.asarray(kernel)`.
 
   Attributes:
-    kernel: [in, out], or a stack of them [L, in, out].
+    kernel: [in, out], or stacked layers [L, in, out].
     a: [in, rank] or [L, in, rank].
     b: [rank, out] or [L, rank, out].
-    lora: of the adapter.
+    lora: the settings of the adapter.
   """
 
   kernel: Any
@@ -49,12 +53,15 @@ class MergedKernel:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the kernel."""
+    """Shape of the kernel."""
     return self.kernel.shape
 
   @property
   def dtype(self) -> np.dtype:
-    """The wider one: a kernel frozen in bfloat16 has no room for what float32 has learnt."""
+    """The wider dtype of kernel and adapter.
+
+    A kernel that was frozen in bfloat16 would lose small changes that were trained in float32.
+    """
     return np.promote_types(self.kernel.dtype, self.a.dtype)
 
   def __getitem__(self, layer: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the arrays that a run asks for."""
+"""Checks that a checkpoint holds the arrays that a run needs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,15 +8,15 @@ from videochat_flash_jax.errors import InputError
 
 
 def check_arrays(where: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]):
-  """Refuses a checkpoint that holds other arrays than are asked for, or of other shapes.
+  """Compares the names and shapes of the arrays in a checkpoint with those that a run needs.
 
   Args:
-    where: the checkpoint, for messages.
-    saved: what it holds, by dotted paths; anything with a `shape`.
-    wanted: the same of this run.
+    where: the checkpoint, for error messages.
+    saved: the arrays in the checkpoint by their dotted paths, or any objects with a `shape`.
+    wanted: the arrays of this run, in the same form.
 
   Raises:
-    InputError: names the first array that differs.
+    InputError: they differ. The message names the first array that differs.
   """
   for path in {**wanted, **saved}:
     held, asked = (

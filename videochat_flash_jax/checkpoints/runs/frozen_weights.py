@@ -1,11 +1,11 @@
-"""Weights that a run never changes: written once, beside the checkpoints that are read with them.
+"""Writes the weights that a run never changes once, beside its checkpoints, and reads them.
 
   DIRECTORY/frozen/state   arrays by their dotted paths: `frozen.vision.patch_embed.kernel`
   DIRECTORY/frozen/run     {"id": "4be1..."}
-  DIRECTORY/500/run        {"frozen": "4be1...", ...}: what 500/state is to be read with
+  DIRECTORY/500/run        {"frozen": "4be1...", ...}: the frozen weights that belong to 500/state
 
-The id is drawn when they are written, so a checkpoint that was carried beside those of another run
-is not taken for a whole one.
+The id is a random number that is drawn when the frozen weights are written. So a checkpoint is
+never combined with the frozen weights of another run, even if somebody copied it there.
 """
 
 import logging
@@ -23,60 +23,69 @@ _log = logging.getLogger("videochat_flash_jax")
 
 
 def save_frozen(directory: Path, state: ocp.args.CheckpointArgs) -> str:
-  """Writes them, whole or not at all, over what an unfinished beginning may have left.
+  """Writes the frozen weights, and returns when they are on disk.
 
-  Every process calls it; it returns when they are on disk.
+  All processes must call this function. The directory appears only when everything is written; what
+  an interrupted earlier call left is replaced.
 
   Args:
-    directory: of the checkpoints.
+    directory: directory of the checkpoints.
     state: the arrays.
 
   Returns:
-    Their id. That of process 0 counts, which writes all of a checkpoint but the arrays.
+    The id of the frozen weights. Each process draws one, and only that of process 0 is used: it
+    writes everything in a checkpoint except the arrays.
 
   Raises:
     OSError, ValueError: they cannot be written.
   """
   _log.info("%s: frozen weights are written, once; training waits for it", directory / FROZEN)
-  drawn = uuid.uuid4().hex
-  args = ocp.args.Composite(state=state, run=ocp.args.JsonSave({"id": drawn}))
+  frozen_id = uuid.uuid4().hex
+  args = ocp.args.Composite(state=state, run=ocp.args.JsonSave({"id": frozen_id}))
   with _checkpointer() as checkpointer:
     checkpointer.save(directory / FROZEN, args=args, force=True)
-  return drawn
+  return frozen_id
 
 
 def find_frozen(checkpoint: Path, run: dict[str, Any]) -> Path | None:
-  """The directory of what a checkpoint is to be read with; None if it holds all weights itself.
+  """Returns the directory of the frozen weights of a checkpoint; None if the run has none.
 
   Args:
-    checkpoint: its directory.
-    run: what its `run` holds.
+    checkpoint: directory of the checkpoint.
+    run: content of its `run`.
 
   Raises:
-    InputError: they are missing, damaged, or those of another run.
+    InputError: the frozen weights are missing or damaged, or belong to another run.
   """
-  wanted, frozen = run.get(FROZEN), checkpoint.parent / FROZEN
-  if wanted is None:
+  wanted_id, frozen = run.get(FROZEN), checkpoint.parent / FROZEN
+  if wanted_id is None:
     return None
   if not frozen.is_dir():
     raise InputError(
-      f"{checkpoint}: the frozen weights of its run are missing, which belong to it in {frozen}; "
-      "copy that directory from the run's checkpoints, too"
+      f"{checkpoint}: the frozen weights of its run are missing in {frozen}; "
+      "copy that directory from the run's checkpoints too"
     )
   try:
-    found = ocp.JsonCheckpointHandler().restore(frozen / "run")["id"]
+    found_id = ocp.JsonCheckpointHandler().restore(frozen / "run")["id"]
   except (OSError, ValueError, KeyError) as error:
     raise damaged_frozen(frozen, error) from error
-  if found != wanted:
+  if found_id != wanted_id:
     raise InputError(
-      f"{frozen}: these are the frozen weights of another run than {checkpoint}; copy those of its "
-      "own run there"
+      f"{frozen}: these are the frozen weights of another run, not of {checkpoint}; replace them "
+      "by those of its own run"
     )
   return frozen
 
 
 def frozen_shapes(frozen: Path) -> dict[str, Any]:
-  """What is in the directory, by dotted paths: each has a `shape`."""
+  """Returns metadata of the frozen arrays by their dotted paths; each has a `shape`.
+
+  Args:
+    frozen: directory from `find_frozen`.
+
+  Raises:
+    InputError: the files are damaged.
+  """
   try:
     return dict(ocp.StandardCheckpointHandler().metadata(frozen / "state"))
   except (OSError, ValueError, KeyError) as error:
@@ -84,11 +93,14 @@ def frozen_shapes(frozen: Path) -> dict[str, Any]:
 
 
 def restore_frozen(frozen: Path, shapes: dict[str, Any]) -> dict[str, Any]:
-  """Reads the arrays, each to its devices and in its dtype.
+  """Reads the frozen arrays to their devices, in the dtypes of `shapes`.
 
   Args:
-    frozen: from `find_frozen`.
-    shapes: `jax.ShapeDtypeStruct` with shardings, by dotted paths.
+    frozen: directory from `find_frozen`.
+    shapes: a `jax.ShapeDtypeStruct` with sharding for each array, by dotted paths.
+
+  Returns:
+    The arrays by their dotted paths.
 
   Raises:
     InputError: the files are damaged.
@@ -104,11 +116,11 @@ def restore_frozen(frozen: Path, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 def damaged_frozen(frozen: Path, error: Exception) -> InputError:
-  """What to say where they cannot be read."""
+  """Returns the error to raise if the frozen weights cannot be read."""
   reason = str(error).strip().split("\n")[0][:200]
   return InputError(
     f"{frozen}: the frozen weights of this run are damaged ({reason}); all of its checkpoints need "
-    "them: put a copy of them there, or begin again in another --workdir"
+    "them: put a copy of them there, or start again in another --workdir"
   )
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints of a run, through Orbax: written beside the training, whole or not at all.
+"""Writes and restores the checkpoints of a run through Orbax, while training continues.
 
-  DIRECTORY/frozen      weights that never change, once; see `checkpoints.runs.frozen_weights`
-  DIRECTORY/500/state   all others, and optimizer, by their dotted paths: `trained.connector...`
-  DIRECTORY/500/data    the state of the batches, of all processes (JSON)
-  DIRECTORY/500/run     what wrote it: step, config, versions of this package and of JAX (JSON)
+  DIRECTORY/frozen      weights that never change, written once; see `runs.frozen_weights`
+  DIRECTORY/500/state   all other weights and the optimizer, by dotted paths: `trained.connector...`
+  DIRECTORY/500/data    the state of the batches of all processes (JSON)
+  DIRECTORY/500/run     which run wrote it: step, config, versions of this package and JAX (JSON)
 
-Each is written under another name and renamed when it is whole, so what breaks off never counts;
-the next `RunCheckpoints` clears it away. The frozen weights are whole before the first checkpoint
-is begun, so no checkpoint is ever without them.
+Each directory is written under a temporary name, and renamed when it is whole. So an interrupted
+save is never taken for a checkpoint, and the next `RunCheckpoints` removes what it left. The frozen
+weights are on disk before the first checkpoint is started, so no checkpoint is ever without them.
 """
 
 import contextlib
@@ -39,47 +39,57 @@ from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.processes import is_peer_failure
 from videochat_flash_jax.parallel.sharding import dotted_path
 
-_UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of what is not whole yet
+_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix for the name of an unfinished directory
 _PROBE = ".probe"
-# Stacked matrices are cut into their layers, so that an export reads one without the others.
+# Stacked matrices are stored layer by layer, so that an export can read a single layer.
 _WHOLE = ocp.SaveArgs(chunk_byte_size=32 * 2**20)
 _BY_LAYER = ocp.SaveArgs(chunk_byte_size=32 * 2**20, shard_axes=(0,))
 
 
 class Restored(NamedTuple):
-  """What `RunCheckpoints.restore` gives."""
+  """What `RunCheckpoints.restore` returns.
+
+  Attributes:
+    step: the step of the checkpoint.
+    state: a tree of arrays with the structure of the given shapes.
+    data: the state of the batches, with the streams of all processes.
+    run: which run wrote the checkpoint: step, config and versions.
+  """
 
   step: int
-  state: Any  # like the shapes that were asked for
-  data: dict  # state of the batches, with the streams of all processes
+  state: Any
+  data: dict
   run: dict
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's, but for a question to JAX of which only one in a program may count the steps."""
+  """Orbax's manager, but it does not ask JAX whether the program was preempted.
+
+  Only one caller in a program may ask this, because JAX counts the calls as steps.
+  """
 
   def reached_preemption(self, step: int) -> bool:
-    """Never, here: `train.preemption` asks, and says when to save."""
+    """Always returns False: `train.preemption` asks JAX, and says when to save."""
     return False
 
 
 class RunCheckpoints:
-  """Saves and restores the checkpoints of a run; every process of the run has one."""
+  """Saves and restores the checkpoints of a run; every process of the run has such an object."""
 
   def __init__(self, directory: Path, keep: int = 3, keep_every: int = 0):
-    """Makes the directory if it is missing, and clears what earlier saves left unfinished.
+    """Creates the directory if it is missing, and removes what interrupted saves have left.
 
     Args:
-      directory: of all checkpoints of the run, seen by all processes.
-      keep: so many of the newest stay.
-      keep_every: steps that are a multiple of it stay, too; 0 for none.
+      directory: directory of all checkpoints of the run; all processes must see it.
+      keep: number of the newest checkpoints that are kept.
+      keep_every: checkpoints of steps that are a multiple of this are kept too; 0 for none.
 
     Raises:
       InputError: the directory cannot be written.
     """
     self._directory = directory.absolute()
     self._saving: int | None = None  # the step that is being written
-    self._frozen_id: str | None = None  # of the frozen weights, once that is known
+    self._frozen_id: str | None = None  # id of the frozen weights, when it is known
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
       self._probe()
@@ -88,12 +98,13 @@ class RunCheckpoints:
         f"{directory}: checkpoints cannot be written there ({error.strerror}); "
         "give a directory that can be written, or make room"
       ) from error
-    if jax.process_index() == 0:  # Orbax would do it beside the first save, of the same names
-      self._clear()
+    # Orbax would do this too, but during the first save, whose directories have the same names.
+    if jax.process_index() == 0:
+      self._remove_unfinished()
     policy = ocp.checkpoint_managers
     kept = [policy.LatestN(keep), *([policy.EveryNSteps(keep_every)] if keep_every else [])]
     options = ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(kept))
-    logging.getLogger("absl").addFilter(_is_news)
+    logging.getLogger("absl").addFilter(_is_not_repeated)
     json_files = ocp.JsonCheckpointHandler
     handlers = {"state": ocp.StandardCheckpointHandler(), "data": json_files(), "run": json_files()}
     self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
@@ -110,33 +121,33 @@ class RunCheckpoints:
     return max(whole_steps(self._directory), default=None)
 
   def save(self, step: int, state: Any, data_state: dict, run: dict):
-    """Copies the state off the devices, and writes it while training goes on.
+    """Copies the state from the devices to the host, and writes it while training continues.
 
-    Every process calls it, at the same step. If the step is saved already, nothing happens.
+    All processes must call this at the same step. Nothing happens if this step was saved before.
 
     Args:
-      step: steps that have been done.
-      state: a tree of arrays; those of several processes are global.
-      data_state: of this process's batches, fit for JSON.
-      run: what to know of the run, fit for JSON: its `config`; versions are added.
+      step: number of finished steps.
+      state: a tree of arrays; with several processes they are global arrays.
+      data_state: the state of this process's batches, as JSON values.
+      run: facts about the run, as JSON values: its `config`. The step and versions are added.
 
     Raises:
-      InputError: this checkpoint, or the one before, could not be written.
+      InputError: this checkpoint, or the one before it, could not be written.
     """
     self.wait()
     if step in self._manager.all_steps():
       if is_whole(self._directory / str(step)):
         return
-      self._manager.delete(step)  # what is left of one that was being removed
+      self._manager.delete(step)  # the rest of a checkpoint whose removal was interrupted
     arrays = _by_path(state)
     frozen = _frozen(arrays)
     changing = {path: array for path, array in arrays.items() if path not in frozen}
     self._saving = step
-    with self._told(), jax.transfer_guard("allow"):
+    with self._report_write_errors(), jax.transfer_guard("allow"):
       self._probe()
       written = {"step": step, "version": __version__, "jax": jax.__version__}
       if frozen:
-        written[FROZEN] = self._id_of(frozen)
+        written[FROZEN] = self._save_frozen_once(frozen)
       args = ocp.args.Composite(
         state=_standard_save(changing),
         data=ocp.args.JsonSave(allgather_streams(data_state)),
@@ -145,7 +156,7 @@ class RunCheckpoints:
       self._manager.save(step, args=args, force=True)
 
   def check(self):
-    """Finds out, without waiting, whether the last save has failed.
+    """Checks, without waiting, whether the last save has failed.
 
     Raises:
       InputError: as `wait`.
@@ -154,13 +165,14 @@ class RunCheckpoints:
       self.wait()
 
   def wait(self):
-    """Waits until what is being saved is on disk.
+    """Waits until the checkpoint that is being saved is on disk.
 
     Raises:
-      InputError: it could not be written; names the step, and the newest that is whole.
+      InputError: it could not be written. The message names the step, and the newest whole
+        checkpoint.
     """
     try:
-      with self._told():
+      with self._report_write_errors():
         self._manager.wait_until_finished()
     finally:
       self._saving = None
@@ -168,41 +180,43 @@ class RunCheckpoints:
   def restore(
     self, shapes: Any, check_run: Callable[[Path, Mapping[str, Any]], None] | None = None
   ) -> Restored | None:
-    """Reads the newest whole checkpoint, on any mesh and any number of processes.
+    """Reads the newest whole checkpoint, on any mesh and with any number of processes.
 
     Args:
-      shapes: a tree of `jax.ShapeDtypeStruct` with shardings, as the state that was saved.
-      check_run: called with the checkpoint and what `save` wrote of its run; it may refuse it.
+      shapes: a tree of `jax.ShapeDtypeStruct` with shardings; it has the structure of the saved
+        state.
+      check_run: called with the directory of the checkpoint and the `run` that `save` wrote. It
+        raises an error if this checkpoint must not be restored.
 
     Returns:
-      None if there is no checkpoint.
+      The restored checkpoint; None if there is none.
 
     Raises:
-      InputError: the checkpoint is of another config, and names the first field or array that
-        differs; or its files are damaged.
+      InputError: the checkpoint belongs to another config (the message names the first field or
+        array that differs), or its files are damaged.
     """
     self.wait()
     step = newest_on_all_processes(self._directory)
     if step is None:
       return None
     where, wanted = self._directory / str(step), _by_path(shapes)
-    with _told_as_damaged(where):
+    with _report_read_errors(where):
       read = {name: ocp.args.JsonRestore() for name in ("data", "run")}
       saved = self._manager.restore(step, args=ocp.args.Composite(**read))
       if check_run is not None:
         check_run(where, saved["run"])
-      held = dict(self._manager.item_metadata(step)["state"])
-      beside = find_frozen(where, saved["run"])
-      check_arrays(where, held | (frozen_shapes(beside) if beside else {}), wanted)
-      args = ocp.args.StandardRestore({path: wanted[path] for path in held})
+      stored = dict(self._manager.item_metadata(step)["state"])
+      frozen = find_frozen(where, saved["run"])
+      check_arrays(where, stored | (frozen_shapes(frozen) if frozen else {}), wanted)
+      args = ocp.args.StandardRestore({path: wanted[path] for path in stored})
       arrays = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-      if beside:
-        arrays |= restore_frozen(beside, _frozen(wanted))
+      if frozen:
+        arrays |= restore_frozen(frozen, _frozen(wanted))
     state = jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in wanted])
     return Restored(step, state, saved["data"], saved["run"])
 
   def close(self):
-    """Waits until all is written, and ends the threads that write.
+    """Waits until everything is written, and ends the threads that write.
 
     Raises:
       InputError: as `wait`.
@@ -212,8 +226,8 @@ class RunCheckpoints:
     finally:
       self._manager.close()
 
-  def _id_of(self, frozen: dict[str, Any]) -> str:
-    """The id of the frozen weights, which are written if no checkpoint needs them yet."""
+  def _save_frozen_once(self, frozen: dict[str, Any]) -> str:
+    """Returns the id of the frozen weights, and writes them before the first checkpoint."""
     if self._frozen_id is None:
       newest = newest_on_all_processes(self._directory)
       if newest is not None:
@@ -223,56 +237,56 @@ class RunCheckpoints:
       self._frozen_id = save_frozen(self._directory, _standard_save(frozen))
     return self._frozen_id
 
-  def _clear(self):
-    """Removes what is not whole: checkpoints, or frozen weights."""
+  def _remove_unfinished(self):
+    """Removes unfinished checkpoints and unfinished frozen weights."""
     for path in self._directory.glob(f"*{_UNFINISHED}*"):
       shutil.rmtree(path, ignore_errors=True)
     for path in self._directory.glob(f"{_PROBE}*"):
       path.unlink(missing_ok=True)
 
   def _probe(self):
-    """Raises `OSError` where nothing can be written: Orbax would take minutes to give up."""
+    """Raises `OSError` if nothing can be written: Orbax would only give up after minutes."""
     with tempfile.NamedTemporaryFile(dir=self._directory, prefix=_PROBE) as probe:
       probe.write(b"whether there is room for anything")
 
   @contextlib.contextmanager
-  def _told(self) -> Iterator[None]:
-    """Makes one line of what goes wrong with the disk while a checkpoint is written."""
+  def _report_write_errors(self) -> Iterator[None]:
+    """Turns errors of the disk while a checkpoint is written into an `InputError` of one line."""
     try:
       yield
     except InputError:
       raise
     except (OSError, ValueError, RuntimeError) as error:
       if is_peer_failure(error):
-        raise  # there is nothing wrong with the disk
+        raise  # the disk is not the reason
       failed, newest = self._saving, self.newest_step
-      self._clear()  # a full disk has better uses for its room
+      self._remove_unfinished()  # if the disk is full, this makes room
       whole = "there is no whole one" if newest is None else f"the newest whole one is {newest}"
       raise InputError(
         f"{self._directory}: the checkpoint of step {failed} could not be written "
-        f"({_reason(error)}); {whole}: make room or mend the directory, and give the same "
+        f"({_reason(error)}); {whole}: make room or repair the directory, and run the same "
         "command again"
       ) from error
 
 
 @contextlib.contextmanager
-def _told_as_damaged(checkpoint: Path) -> Iterator[None]:
-  """Makes one line of what goes wrong while a checkpoint is read."""
+def _report_read_errors(checkpoint: Path) -> Iterator[None]:
+  """Turns errors while a checkpoint is read into an `InputError` of one line."""
   try:
     yield
   except InputError:
-    raise  # of another config, but whole
+    raise  # the checkpoint is whole, but belongs to another config
   except (OSError, ValueError, KeyError) as error:
     if is_peer_failure(error):
       raise
     raise InputError(
       f"{checkpoint}: the checkpoint cannot be read ({_reason(error)}); if it is damaged, move "
-      "this directory away to go on from the one before"
+      "this directory away to continue from the one before"
     ) from error
 
 
 def _by_path(tree) -> dict[str, Any]:
-  """Leaves of a tree by their dotted paths: `optimizer.1.mu.decoder.norm.scale`."""
+  """The leaves of a tree by their dotted paths, such as `optimizer.1.mu.decoder.norm.scale`."""
   return {dotted_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -281,20 +295,20 @@ def _frozen(arrays):
 
 
 def _standard_save(arrays):
-  cuts = {
+  save_args = {
     path: _BY_LAYER if ".stacked." in path and array.ndim == 3 else _WHOLE
     for path, array in arrays.items()
   }
-  return ocp.args.StandardSave(arrays, cuts)
+  return ocp.args.StandardSave(arrays, save_args)
 
 
 def _reason(error):
-  """What an error says, in one line; of tensorstore's long ones, what the system said."""
+  """The message of an error in one line; of tensorstore's long messages, only the system's part."""
   text = str(getattr(error, "strerror", None) or error).strip().split("\n")[0]
-  of_system = re.search(r"([^:]+) \[os_error_code=", text)
-  return of_system[1].strip() if of_system else text[:200]
+  system_text = re.search(r"([^:]+) \[os_error_code=", text)
+  return system_text[1].strip() if system_text else text[:200]
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-  """Orbax logs errors with their whole trace before it raises them; the latter is enough."""
+def _is_not_repeated(record: logging.LogRecord) -> bool:
+  """Returns False for errors that Orbax logs with a traceback before it raises them."""
   return not (record.exc_info and "orbax" in record.pathname)

@@ -1,10 +1,12 @@
-"""The newest checkpoint of a training run, or any of them, opened like one in the released layout.
+"""Opens a checkpoint of a training run as if it had the released format.
 
-  WORKDIR/hub              config.json in the released layout, and the tokenizer
-  WORKDIR/checkpoints/500  see `checkpoints.runs.manager`; and `frozen` beside it
+  WORKDIR/hub                 config.json in the released format, and the tokenizer
+  WORKDIR/checkpoints/500     a checkpoint; see `checkpoints.runs.manager`
+  WORKDIR/checkpoints/frozen  the frozen weights of the run
 
-Weights are read when they are asked for, a layer at a time, and adapters are added to them on the
-way; heads of an encoder's own training and the optimizer's state are left where they are.
+Weights are read only when they are used, one layer at a time, and LoRA adapters are merged into
+them at that moment. The state of the optimizer, and the heads that are only used to train an
+encoder, are not read.
 """
 
 import dataclasses
@@ -26,14 +28,14 @@ from videochat_flash_jax.checkpoints.runs.run_files import FROZEN, hub_files, is
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import LoraConfig
 
-_WEIGHTS = ("trained.", f"{FROZEN}.")  # how paths of weights begin in a saved state
+_WEIGHTS = ("trained.", f"{FROZEN}.")  # in a saved state, paths of weights begin like this
 
 
 def open_run(directory: Path) -> Checkpoint:
-  """Opens the newest whole checkpoint of a run, or the one whose directory is given.
+  """Opens the newest whole checkpoint of a run, or the checkpoint whose directory is given.
 
   Raises:
-    InputError: there is none, or its files are damaged.
+    InputError: the run has no whole checkpoint, or its files are damaged.
   """
   if is_whole(directory):
     step = directory
@@ -41,7 +43,8 @@ def open_run(directory: Path) -> Checkpoint:
     step = directory / "checkpoints" / str(steps[-1])
   else:
     raise InputError(
-      f"{directory}: this run has no whole checkpoint yet; wait for its first, or give another"
+      f"{directory}: this run has no whole checkpoint yet; wait for its first one, or give another "
+      "run"
     )
   tensors = hub_arrays(_weights(step.absolute()))
   hub = hub_files(directory)
@@ -51,7 +54,7 @@ def open_run(directory: Path) -> Checkpoint:
 
 
 def _weights(step: Path) -> dict[str, Any]:
-  """The weights of the model by their paths, adapters merged."""
+  """The weights of the model by their paths, with merged adapters."""
   try:
     run = ocp.JsonCheckpointHandler().restore(step / "run")
     lora = LoraConfig(**run["config"]["lora"])
@@ -64,7 +67,7 @@ def _weights(step: Path) -> dict[str, Any]:
 
 
 def _arrays(checkpoint: Path) -> dict[str, "_SavedArray"]:
-  """Weights in the `state` of a checkpoint, or of what is frozen, by their paths in the model."""
+  """Weights in the `state` of a checkpoint or of frozen weights, by their paths in the model."""
   try:
     return {
       name.removeprefix(part): _SavedArray.open(checkpoint, name)
@@ -78,19 +81,19 @@ def _arrays(checkpoint: Path) -> dict[str, "_SavedArray"]:
 
 def _names(checkpoint) -> list[str]:
   """Names of all arrays of a saved state."""
-  # Not through Orbax: where a file is missing, it leaves tensorstore to complain when all is over.
-  keys = tensorstore.KvStore.open(_place(checkpoint)).result().list().result()
+  # Orbax is not used here: if a file is missing, it reports that only when the program ends.
+  keys = tensorstore.KvStore.open(_kvstore_spec(checkpoint)).result().list().result()
   names = (key.decode().rpartition("/") for key in keys)
   return [name for name, _, file in names if file == ".zarray"]
 
 
-def _place(checkpoint, **inside):
-  return {"driver": "ocdbt", "base": f"file://{checkpoint}/state/", **inside}
+def _kvstore_spec(checkpoint, **fields):
+  return {"driver": "ocdbt", "base": f"file://{checkpoint}/state/", **fields}
 
 
 @dataclasses.dataclass(frozen=True)
 class _SavedArray:
-  """An array of a saved state; `array[2]` reads the third of a stack, `np.asarray` all of it."""
+  """An array of a saved state. `array[2]` reads one layer of a stack, `np.asarray` all of it."""
 
   checkpoint: Path
   name: str
@@ -99,6 +102,7 @@ class _SavedArray:
 
   @classmethod
   def open(cls, checkpoint: Path, name: str) -> "_SavedArray":
+    """Opens an array by its name; only its shape and dtype are read."""
     stored = _stored(checkpoint, name)
     return cls(checkpoint, name, tuple(stored.shape), stored.dtype.numpy_dtype)
 
@@ -117,8 +121,8 @@ class _SavedArray:
 
 @functools.lru_cache(maxsize=256)
 def _stored(checkpoint, name):
-  place = _place(checkpoint, path=f"{name}/")
-  return tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
+  kvstore = _kvstore_spec(checkpoint, path=f"{name}/")
+  return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
 
 
 def _damaged(checkpoint, error):

@@ -1,4 +1,4 @@
-"""What the processes of a run have to agree on before its checkpoints are read or written."""
+"""Exchanges what the processes of a run must agree on before they read or write checkpoints."""
 
 import functools
 import json
@@ -13,13 +13,15 @@ from videochat_flash_jax.errors import InputError
 
 
 def newest_on_all_processes(directory: Path) -> int | None:
-  """The newest whole checkpoint as process 0 sees it, or None; every process calls this.
+  """Returns the step of the newest whole checkpoint that process 0 sees, or None.
+
+  All processes must call this function.
 
   Args:
-    directory: of the checkpoints.
+    directory: directory of the checkpoints.
 
   Raises:
-    InputError: another process does not see it there.
+    InputError: another process does not see this checkpoint.
   """
   newest = max(whole_steps(directory), default=None)
   if jax.process_count() == 1:
@@ -39,9 +41,10 @@ def newest_on_all_processes(directory: Path) -> int | None:
 
 
 def allgather_streams(state: dict) -> dict:
-  """A state of batches with the `streams` of all processes, each of which calls this with its own.
+  """Returns a state of the batches with the `streams` of all processes.
 
-  Any process, of any number of them, finds those that it reads under their names.
+  All processes must call this function, each with its own state. The streams are stored by number,
+  so a run with another number of processes also finds the streams that each process reads.
   """
   if jax.process_count() == 1:
     return state
@@ -51,5 +54,5 @@ def allgather_streams(state: dict) -> dict:
     padded = np.pad(text, (0, max(lengths) - len(text)))
     texts = multihost_utils.process_allgather(padded)
   states = [json.loads(bytes(text[:size])) for text, size in zip(texts, lengths, strict=True)]
-  streams = [one["streams"] for one in states if "streams" in one]
+  streams = [each["streams"] for each in states if "streams" in each]
   return states[0] | ({"streams": functools.reduce(dict.__or__, streams)} if streams else {})

@@ -1,30 +1,33 @@
-"""Where the files of a training run are.
+"""Knows where the files of a training run are.
 
-WORKDIR/hub                    config.json in the released layout, and the tokenizer
-WORKDIR/checkpoints/frozen     weights that the run never changes, see `frozen_weights`
-WORKDIR/checkpoints/500/state  all others, and optimizer; with the next two, a whole checkpoint
+WORKDIR/hub                    config.json in the released format, and the tokenizer
+WORKDIR/checkpoints/frozen     weights that the run never changes; see `frozen_weights`
+WORKDIR/checkpoints/500/state  all other weights, and the state of the optimizer
 WORKDIR/checkpoints/500/data   state of the batches
-WORKDIR/checkpoints/500/run    what wrote it
+WORKDIR/checkpoints/500/run    which run wrote the checkpoint: step, config and versions
+
+A checkpoint is called whole if it has all three of `state`, `data` and `run`.
 """
 
 from pathlib import Path
 
 from videochat_flash_jax.errors import InputError
 
-FROZEN = "frozen"  # beside the checkpoints; and how paths of what is in it begin
+FROZEN = "frozen"  # name of that directory, and first part of the paths of the arrays in it
 _ITEMS = ("state", "data", "run")
 
 
 def is_whole(checkpoint: Path) -> bool:
-  """Whether all items of a checkpoint are there.
+  """Returns whether a checkpoint has all of its items.
 
-  What is written appears at once; but of a checkpoint that was being removed parts may be left.
+  A new checkpoint appears with all items at once. But if the program was killed while it removed a
+  checkpoint, some items may remain.
   """
   return all((checkpoint / item).is_dir() for item in _ITEMS)
 
 
 def whole_steps(directory: Path) -> list[int]:
-  """Steps of the whole checkpoints in a directory, in their order; none if it is missing."""
+  """Returns the steps of the whole checkpoints in a directory, rising; [] if it is missing."""
   if not directory.is_dir():
     return []
   numbered = [path for path in directory.iterdir() if path.name.isdecimal()]
@@ -32,12 +35,15 @@ def whole_steps(directory: Path) -> list[int]:
 
 
 def is_run(directory: Path) -> bool:
-  """Whether this is the WORKDIR of a run, or a checkpoint in it."""
+  """Returns whether a directory is the WORKDIR of a run, or a checkpoint in it."""
   return (directory / "checkpoints").is_dir() or is_whole(directory)
 
 
 def stages_in(directory: Path) -> list[str]:
-  """Names of the runs in the WORKDIR of a config with stages, in their order; none elsewhere."""
+  """Returns the names of the runs (one for each stage) in the WORKDIR of a config with stages.
+
+  They are in order of the stages. Other directories give [].
+  """
   if not directory.is_dir():
     return []
   runs = [path for path in directory.iterdir() if (path / "checkpoints").is_dir()]
@@ -45,20 +51,22 @@ def stages_in(directory: Path) -> list[str]:
 
 
 def refuse_stages(directory: Path) -> None:
-  """Refuses the WORKDIR of a config with stages, each of which is a model of its own.
+  """Raises an error for the WORKDIR of a config with stages: each stage is a model of its own.
 
   Raises:
-    InputError: names the last of the stages.
+    InputError: it is such a directory. The message suggests its last stage.
   """
   if not (directory / "config.json").exists() and (stages := stages_in(directory)):
     raise InputError(
-      f"{directory}: no model, but the stages of a training; give one of them, such as "
-      f"{directory / stages[-1]}"
+      f"{directory}: not a model, but the directory of several training stages; give one of them, "
+      f"such as {directory / stages[-1]}"
     )
 
 
 def hub_files(directory: Path) -> Path:
-  """Where config.json and tokenizer of a checkpoint directory are: there, or in the run's `hub`.
+  """Returns the directory with the config.json and the tokenizer of a checkpoint directory.
+
+  For a training run that is WORKDIR/hub, for other checkpoints the directory itself.
 
   Raises:
     InputError: see `refuse_stages`.

@@ -1,18 +1,19 @@
-"""Rows become batches of fixed shape.
+"""Turns rows of a mixture into batches of fixed shape.
 
-Takes the rows of a mixture and a `DataConfig`. Gives numpy arrays of B packed rows, in a fixed
-order, from worker processes. The whole state is a small dict, and a run goes on from it exactly.
+Input: the rows of a mixture and a `DataConfig`. Output: batches of B packed training rows, as numpy
+arrays, in a fixed order, read by worker processes. The whole state is a small dict. A run that
+restores it continues exactly.
 
 | file            | what it does                                                             |
 |-----------------|--------------------------------------------------------------------------|
-| `train_batches` | the batches of a run; the entry of this folder                           |
-| `data_config`   | what batches are made of                                                 |
-| `example_order` | in which order rows are read, and by which stream                        |
-| `examples`      | one row becomes an example: frames, tiles, tokens and labels             |
-| `row_media`     | reads the video or the images of a row                                   |
-| `replacement`   | another row stands in for one that cannot be read                        |
+| `train_batches` | makes the batches of a run; the entry of this folder                     |
+| `data_config`   | holds the settings of batches                                            |
+| `example_order` | computes the order in which rows are read, and which stream reads which  |
+| `examples`      | turns one annotation row into an example: frames, tiles, tokens, labels  |
+| `row_media`     | reads the video or the images of an annotation row                       |
+| `replacement`   | reads another row instead of one that cannot be read                     |
 | `broken_share`  | stops the run when too many rows cannot be read                          |
-| `row_packer`    | packs examples into rows of T tokens, C clips and image tiles            |
-| `packed_stream` | one stream of examples, read ahead and packed                            |
-| `sharded_rows`  | lays rows out for a mesh that splits their tokens                        |
+| `row_packer`    | packs examples into rows of T tokens, C clips and some image tiles       |
+| `packed_stream` | reads one stream of examples ahead and packs it                          |
+| `sharded_rows`  | arranges rows for a mesh that splits their tokens                        |
 """

@@ -1,4 +1,4 @@
-"""What batches of training data are made of, checked before anything is read."""
+"""Settings of training batches, checked before anything is read."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def _are_frames(value):
 
 @dataclasses.dataclass(frozen=True)
 class ReadingConfig:
-  """How a row of annotations is read: the part that a user chooses."""
+  """How an annotation row is read: the settings that a user chooses."""
 
   frames: tuple[int, int] = field(
     (64, 512),
@@ -45,18 +45,18 @@ class ReadingConfig:
   position_skip: int = field(
     0,
     count(0),
-    "Rotary positions of an example jump ahead by up to so many, twice; see `skipped_positions`.",
+    "Rotary positions of an example jump twice, by at most this many; see `skipped_positions`.",
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleConfig(ReadingConfig):
-  """How a row of annotations becomes an example.
+  """How an annotation row becomes an example.
 
   Attributes:
-    image_size: side of a frame, and of an image tile, in pixels.
-    tiling: of an image that is alone in its conversation.
-    time_message: as in `ReadingConfig`, or None for none.
+    image_size: side of a frame and of an image tile, in pixels.
+    tiling: how an image is cut into tiles if it is the only one in its conversation.
+    time_message: as in `ReadingConfig`; None for no message.
   """
 
   image_size: int = dataclasses.field(kw_only=True)
@@ -74,19 +74,19 @@ class DataConfig:
   """How examples are drawn, packed and read.
 
   Attributes:
-    example: how a row becomes an example.
-    layout: of a packed row on the mesh.
-    rows: B of a batch, of all processes together.
-    seed: of the order of examples.
-    streams: independent packers; each fills `rows / streams` rows of a batch. Batches depend on
-      their number, and not on how many processes share them.
-    workers: processes that read ahead, for each stream; 0 reads when asked. Batches do not depend
-      on their number.
-    max_broken_share: the run stops when more of the examples could not be read.
+    example: how an annotation row becomes an example.
+    row_shape: shape of a packed row, and how the mesh splits it.
+    rows: B, the rows of a batch, counted over all processes.
+    seed: seed of the order of examples.
+    streams: number of independent packers. Each one fills `rows / streams` rows of a batch. Batches
+      depend on this number, but not on how many processes share the streams.
+    workers: number of processes that read ahead, for each stream; 0 reads each batch only when it
+      is asked for. Batches do not depend on this number.
+    max_broken_share: the run stops when a larger share of the examples could not be read.
   """
 
   example: ExampleConfig
-  layout: RowShape
+  row_shape: RowShape
   rows: int
   seed: int
   streams: int = 1
@@ -95,16 +95,18 @@ class DataConfig:
 
   def __post_init__(self):
     if self.streams < 1 or self.rows < 1 or self.rows % self.streams:
-      raise InputError(f"rows is {self.rows} and streams {self.streams}; give a multiple of them")
+      raise InputError(
+        f"rows is {self.rows} and streams {self.streams}; give rows that are a multiple of streams"
+      )
     if not 0 <= self.seed < 2**32:
       raise InputError(f"seed is {self.seed}; give a number from 0 to 2**32 - 1")
 
   def facts(self) -> dict:
-    """All that decides what is in a batch, flat and fit for JSON."""
+    """Returns all settings that decide the content of a batch, as one flat dict of JSON values."""
     facts = dataclasses.asdict(self)
     for name in ("workers", "max_broken_share"):
       del facts[name]
-    for part in ("example", "layout"):
+    for part in ("example", "row_shape"):
       facts |= facts.pop(part)
     tiling, frames = facts.pop("tiling"), facts.pop("frames")
     return facts | tiling | {"frames": list(frames)}

@@ -1,7 +1,7 @@
-r"""From a row of annotations to an example: frames, image tiles, tokens and labels.
+r"""Turns an annotation row into an example: frames, image tiles, tokens and labels.
 
-  row       video of 100 s, "<image>\nWhat moves?", "A cat."
-  frames    25 clips of 4 frames, one a second
+  row       a video of 100 s, "<image>\nWhat moves?", "A cat."
+  frames    25 clips of 4 frames, one frame a second
   tokens    [the time message and the question, 1,600 visual tokens, the answer]
 
 The rules are those of the official training code; see `annotations`, `frame_sampling` and
@@ -41,16 +41,19 @@ from videochat_flash_jax.data.text.visual_slots import open_slots
 
 
 class Example(NamedTuple):
-  """A conversation with what is seen.
+  """A tokenized conversation with its frames and image tiles.
 
   Attributes:
-    frames: uint8 `[C, 4, S, S, 3]`, clips of four frames; or features, bfloat16 `[C, V, E]`.
-    tiles: uint8 `[I, 1, S, S, 3]`, views of images; or features, bfloat16 `[I, V, E]`.
-    token_ids: int32 `[T]`, 0 where a visual token will stand.
+    frames: uint8 `[C, 4, S, S, 3]`, clips of four frames; or their features, bfloat16 `[C, V, E]`.
+    tiles: uint8 `[I, 1, S, S, 3]`, tiles and base views of images; or their features, bfloat16
+      `[I, V, E]`.
+    token_ids: int32 `[T]`, 0 where a visual token will be inserted.
     labels: int32 `[T]`.
-    visual_index: int32 `[T]`: which visual token, those of clips first, or -1.
-    positions: int32 `[T]`.
-    is_damaged: whether frames of the video stand in for others that cannot be read.
+    visual_index: int32 `[T]`: index of the visual token, or -1 for a text token. The visual tokens
+      of clips are counted first, then those of tiles.
+    positions: int32 `[T]`, rotary positions.
+    is_damaged: whether some frames of the video could not be read, so that other frames replace
+      them.
   """
 
   frames: np.ndarray
@@ -62,15 +65,16 @@ class Example(NamedTuple):
   is_damaged: bool = False
 
 
-class Seen(NamedTuple):
-  """What a row shows, before its text is read.
+class RowMedia(NamedTuple):
+  """The frames or tiles of an annotation row, before its text is tokenized.
 
   Attributes:
     frames: as in `Example`.
     tiles: as in `Example`.
-    counts: visual tokens of each video or image.
-    order: which visual token stands where, if not one after the other.
-    message: of the time.
+    counts: number of visual tokens of each video or image.
+    order: int `[sum(counts)]`, the order in which visual tokens appear in the text; None for
+      0, 1, 2 and so on.
+    message: the time message, "" if there is none.
     is_damaged: as in `Example`.
   """
 
@@ -83,74 +87,80 @@ class Seen(NamedTuple):
 
 
 class ExampleReader(TokenizerOfProcess):
-  """Reads rows of annotations, with their media."""
+  """Reads annotation rows with their media."""
 
   def __init__(
     self,
     config: ExampleConfig,
-    layout: RowShape,
+    row_shape: RowShape,
     make_tokenizer: Callable[[], Tokenizer],
     features: FeatureStore | None = None,
   ):
-    """Opens nothing yet.
+    """Stores the settings; nothing is opened yet.
 
     Args:
-      config: how rows become examples.
-      layout: of a row of tokens, which each example has to fit by itself.
-      make_tokenizer: gives the tokenizer, once in each process.
-      features: to take in place of frames and tiles, which are then not read.
+      config: how annotation rows become examples.
+      row_shape: shape of a training row. Each example must fit into an empty one.
+      make_tokenizer: returns the tokenizer; called once in each process.
+      features: features to use instead of frames and tiles, which are then not read.
     """
     super().__init__(make_tokenizer)
-    self._config, self._layout, self._features = config, layout, features
+    self._config, self._row_shape, self._features = config, row_shape, features
 
   def read(self, row: Mapping[str, Any], rng: np.random.Generator) -> Example:
-    """Reads a row, with whole paths of its media; `rng` draws the positions.
+    """Reads one annotation row.
+
+    Args:
+      row: the annotation row; the paths of its media must be complete.
+      rng: draws the positions.
 
     Raises:
       BrokenRow: the row or its media cannot be used.
     """
-    seen = self._see(row)
-    text = self._encode(row, seen.message)
-    token_ids, visual_index = open_slots(text.ids, seen.counts)
+    media = self._read_media(row)
+    text = self._encode(row, media.message)
+    token_ids, visual_index = open_slots(text.ids, media.counts)
     labels = np.full(len(token_ids), IGNORE_LABEL, np.int32)
     labels[visual_index < 0] = text.labels[text.ids >= 0]
-    if seen.order is not None:
-      visual_index[visual_index >= 0] = seen.order
-    length = self._layout.tokens
+    if media.order is not None:
+      visual_index[visual_index >= 0] = media.order
+    length = self._row_shape.tokens
     per_token = [values[:length] for values in (token_ids, labels, visual_index)]
     positions = skipped_positions(len(per_token[0]), self._config.position_skip, rng)
-    example = Example(seen.frames, seen.tiles, *per_token, positions, seen.is_damaged)
+    example = Example(media.frames, media.tiles, *per_token, positions, media.is_damaged)
     self._check_fits(example, len(token_ids))
     return example
 
-  def _see(self, row) -> Seen:
-    tokens = self._layout.clip_tokens
-    clip_shape, tile_shape, dtype = seen_as(self._config, self._features)
+  def _read_media(self, row) -> RowMedia:
+    tokens = self._row_shape.clip_tokens
+    clip_shape, tile_shape, dtype = media_shapes(self._config, self._features)
     no_clips, no_tiles = np.empty((0, *clip_shape), dtype), np.empty((0, *tile_shape), dtype)
     if row.get("video") is not None:
       video = read_row_video(row, self._config, self._features)
       message = time_message(self._config.time_message, video.seconds, video.frame_seconds)
       counts = [len(video.clips) * tokens]
-      return Seen(video.clips, no_tiles, counts, None, message, video.is_damaged)
+      return RowMedia(video.clips, no_tiles, counts, None, message, video.is_damaged)
     self._check_num_images(row)
     images = read_row_images(row)
     if not images:
-      return Seen(no_clips, no_tiles, [])
+      return RowMedia(no_clips, no_tiles, [])
     grids = choose_grids(images, self._config)
-    tiles = np.concatenate([self._tiles(*view) for view in zip(images, grids, strict=True)])
+    tiles = np.concatenate(
+      [self._tiles(image, grid) for image, grid in zip(images, grids, strict=True)]
+    )
     if len(images) > 1:
-      return Seen(no_clips, tiles, [tokens] * len(images))
+      return RowMedia(no_clips, tiles, [tokens] * len(images))
     order = sequence_order(*grids[0], tokens)
-    return Seen(no_clips, tiles, [len(order)], order)
+    return RowMedia(no_clips, tiles, [len(order)], order)
 
   def _check_num_images(self, row):
-    """Refuses more images than a row has tokens for, before all of them are read."""
+    """Raises `BrokenRow` if a row has no room for so many images, before any of them is read."""
     num_images = len(media_paths(row, "image")) if row.get("image") is not None else 0
-    if num_images * self._layout.clip_tokens > self._layout.tokens:
+    if num_images * self._row_shape.clip_tokens > self._row_shape.tokens:
       raise BrokenRow(
         "too long",
-        f"{num_images} images of {self._layout.clip_tokens} tokens, but a row has "
-        f"{self._layout.tokens}; give longer rows, or fewer images",
+        f"{num_images} images of {self._row_shape.clip_tokens} tokens, but a row has "
+        f"{self._row_shape.tokens}; give longer rows, or fewer images",
       )
 
   def _tiles(self, image, grid):
@@ -164,56 +174,72 @@ class ExampleReader(TokenizerOfProcess):
       try:
         return encode_row(row, self.tokenizer, template, message, style)
       except (TypeError, UnicodeError) as error:  # JSON may hold half of a surrogate pair
-        raise BrokenRow("bad conversations", "a text is not valid UTF-8; mend it") from error
+        raise BrokenRow("bad conversations", "a text is not valid UTF-8; correct it") from error
 
   def _has_answer(self, example) -> bool:
-    """Whether any token of an answer is learnt: neither a mark nor the header of its turn."""
+    """Whether the loss is computed on any token of an answer.
+
+    Special tokens and the header of the answer's turn do not count.
+    """
     tokenizer = self.tokenizer
-    marks = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id
-    is_answer = (example.labels != IGNORE_LABEL) & ~np.isin(example.labels, marks)
+    special_ids = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id
+    is_answer = (example.labels != IGNORE_LABEL) & ~np.isin(example.labels, special_ids)
     header_length = len(tokenizer.encode(ANSWER_HEADER))
     for start in np.flatnonzero(example.token_ids == tokenizer.im_start_id):
       is_answer[start : start + header_length] = False
     return bool(is_answer.any())
 
   def _check_fits(self, example, num_tokens):
-    """Refuses an example that would lose a part of what is seen, or all answers."""
-    num_clips, room = len(example.frames), self._layout.room
-    num_visual = (num_clips + len(example.tiles)) * self._layout.clip_tokens
+    """Raises `BrokenRow` if the cut to the row's length removed visual tokens or all answers."""
+    num_clips, capacity = len(example.frames), self._row_shape.capacity
+    num_visual = (num_clips + len(example.tiles)) * self._row_shape.clip_tokens
     if (example.visual_index >= 0).sum() < num_visual or not self._has_answer(example):
       raise BrokenRow(
         "too long",
-        f"{num_tokens} tokens, {num_visual} of them visual, but a row has {self._layout.tokens}; "
-        "give longer rows, or fewer frames",
+        f"{num_tokens} tokens, {num_visual} of them visual, but a row has "
+        f"{self._row_shape.tokens}; give longer rows, or fewer frames",
       )
-    needs = self._layout.needs(example.visual_index, num_clips)
-    for kind, needed, space in zip(("clips", "tiles"), needs.max(axis=1), room[:, 0], strict=True):
-      if needed > space:
+    needs = self._row_shape.needs(example.visual_index, num_clips).max(axis=1)
+    for kind, needed, available in zip(("clips", "tiles"), needs, capacity[:, 0], strict=True):
+      if needed > available:
         raise BrokenRow(
           "too long",
-          f"a part of a row needs {needed} {kind}, but {kind}_per_shard is {space}; give more",
+          f"a part of a row needs {needed} {kind}, but {kind}_per_shard is {available}; give more",
         )
 
 
-def seen_as(
+def media_shapes(
   config: ExampleConfig, features: FeatureStore | None
 ) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype]:
-  """Shape of a clip, that of a tile, and the dtype of both: of pixels, or of features."""
+  """Returns the shape of a clip, the shape of a tile, and the dtype of both.
+
+  With pixels: `(4, S, S, 3)`, `(1, S, S, 3)`, uint8. With features: `(V, E)` twice, bfloat16.
+  """
   if features is not None:
     return features.clip_shape, features.clip_shape, np.dtype(ml_dtypes.bfloat16)
   picture = (config.image_size, config.image_size, 3)
   return (CLIP_FRAMES, *picture), (1, *picture), np.dtype(np.uint8)
 
 
-def skipped_positions(length: int, most: int, rng: np.random.Generator) -> np.ndarray:
-  """Positions that jump, so that short examples teach late positions, too.
+def skipped_positions(length: int, max_skip: int, rng: np.random.Generator) -> np.ndarray:
+  """Draws rotary positions that jump, so that short examples also train late positions.
 
-  All move by a first step, those behind a random place by a second one that is no smaller, both at
-  most `most`: of 5 tokens, steps 2 and 4, place 3: 2 3 4 7 8. As `pos_skipping_range` of
+  All tokens are shifted by a first skip. The tokens from a random index on are shifted by a second
+  skip instead, which is not smaller. Both are at most `max_skip`. This is `pos_skipping_range` of
   LLaVA-NeXT's training code.
+
+      5 tokens, skips 2 and 4, second skip from index 3 on:   2 3 4 7 8
+
+  Args:
+    length: T.
+    max_skip: the largest skip.
+    rng: draws the index and both skips.
+
+  Returns:
+    int32 `[T]`, rising.
   """
-  place = rng.integers(length, endpoint=True)
-  first = rng.integers(most, endpoint=True)
-  second = rng.integers(first, most, endpoint=True)
+  second_start = rng.integers(length, endpoint=True)
+  first = rng.integers(max_skip, endpoint=True)
+  second = rng.integers(first, max_skip, endpoint=True)
   positions = np.arange(length, dtype=np.int32)
-  return positions + np.where(positions < place, first, second).astype(np.int32)
+  return positions + np.where(positions < second_start, first, second).astype(np.int32)

@@ -1,13 +1,15 @@
-"""One stream of examples, read ahead by worker processes and packed into rows.
+"""Reads one stream of examples ahead with worker processes, and packs it into rows.
 
-A place in it is saved as two things: the number of the next example, and for each row that is not
-full yet the examples in it, each with the row of the mixture that was read for it:
+The state of a stream has two parts: the number of the next example, and the content of each packed
+row that is not full yet. Such a packed row is a list of pairs: the number of an example, and the
+row of the mixture that was read for it.
 
   {"next": 17, "unfinished": [[[12, 204], [15, 31]], [[16, 7]]]}
 
-Those are read once more when a run goes on. They have to be the same rows as before, although by
-then others may be readable, so which ones they were is not worked out again. If rows have another
-layout by then (they are spread over more devices, say), the examples are packed anew.
+A resumed run reads the examples of the unfinished rows again. They must come from the same rows of
+the mixture as before, even if other rows can be read by then; that is why their numbers are saved
+and not computed again. If the shape of packed rows has changed (for example, they are split over
+more devices), these examples are packed again.
 """
 
 import contextlib
@@ -30,80 +32,95 @@ from videochat_flash_jax.data.batches.row_packer import Packed, RowPacker
 from videochat_flash_jax.errors import InputError
 
 _ENDLESS = 1 << 40
-_EXAMPLES_AHEAD = 2  # of each worker
-_LEAST_SHARED_BYTES = 1 << 16  # smaller arrays are sent, larger ones handed over in shared memory
-_FOR_PROGRAM = (signal.SIGTERM, signal.SIGINT)  # what schedulers and terminals send to all at once
+_EXAMPLES_AHEAD = 2  # that each worker reads before they are needed
+_MIN_SHARED_BYTES = 1 << 16  # larger arrays go through shared memory, smaller ones through a pipe
+# Schedulers and terminals send these signals to all processes of a run at once.
+_PROGRAM_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Reader(Protocol):
-  """Gives the n-th example of a stream: `ReplacingReader`, or `SyntheticReader`."""
+  """Reads the n-th example of a stream: a `ReplacingReader` or a `SyntheticReader`."""
 
   def read(self, stream: int, number: int) -> Drawn:
     """Reads example `number` of a stream."""
 
   def read_again(self, stream: int, number: int, row: int) -> Drawn:
-    """Reads it as it was read before, from `row`."""
+    """Reads example `number` again, from the `row` that was read for it before."""
 
 
 class PackedStream:
-  """Gives packed rows, endlessly."""
+  """An endless iterator over packed rows."""
 
-  def __init__(self, reader: Reader, number: int, config: DataConfig):
-    """Reads nothing yet; `number` is that of the stream."""
-    self._reader, self._number, self._config = reader, number, config
-    self._drawn: grain.DatasetIterator | None = None
+  def __init__(self, reader: Reader, stream: int, config: DataConfig):
+    """Prepares stream number `stream`; nothing is read yet."""
+    self._reader, self._stream, self._config = reader, stream, config
+    self._examples: grain.DatasetIterator | None = None
     self._packer: RowPacker | None = None
-    self._is_drawn_from = False
-    self._next, self._unfinished, self._is_anew = 0, [], False
+    self._has_started = False
+    self._next, self._unfinished, self._repack = 0, [], False
 
   def state(self) -> dict[str, Any]:
-    """Fit for JSON; see the module's example."""
+    """Returns the state as JSON values; see the example of the module."""
     unfinished = self._packer.unfinished if self._packer else self._unfinished
     return {"next": self._next, "unfinished": unfinished}
 
-  def set_state(self, state: dict[str, Any], is_anew: bool = False):
-    """Goes on from what `state` gave; `is_anew`: it was saved with another layout of rows."""
+  def set_state(self, state: dict[str, Any], repack: bool = False):
+    """Restores what `state` returned.
+
+    Args:
+      state: the saved state.
+      repack: whether the examples of unfinished rows are packed again, because rows had another
+        shape when the state was saved.
+    """
     self.stop()
-    self._next, self._unfinished, self._is_anew = state["next"], state["unfinished"], is_anew
+    self._next, self._unfinished, self._repack = state["next"], state["unfinished"], repack
 
   def start(self):
-    """Begins to read, if that has not begun yet."""
-    if self._drawn is None:
-      self._is_drawn_from, again = False, [pair for row in self._unfinished for pair in row]
-      self._drawn = _read_ahead(self._reader, self._number, self._config.workers, again, self._next)
+    """Starts to read, if that has not started yet."""
+    if self._examples is None:
+      self._has_started, again = False, [pair for row in self._unfinished for pair in row]
+      self._examples = _read_ahead(
+        self._reader, self._stream, self._config.workers, again, self._next
+      )
 
   def stop(self):
-    """Ends the workers; the stream can be started again where it is."""
+    """Ends the workers; `start` continues from the same example."""
     if self._packer is not None:
-      self._unfinished, self._packer, self._is_anew = self._packer.unfinished, None, False
-    if self._drawn is not None:
-      self._drawn.close()
-      self._drawn = None
+      self._unfinished, self._packer, self._repack = self._packer.unfinished, None, False
+    if self._examples is not None:
+      self._examples.close()
+      self._examples = None
 
   def next_row(self, share: BrokenShare) -> list[Packed]:
-    """The next row, of which new examples are counted in `share`.
+    """Reads examples until a row is full, and returns that row.
+
+    Args:
+      share: counts the new examples.
 
     Raises:
-      InputError: too many rows cannot be read, or one that is to be read again; or a worker died.
-        Then the stream is good for nothing but `set_state`.
+      InputError: too many rows cannot be read, a row that must be read again cannot be read, or a
+        worker died. After the error only `set_state` may be called.
     """
     if self._packer is None:
-      self._packer = self._begun_packer()
+      self._packer = self._restored_packer()
     full = None
     while full is None:
       drawn = self._draw()
-      share.count(drawn, self._number)
+      share.count(drawn, self._stream)
       full = self._packer.add(Packed(self._next, drawn.row, drawn.example))
       self._next += 1
     return full
 
-  def _begun_packer(self) -> RowPacker:
-    """One that holds the examples of the unfinished rows, read again; they were counted before."""
-    packer = RowPacker(self._config.layout)
+  def _restored_packer(self) -> RowPacker:
+    """A packer with the examples of the unfinished rows.
+
+    The examples are read again, but not counted again.
+    """
+    packer = RowPacker(self._config.row_shape)
     for row in self._unfinished:
       items = [Packed(number, source_row, self._draw().example) for number, source_row in row]
-      if not self._is_anew:
-        packer.put_together(items)
+      if not self._repack:
+        packer.begin_row(items)
         continue
       for item in items:
         packer.put(item)
@@ -111,36 +128,37 @@ class PackedStream:
 
   def _draw(self) -> Drawn:
     try:
-      if self._is_drawn_from:
-        return next(self._drawn)
-      self._is_drawn_from = True
-      with _signals_held_back():  # Grain starts the workers now
-        return next(self._drawn)
+      if self._has_started:
+        return next(self._examples)
+      self._has_started = True
+      with _program_signals_blocked():  # the first `next` makes Grain start the workers
+        return next(self._examples)
     except RuntimeError as error:
-      if "terminated unexpectedly" not in str(error):  # Grain's words
+      if "terminated unexpectedly" not in str(error):  # part of Grain's message
         raise
       raise InputError(
-        "a process that reads training data has died, mostly for want of memory: give fewer "
-        "workers or more memory, in a container also more shared memory (docker run --shm-size); "
-        'or of a script without `if __name__ == "__main__":`, which each of them runs again'
+        "a process that reads training data has died. If there was too little memory (the usual "
+        "reason): give fewer workers or more memory, in a container also more shared memory "
+        '(docker run --shm-size). If your script has no `if __name__ == "__main__":`: add it, '
+        "because each of these processes runs the script again"
       ) from error
 
 
 def stop_all(streams: Iterable[PackedStream]):
-  """Ends the workers of streams."""
+  """Ends the workers of all these streams."""
   for stream in streams:
     stream.stop()
 
 
 @contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-  """Threads and processes that are started within it never get signals that are the program's.
+def _program_signals_blocked() -> Iterator[None]:
+  """Blocks SIGTERM and SIGINT for all threads and processes that are started inside the block.
 
-  A scheduler's SIGTERM, or Ctrl-C in a terminal, goes to all processes of a run. It is for the
-  program to end its workers, when it has saved what they read.
+  A scheduler's SIGTERM, or Ctrl-C in a terminal, goes to all processes of a run. But only the main
+  process may end the workers, after it has saved the state of what they read.
   """
-  resource_tracker.ensure_running()  # which lets the signals through again when it is started
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_PROGRAM)
+  resource_tracker.ensure_running()  # its start would unblock the signals, so it is started before
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, _PROGRAM_SIGNALS)
   try:
     yield
   finally:
@@ -149,15 +167,16 @@ def _signals_held_back() -> Iterator[None]:
 
 @functools.cache
 def _end_with_program():
-  """Has a worker process end when the program is gone, even if that was killed."""
+  """Makes a worker process end when the main process has ended, even if that one was killed."""
   program = multiprocessing.parent_process()
 
-  def follow():
+  def exit_after_program():
+    """Waits for the end of the main process, then ends this one at once."""
     program.join()
     os._exit(1)
 
   if program is not None:
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_after_program, daemon=True).start()
 
 
 def _read_ahead(
@@ -167,25 +186,26 @@ def _read_ahead(
   again: Sequence[Sequence[int]],
   first: int,
 ) -> grain.DatasetIterator:
-  """Yields the examples `again`, numbers and rows, then all from number `first` on."""
+  """Yields the examples `again` (pairs of number and row), then all from number `first` on."""
 
-  def draw(place: int) -> Drawn:
+  def draw(index: int) -> Drawn:
+    """Reads the example with this index in the iterator."""
     _end_with_program()
-    if place < len(again):
-      return reader.read_again(stream, *again[place])
-    return reader.read(stream, first + place - len(again))
+    if index < len(again):
+      return reader.read_again(stream, *again[index])
+    return reader.read(stream, first + index - len(again))
 
-  # One at a time and nothing ahead, in each worker: its output is buffered already.
+  # Each worker reads one example at a time: its output has a buffer of its own.
   read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   examples = grain.MapDataset.range(_ENDLESS).map(draw).to_iter_dataset(read_options)
-  options = grain.experimental.DatasetOptions(min_shm_size=_LEAST_SHARED_BYTES)
+  options = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
   examples = grain.experimental.WithOptionsIterDataset(examples, options)
   if workers:
-    if not flags.FLAGS.is_parsed():  # Grain asks for it
+    if not flags.FLAGS.is_parsed():  # Grain requires it
       flags.FLAGS.mark_as_parsed()
     examples = examples.mp_prefetch(
       grain.MultiprocessingOptions(workers, per_worker_buffer_size=_EXAMPLES_AHEAD)
     )
-  drawn = iter(examples)
-  drawn.start_prefetch()
-  return drawn
+  iterator = iter(examples)
+  iterator.start_prefetch()
+  return iterator

@@ -1,7 +1,8 @@
-"""The video or the images of a row: which frames, at which times, and what can be wrong with them.
+"""Reads the video or the images of an annotation row: chooses frames, and names what is wrong.
 
-Videos, clips of them and folders of pictures follow the rules of the official training code (see
-`annotations`). The times of a clip's frames count from its start, as there.
+Videos, parts of videos ("clips" of an annotation, from `start` to `end`) and folders of pictures
+follow the rules of the official training code (see `annotations`). As in that code, the times of
+the frames of such a part count from its start.
 """
 
 import contextlib
@@ -33,19 +34,22 @@ from videochat_flash_jax.data.mixture.annotations import (
 from videochat_flash_jax.data.mixture.broken import BrokenRow, because
 from videochat_flash_jax.errors import InputError
 
-_BEYOND_SECONDS, _BEYOND_SHARE = 1.0, 0.1  # annotators round times, and files are cut again
-_TVQA_FPS = 3.0  # of that data set's folders of pictures; those of all others show one a second
+# An annotated end may lie after the end of the video by this much: annotators round times, and some
+# files were cut again later.
+_BEYOND_SECONDS, _BEYOND_SHARE = 1.0, 0.1
+# Frame rate of the picture folders of the data set TVQA; all others have one picture a second.
+_TVQA_FPS = 3.0
 ENCODE_AGAIN = "run vcflash data encode with the frames of this run"
 
 
 class RowVideo(NamedTuple):
-  """What is seen of a row's video.
+  """The sampled frames of a row's video.
 
   Attributes:
     clips: uint8 `[C, 4, S, S, 3]`; or features of them, bfloat16 `[C, V, E]`.
-    seconds: length of the video, or of its clip.
-    frame_seconds: `[4 C]`, when each frame is shown.
-    is_damaged: whether others stand in for frames that cannot be read.
+    seconds: length of the video, or of the annotated part of it.
+    frame_seconds: `[4 C]`, the time at which each frame is shown.
+    is_damaged: whether some frames could not be read, so that other frames replace them.
   """
 
   clips: np.ndarray
@@ -55,7 +59,7 @@ class RowVideo(NamedTuple):
 
 
 class FrameChoice(NamedTuple):
-  """Numbers of the frames chosen, and the rest as in `RowVideo`."""
+  """Indices of the chosen frames, `[4 C]`; the other fields are those of `RowVideo`."""
 
   indices: np.ndarray
   seconds: float
@@ -65,12 +69,12 @@ class FrameChoice(NamedTuple):
 def read_row_video(
   row: Mapping[str, Any], config: ExampleConfig, features: FeatureStore | None = None
 ) -> RowVideo:
-  """Samples frames of the video of a row, or takes their features from a store.
+  """Samples frames of the video of a row, or gets their features from a store.
 
   Raises:
-    BrokenRow: there is no such video, it cannot be read, or the row's times do not fit it; or the
+    BrokenRow: there is no such video, it cannot be read, the row's times do not fit it, or the
       store has no features of these frames.
-    OSError: it cannot be read now, which may not last.
+    OSError: the video cannot be read now, but may be readable later.
   """
   if features is None:
     with open_row_video(row) as video:
@@ -91,10 +95,10 @@ def read_row_video(
 
 
 def row_video_path(row: Mapping[str, Any]) -> str:
-  """The path of a row's video.
+  """Returns the path of a row's video.
 
   Raises:
-    BrokenRow: there are several.
+    BrokenRow: the row has several videos.
   """
   path, *others = media_paths(row, "video")
   if others:
@@ -106,19 +110,22 @@ def row_video_path(row: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def open_row_video(row: Mapping[str, Any]) -> Iterator[VideoReader]:
-  """Opens the video of a row; raises as `read_row_video`, whatever is read from it."""
+  """Opens the video of a row.
+
+  Opening it, and reading from it inside the `with` block, raise the errors of `read_row_video`.
+  """
   path = row_video_path(row)
   if row.get("video_read_type") == "img" and is_address(path):
-    found = f"{path}: folders of pictures are read from this machine only"
+    found = f"{path}: folders of pictures can only be read from this machine"
     raise BrokenRow("unreadable video", f"{found}; copy it here, or make it a video")
   picture_fps = _TVQA_FPS if "tvqa" in path.lower() else 1.0
-  options = {"num_threads": 1, "logs_damage": False}  # whoever counts damaged videos logs them
+  options = {"num_threads": 1, "logs_damage": False}  # `BrokenShare` logs damaged videos
   with _reading("unreadable video", path), open_video(path, picture_fps, **options) as video:
     yield video
 
 
 def choose_frames(row: Mapping[str, Any], info: VideoInfo, config: ExampleConfig) -> FrameChoice:
-  """Chooses frames of the video of a row.
+  """Chooses the frames of the video of a row.
 
   Raises:
     BrokenRow: the row's times do not fit the video.
@@ -129,17 +136,17 @@ def choose_frames(row: Mapping[str, Any], info: VideoInfo, config: ExampleConfig
 
 
 def read_clips(video: VideoReader, choice: FrameChoice, config: ExampleConfig) -> np.ndarray:
-  """The frames chosen, uint8 `[C, 4, S, S, 3]`."""
+  """Reads the chosen frames, uint8 `[C, 4, S, S, 3]`."""
   frames = video.read(choice.indices, config.image_size)
   return frames.reshape(-1, CLIP_FRAMES, *frames.shape[1:])
 
 
 def read_row_images(row: Mapping[str, Any]) -> list[np.ndarray]:
-  """All images of a row, each uint8 `[H, W, 3]` of its own size; none if it has no image.
+  """Reads all images of a row, each uint8 `[H, W, 3]` with its own size; [] if there are none.
 
   Raises:
     BrokenRow: there is no such image, or it cannot be read.
-    OSError: it cannot be read now, which may not last.
+    OSError: the image cannot be read now, but may be readable later.
   """
   images = []
   for path in media_paths(row, "image") if row.get("image") is not None else []:
@@ -151,7 +158,10 @@ def read_row_images(row: Mapping[str, Any]) -> list[np.ndarray]:
 def choose_grids(
   images: Sequence[np.ndarray], config: ExampleConfig
 ) -> list[tuple[int, int] | None]:
-  """Columns and rows of each image's tiles; None, a padded square, for each of several images."""
+  """Returns (columns, rows) of the tiles of a single image.
+
+  Of several images each one becomes a padded square without tiles: then each entry is None.
+  """
   if len(images) > 1:
     return [None] * len(images)
   sizes = ((image.shape[1], image.shape[0]) for image in images)
@@ -159,7 +169,10 @@ def choose_grids(
 
 
 def read_tiles(image: np.ndarray, grid: tuple[int, int] | None, image_size: int) -> np.ndarray:
-  """The views of an image, uint8 `[I, 1, S, S, 3]`."""
+  """Returns the tiles and the base view of an image, or its padded square.
+
+  They are uint8 `[I, 1, S, S, 3]`.
+  """
   with because("unreadable image"):
     if grid is None:
       return resize(pad_to_square(image), image_size)[None, None]
@@ -169,10 +182,10 @@ def read_tiles(image: np.ndarray, grid: tuple[int, int] | None, image_size: int)
 def tile_features(
   image: np.ndarray, grid: tuple[int, int] | None, features: FeatureStore
 ) -> np.ndarray:
-  """The features of an image's views, bfloat16 `[I, V, E]`.
+  """Returns the stored features of what `read_tiles` would read, bfloat16 `[I, V, E]`.
 
   Raises:
-    BrokenRow: the store has none.
+    BrokenRow: the store has no features of this image.
   """
   tiles = features.get(image_entry(image, grid))
   if tiles is None:
@@ -182,9 +195,9 @@ def tile_features(
 
 @contextlib.contextmanager
 def _reading(reason: str, path: str) -> Iterator[None]:
-  """Whatever a decoder makes of a broken file, it becomes a `BrokenRow`."""
+  """Turns whatever error a decoder raises for a broken file into a `BrokenRow`."""
   with because(reason):
-    # Whether there is a file at an address shows when it is opened.
+    # Whether there is a file at a web address is only known once it is opened.
     if not is_address(path) and not exists(path):
       raise BrokenRow("missing file", f"{path}: there is no such file; check the path")
     try:
@@ -203,23 +216,26 @@ def _sample(
   clip: tuple[float, float] | None,
   config: ExampleConfig,
 ) -> tuple[np.ndarray, float, np.ndarray]:
-  """Frame numbers, the length in seconds, and the frames' times."""
-  least, most = config.frames
-  bounds = {"min_frames": least, "max_frames": most, "local_frames": CLIP_FRAMES}
+  """The indices of the frames, the length in seconds, and the times of the frames."""
+  min_frames, max_frames = config.frames
+  bounds = {"min_frames": min_frames, "max_frames": max_frames, "local_frames": CLIP_FRAMES}
   fps = 1.0 if read_type == "gif" else info.fps
   seconds = info.num_frames / fps
   if clip is None:
-    rate = 1.0 if is_folder else fps  # pictures are counted as seconds, whatever their rate
-    indices = training_indices(config.sampling, info.num_frames, rate, num_picks=most, **bounds)
+    rate = 1.0 if is_folder else fps  # each picture counts as one second, whatever its rate
+    indices = training_indices(
+      config.sampling, info.num_frames, rate, num_picks=max_frames, **bounds
+    )
     return indices, seconds, indices / fps
   start, end = clip
   if read_type != "img" and end > seconds + max(_BEYOND_SECONDS, _BEYOND_SHARE * seconds):
     raise InputError(
-      f"clip from {start:g} s to {end:g} s ends far beyond a video of {seconds:.2f} s; mend its end"
+      f"clip from {start:g} s to {end:g} s ends long after a video of {seconds:.2f} s; correct its "
+      "end"
     )
   if read_type == "img":
     frames = config.sampling, info.num_frames, fps
-    indices = picture_indices(*frames, start, end, num_picks=most, **bounds)
+    indices = picture_indices(*frames, start, end, num_picks=max_frames, **bounds)
     end = min(end, seconds)
   else:
     num_picks = num_clip_frames(end - start, config.sampling, **bounds)

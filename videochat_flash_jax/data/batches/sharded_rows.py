@@ -1,14 +1,14 @@
-"""Rows laid out for a mesh that spreads their tokens: on the host, once.
+"""Arranges packed rows for a mesh that splits their tokens: once, on the host.
 
-A shard of a sequence takes visual tokens from its own clips and image tiles alone, so nothing
-travels when they are spliced. Two clips of two tokens, a text token before and behind each, two
-shards, in order:
+Each shard of a row gets its own clips and image tiles: those whose tokens it holds. So no visual
+token is sent between devices when the visual tokens are spliced into the text. For example, with
+two clips of two tokens each, text tokens around them, two shards and no zigzag:
 
   visual_index  -1 0 1 -1 | 2 3 -1 -1        clips  a b
   becomes       -1 0 1 -1 | 0 1 -1 -1        clips  a | b
 
-A clip whose tokens lie in two shards is given to both. Tiles are counted behind the clips: in a row
-behind all of its clips, in a shard behind its room for clips.
+A clip whose tokens lie in two shards is copied to both. In `visual_index`, tiles are counted after
+clips: in a row, after all clips of the row; in a shard, after the `clips_per_shard` of the shard.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ PER_TOKEN = ("token_ids", "labels", "visual_index", "positions", "segment_ids")
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-  """The shape of a row, and how a mesh splits it.
+  """The shape of a packed row, and how a mesh splits it.
 
   Attributes:
-    tokens: T of a row.
-    clip_tokens: visual tokens of a clip, and of a tile.
-    clips_per_shard: room for clips of 4 frames of each shard; what is left of it is black.
-    tiles_per_shard: room for image tiles of each shard.
-    num_shards: parts into which rows are split.
-    zigzag: put the tokens into the order of `zigzag_order`.
+    tokens: T, the tokens of a row.
+    clip_tokens: V, the visual tokens of a clip, and of a tile.
+    clips_per_shard: largest number of clips of 4 frames in each shard; unused ones are black.
+    tiles_per_shard: largest number of image tiles in each shard.
+    num_shards: number of parts into which a row is split.
+    zigzag: whether the tokens are put into the order of `zigzag_order`.
   """
 
   tokens: int
@@ -52,34 +52,34 @@ class RowShape:
 
   @property
   def order(self) -> np.ndarray:
-    """Which token stands at each place: int `[T]`."""
+    """Order of the tokens on the mesh: int `[T]`, `x[order]` is the rearranged array."""
     return _order_and_shards(self.tokens, self.num_shards, self.zigzag)[0]
 
   @property
   def shard_of_token(self) -> np.ndarray:
-    """In which shard each token of a row stands: int `[T]`."""
+    """The shard of each token of a row: int `[T]`, for tokens in their original order."""
     return _order_and_shards(self.tokens, self.num_shards, self.zigzag)[1]
 
   def needs(self, visual_index: np.ndarray, num_clips: int, offset: int = 0) -> np.ndarray:
-    """How many clips and tiles each shard needs for a piece of a row.
+    """Counts the clips and tiles that each shard needs for an example in a row.
 
     Args:
-      visual_index: `[L]` of the piece, counted from its own first clip.
-      num_clips: of the piece; visual tokens behind them belong to tiles.
-      offset: where in the row the piece begins.
+      visual_index: `[L]`, of the example, counted from its own first clip.
+      num_clips: number of clips of the example; visual tokens after them belong to tiles.
+      offset: position in the row at which the example begins.
 
     Returns:
-      int `[2, num_shards]`: clips, and tiles.
+      int `[2, num_shards]`: the number of clips, and of tiles.
     """
-    (places,) = np.nonzero(visual_index >= 0)
-    items = visual_index[places] // self.clip_tokens
+    (positions,) = np.nonzero(visual_index >= 0)
+    items = visual_index[positions] // self.clip_tokens  # index of the clip or tile
     is_needed = np.zeros((max(items.max(initial=0) + 1, num_clips), self.num_shards), bool)
-    is_needed[items, self.shard_of_token[places + offset]] = True
+    is_needed[items, self.shard_of_token[positions + offset]] = True
     return np.stack([is_needed[:num_clips].sum(axis=0), is_needed[num_clips:].sum(axis=0)])
 
   @property
-  def room(self) -> np.ndarray:
-    """What each shard may need: int `[2, 1]`, clips and tiles."""
+  def capacity(self) -> np.ndarray:
+    """Largest number of clips and of tiles in a shard: int `[2, 1]`."""
     return np.array([[self.clips_per_shard], [self.tiles_per_shard]])
 
 
@@ -92,27 +92,27 @@ def _order_and_shards(tokens, num_shards, zigzag):
 
 
 def empty_rows(
-  layout: RowShape,
+  row_shape: RowShape,
   num_rows: int,
   clip_shape: Sequence[int],
   tile_shape: Sequence[int],
   dtype: np.dtype = np.uint8,
 ) -> dict:
-  """Arrays for `shard_row` to fill.
+  """Makes the arrays of a batch, which `shard_row` fills.
 
   Args:
-    layout: of each row.
+    row_shape: shape of each row.
     num_rows: B.
-    clip_shape: of a clip: (frames, side, side, 3), or (V, E) of its features.
-    tile_shape: of a tile: (1, side, side, 3), or (V, E).
-    dtype: of both.
+    clip_shape: shape of a clip: (frames, side, side, 3), or (V, E) for its features.
+    tile_shape: shape of a tile: (1, side, side, 3), or (V, E) for its features.
+    dtype: dtype of clips and tiles.
 
   Returns:
-    int32 `[B, T]` for each of `PER_TOKEN`; `frames [B, num_shards * clips_per_shard, *clip_shape]`,
-    and, if there is room for any, `tiles [B, num_shards * tiles_per_shard, *tile_shape]`.
+    int32 `[B, T]` for each of `PER_TOKEN`; `frames [B, num_shards * clips_per_shard, *clip_shape]`;
+    and, unless `tiles_per_shard` is 0, `tiles [B, num_shards * tiles_per_shard, *tile_shape]`.
   """
-  rows = {name: np.empty((num_rows, layout.tokens), np.int32) for name in PER_TOKEN}
-  num_clips, num_tiles = layout.num_shards * layout.room[:, 0]
+  rows = {name: np.empty((num_rows, row_shape.tokens), np.int32) for name in PER_TOKEN}
+  num_clips, num_tiles = row_shape.num_shards * row_shape.capacity[:, 0]
   rows["frames"] = np.zeros((num_rows, num_clips, *clip_shape), dtype)
   if num_tiles:
     rows["tiles"] = np.zeros((num_rows, num_tiles, *tile_shape), dtype)
@@ -123,45 +123,48 @@ def shard_row(
   row: Mapping[str, np.ndarray],
   clips: Sequence[np.ndarray],
   tiles: Sequence[np.ndarray],
-  layout: RowShape,
-  into: Mapping[str, np.ndarray],
+  row_shape: RowShape,
+  batch: Mapping[str, np.ndarray],
   number: int,
 ):
-  """Writes one row, as it lies on the mesh, into row `number` of `empty_rows`.
+  """Arranges one packed row for the mesh, and writes it into row `number` of a batch.
 
   Args:
-    row: `[T]` of `PER_TOKEN`, in order; `visual_index` counts `clips`, then `tiles`.
-    clips: of the row, each of `clip_shape`.
-    tiles: of the row, each of `tile_shape`.
-    layout: of the row.
-    into: arrays of `empty_rows`.
-    number: which of their rows.
+    row: arrays `[T]` of `PER_TOKEN` in their original order; `visual_index` counts the tokens of
+      `clips` first, then those of `tiles`.
+    clips: the clips of the row, each of `clip_shape`.
+    tiles: the tiles of the row, each of `tile_shape`.
+    row_shape: shape of the row.
+    batch: arrays of `empty_rows`.
+    number: which row of the batch is written.
 
   Raises:
-    InputError: a shard needs more clips or tiles than it has room for.
+    InputError: a shard needs more clips than `clips_per_shard`, or more tiles than
+      `tiles_per_shard`.
   """
   for name in PER_TOKEN:
-    into[name][number] = row[name][layout.order]
-  index, num_tokens = into["visual_index"][number], layout.tokens // layout.num_shards
-  for shard in range(layout.num_shards):
+    batch[name][number] = row[name][row_shape.order]
+  index, num_tokens = batch["visual_index"][number], row_shape.tokens // row_shape.num_shards
+  for shard in range(row_shape.num_shards):
     part = index[shard * num_tokens : (shard + 1) * num_tokens]
     is_visual = part >= 0
-    items, own = np.unique(part[is_visual] // layout.clip_tokens, return_inverse=True)
+    # `items`: the clips and tiles of this shard. `own`: for each visual token, which of them.
+    items, own = np.unique(part[is_visual] // row_shape.clip_tokens, return_inverse=True)
     num_clips = int(np.searchsorted(items, len(clips)))
     needed = num_clips, len(items) - num_clips
-    _check_room(needed, layout, f"row {number}", shard)
-    own[own >= num_clips] += layout.clips_per_shard - num_clips
-    part[is_visual] = own * layout.clip_tokens + part[is_visual] % layout.clip_tokens
-    for place, item in enumerate(items[:num_clips]):
-      into["frames"][number, shard * layout.clips_per_shard + place] = clips[item]
-    for place, item in enumerate(items[num_clips:]):
-      into["tiles"][number, shard * layout.tiles_per_shard + place] = tiles[item - len(clips)]
+    _check_capacity(needed, row_shape, f"row {number}", shard)
+    own[own >= num_clips] += row_shape.clips_per_shard - num_clips
+    part[is_visual] = own * row_shape.clip_tokens + part[is_visual] % row_shape.clip_tokens
+    for offset, item in enumerate(items[:num_clips]):
+      batch["frames"][number, shard * row_shape.clips_per_shard + offset] = clips[item]
+    for offset, item in enumerate(items[num_clips:]):
+      batch["tiles"][number, shard * row_shape.tiles_per_shard + offset] = tiles[item - len(clips)]
 
 
-def _check_room(needed, layout, name, shard):
-  for kind, count, room in zip(("clips", "tiles"), needed, layout.room[:, 0], strict=True):
-    if count > room:
+def _check_capacity(needed, row_shape, name, shard):
+  for kind, count, most in zip(("clips", "tiles"), needed, row_shape.capacity[:, 0], strict=True):
+    if count > most:
       raise InputError(
         f"{name} has {count} {kind} in part {shard} of its tokens, but {kind}_per_shard "
-        f"is {room}; give more room, or pack fewer {kind}"
+        f"is {most}; give a larger {kind}_per_shard, or pack fewer {kind}"
       )

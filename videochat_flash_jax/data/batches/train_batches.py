@@ -1,13 +1,13 @@
-"""Batches of training data: drawn, read by worker processes, packed, and begun again anywhere.
+"""Makes batches of training data: draws, reads and packs examples; can resume after any batch.
 
   rows    = open_rows(read_mixture("stage3.yaml"))
   batches = iter(mixture_batches(config, rows, make_tokenizer))
   batch   = next(batches)            # numpy arrays of fixed shapes, see `sharded_rows.empty_rows`
-  state   = batches.get_state()      # fit for JSON; `set_state` goes on behind this batch
+  state   = batches.get_state()      # JSON values; `set_state` continues after this batch
 
 Row r of a batch comes from stream r // (rows / streams). A stream is a sequence of examples that
-depends on the seed alone, so its state is small, see `packed_stream`. All that is known of a stream
-stands under its number: put together, the streams of several processes' states are one state.
+depends only on the seed, so its state is small; see `packed_stream`. The state is a dict by stream
+number, so the states of several processes can be merged into one: each has its own streams.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import numpy as np
 from videochat_flash_jax.data.batches.broken_share import BrokenShare
 from videochat_flash_jax.data.batches.data_config import DataConfig
 from videochat_flash_jax.data.batches.example_order import ExampleOrder
-from videochat_flash_jax.data.batches.examples import ExampleReader, seen_as
+from videochat_flash_jax.data.batches.examples import ExampleReader, media_shapes
 from videochat_flash_jax.data.batches.packed_stream import PackedStream, Reader, stop_all
 from videochat_flash_jax.data.batches.replacement import ReplacingReader
 from videochat_flash_jax.data.batches.row_packer import write_row
@@ -35,15 +35,17 @@ from videochat_flash_jax.errors import InputError
 
 _log = logging.getLogger("videochat_flash_jax")
 _VERSION = 3
-# Facts that may be others when a run goes on, on another mesh perhaps: rows are then packed anew.
-_OF_LAYOUT = ("num_shards", "zigzag", "clips_per_shard", "tiles_per_shard")
-_REMEDIES = {  # for facts that say nothing to a reader
+# Facts that may change when a run is resumed, for example on another mesh. Rows are then packed
+# again.
+_MESH_FACTS = ("num_shards", "zigzag", "clips_per_shard", "tiles_per_shard")
+_REMEDIES = {  # for facts whose values mean nothing to a reader
   "mixture": "give the one it was saved with, and the same max_frames to open_rows",
-  "order": "go on with the versions of grain and numpy it was saved with",
+  "order": "continue with the versions of grain and numpy it was saved with",
   "tokenizer": "give the one it was saved with",
 }
-_PACKED = ("tokens", "visual_tokens", "places")  # counted in each stream, over all of its rows
-_NAMES_OF_FEATURES = {"frames": "features", "tiles": "tile_features"}
+# Counts of each stream over all of its rows. "places" are all tokens of the rows, with padding.
+_PACKED = ("tokens", "visual_tokens", "places")
+_FEATURE_NAMES = {"frames": "features", "tiles": "tile_features"}
 
 
 def mixture_batches(
@@ -53,22 +55,25 @@ def mixture_batches(
   streams: Sequence[int] | None = None,
   features: FeatureStore | None = None,
 ) -> "TrainBatches":
-  """Batches of a mixture; opens the tokenizer alone.
+  """Returns the batches of a mixture; of all files only the tokenizer is opened.
 
   Args:
-    config: what batches are made of.
-    rows: of `data.mixture.rows.open_rows`.
-    make_tokenizer: gives the tokenizer, once in each worker: `partial(BPETokenizer, path)`.
+    config: settings of the batches.
+    rows: rows of `data.mixture.rows.open_rows`.
+    make_tokenizer: returns the tokenizer, such as `partial(BPETokenizer, path)`; called once in
+      each worker.
     streams: see `TrainBatches`.
-    features: to take in place of frames; batches have `features [B, C, V, E]` and perhaps
-      `tile_features [B, I, V, E]`, bfloat16, in place of `frames` and `tiles`.
+    features: features to use instead of frames. Batches then have `features [B, C, V, E]` instead
+      of `frames`, and `tile_features [B, I, V, E]` instead of `tiles`, both bfloat16.
 
   Raises:
-    InputError: the rows hold images, and batches have no room for any.
+    InputError: the rows hold images, but `tiles_per_shard` is 0.
   """
-  if not config.layout.tiles_per_shard and rows.has("image"):
-    raise InputError("the mixture holds images, but tiles_per_shard is 0; give room for some")
-  reader = ExampleReader(config.example, config.layout, make_tokenizer, features)
+  if not config.row_shape.tiles_per_shard and rows.has("image"):
+    raise InputError(
+      "the mixture holds images, but tiles_per_shard is 0; give room for at least one tile"
+    )
+  reader = ExampleReader(config.example, config.row_shape, make_tokenizer, features)
   order = ExampleOrder(rows, config.seed, config.streams)
   facts = {
     "mixture": rows.fingerprint,
@@ -81,7 +86,7 @@ def mixture_batches(
 
 
 class TrainBatches(grain.IterDataset):
-  """An endless data set of batches; its iterators can be saved, see `TrainBatchesIterator`."""
+  """An endless data set of batches; its iterators can be saved: see `TrainBatchesIterator`."""
 
   def __init__(
     self,
@@ -91,15 +96,16 @@ class TrainBatches(grain.IterDataset):
     streams: Sequence[int] | None = None,
     features: FeatureStore | None = None,
   ):
-    """Reads nothing yet.
+    """Stores the settings; nothing is read yet.
 
     Args:
-      config: what batches are made of.
-      reader: of examples: those of a mixture (`mixture_batches`), or of the synthetic world.
-      facts: what decides which examples it gives; a state saved with others is refused.
-      streams: which of the config's streams this process reads; by default all. Its batches have
-        their rows only.
-      features: that the reader gives in place of frames.
+      config: settings of the batches.
+      reader: reads the examples of a mixture (`mixture_batches`) or of the synthetic world.
+      facts: everything that decides which examples the reader returns. A state that was saved with
+        other facts raises `InputError`.
+      streams: which of the config's streams this process reads; by default all. Its batches only
+        have the rows of these streams.
+      features: the store whose features the reader returns instead of frames.
     """
     super().__init__()
     self._config, self._reader, self._features = config, reader, features
@@ -113,11 +119,11 @@ class TrainBatches(grain.IterDataset):
 
 
 class TrainBatchesIterator(grain.DatasetIterator):
-  """Gives batches: dictionaries of numpy arrays as of `sharded_rows.empty_rows`.
+  """Iterates over batches: dicts of numpy arrays as described in `sharded_rows.empty_rows`.
 
-  `grain.checkpoint.CheckpointSave(iterator)` saves it with a model, through Orbax. `close` ends its
-  workers; so does the end of the program, or an error of `next`, after which the state is that
-  behind the last batch given.
+  `grain.checkpoint.CheckpointSave(iterator)` saves it together with a model, through Orbax. `close`
+  ends the workers. The end of the program does the same, and an error in `next` too; after such an
+  error the state is the one after the last returned batch.
   """
 
   def __init__(
@@ -128,10 +134,11 @@ class TrainBatchesIterator(grain.DatasetIterator):
     facts: dict[str, Any],
     features: FeatureStore | None,
   ):
-    """Made by `TrainBatches`; `facts` are what a saved state has to agree with."""
+    """Is called by `TrainBatches`; a saved state must agree with `facts`."""
     super().__init__()
     self._config, self._facts, self._features = config, facts, features
-    self._saved_facts = facts  # of the state gone on from, until a batch was packed behind it
+    # Those of the restored state, until the first batch after it is packed.
+    self._saved_facts = facts
     self._streams = {stream: PackedStream(reader, stream, config) for stream in streams}
     weakref.finalize(self, _close_at_exit, weakref.ref(self), list(self._streams.values()))
     self._share = BrokenShare(config.max_broken_share)
@@ -142,34 +149,34 @@ class TrainBatchesIterator(grain.DatasetIterator):
     try:
       return self._next_batch()
     except BaseException:
-      self._go_to(state)
+      self._restore(state)
       raise
 
   def _next_batch(self):
     self.start_prefetch()
-    layout = self._config.layout
-    rows_each = self._config.rows // self._config.streams
-    num_rows = len(self._streams) * rows_each
-    batch = empty_rows(layout, num_rows, *seen_as(self._config.example, self._features))
-    for place, (name, stream) in enumerate(self._streams.items()):
+    row_shape = self._config.row_shape
+    stream_rows = self._config.rows // self._config.streams
+    num_rows = len(self._streams) * stream_rows
+    batch = empty_rows(row_shape, num_rows, *media_shapes(self._config.example, self._features))
+    for index, (name, stream) in enumerate(self._streams.items()):
       self._packed[name]["last"] = []
-      for number in range(place * rows_each, (place + 1) * rows_each):
+      for number in range(index * stream_rows, (index + 1) * stream_rows):
         packed = stream.next_row(self._share)
-        write_row(packed, layout, batch, number)
+        write_row(packed, row_shape, batch, number)
         self._count(packed, self._packed[name])
     self._saved_facts = self._facts
     if self._features is None:
       return batch
-    return {_NAMES_OF_FEATURES.get(name, name): values for name, values in batch.items()}
+    return {_FEATURE_NAMES.get(name, name): values for name, values in batch.items()}
 
   def _count(self, packed, counts):
     counts["last"].append([item.source_row for item in packed])
     counts["tokens"] += sum(len(item.example.token_ids) for item in packed)
     counts["visual_tokens"] += sum(int((item.example.visual_index >= 0).sum()) for item in packed)
-    counts["places"] += self._config.layout.tokens
+    counts["places"] += self._config.row_shape.tokens
 
   def get_state(self) -> dict[str, Any]:
-    """What `set_state` needs to go on behind the last batch: a few kilobytes, fit for JSON."""
+    """Returns what `set_state` needs to continue after the last batch: kilobytes of JSON values."""
     return {
       "version": _VERSION,
       "facts": self._saved_facts,
@@ -180,45 +187,45 @@ class TrainBatchesIterator(grain.DatasetIterator):
     }
 
   def set_state(self, state: dict[str, Any]):
-    """Goes on behind the batch after which `get_state` was called.
+    """Continues after the batch after which `get_state` was called.
 
-    If rows had another layout then (`num_shards`, `zigzag`, `clips_per_shard`, `tiles_per_shard`),
-    the examples that wait in unfinished rows are packed anew: the batches are others than without
-    the change, but no example is left out or given twice.
+    If `num_shards`, `zigzag`, `clips_per_shard` or `tiles_per_shard` have changed since then, the
+    examples in unfinished rows are packed again. The following batches differ from those without
+    the change, but no example is lost or used twice.
 
     Raises:
-      InputError: the state is of other batches than these; names the first thing that differs.
+      InputError: the state belongs to other batches. The message names the first difference.
     """
     self._check_state(state)
-    self._go_to(state)
-    if changed := self._changes_of_layout(state):
-      _log.info("rows are packed anew, no example is lost: %s", ", ".join(changed))
+    self._restore(state)
+    if changed := self._changed_mesh_facts(state):
+      _log.info("rows are packed again, no example is lost: %s", ", ".join(changed))
 
-  def _changes_of_layout(self, state) -> list[str]:
-    facts = [(name, state["facts"][name], self._facts[name]) for name in _OF_LAYOUT]
+  def _changed_mesh_facts(self, state) -> list[str]:
+    facts = [(name, state["facts"][name], self._facts[name]) for name in _MESH_FACTS]
     return [f"{name} was {saved}, now {now}" for name, saved, now in facts if saved != now]
 
-  def _go_to(self, state):
-    self._saved_facts, is_anew = state["facts"], bool(self._changes_of_layout(state))
+  def _restore(self, state):
+    self._saved_facts, repack = state["facts"], bool(self._changed_mesh_facts(state))
     for stream, rows in self._streams.items():
       saved = state["streams"][str(stream)]
-      rows.set_state(saved, is_anew)
+      rows.set_state(saved, repack)
       self._share.set_state(saved, stream)
       self._packed[stream] = {name: saved[name] for name in ("last", *_PACKED)}
 
   def _check_state(self, state):
     if state.get("version") != _VERSION:
       raise InputError(
-        f"the saved batches have format {state.get('version')}, this program knows {_VERSION}; "
-        "go on with the program that saved them, or begin without their state"
+        f"the saved batches have format {state.get('version')}, this program reads {_VERSION}; "
+        "continue with the version of this package that saved them, or start without their state"
       )
     for name, value in self._facts.items():
       saved = state["facts"].get(name)
-      if saved != value and name not in _OF_LAYOUT:
+      if saved != value and name not in _MESH_FACTS:
         remedy = _REMEDIES.get(name, f"give {saved!r}")
         raise InputError(
           f"the saved batches were made with {name} {saved!r}, now it is {value!r}; {remedy}, "
-          "or begin without their state"
+          "or start without their state"
         )
     missing = [stream for stream in self._streams if str(stream) not in state["streams"]]
     if missing:
@@ -228,7 +235,7 @@ class TrainBatchesIterator(grain.DatasetIterator):
       )
 
   def start_prefetch(self):
-    """Begins to read, if that has not begun yet."""
+    """Starts to read, if that has not started yet."""
     for stream in self._streams.values():
       stream.start()
 
@@ -239,26 +246,26 @@ class TrainBatchesIterator(grain.DatasetIterator):
 
 
 def _close_at_exit(reference: weakref.ref, streams: Sequence[PackedStream]):
-  """Ends the workers before the interpreter takes Grain's modules apart, which that needs."""
+  """Ends the workers before the interpreter unloads Grain's modules, which are needed for it."""
   stop_all(streams)
   iterator = reference()
   if iterator is not None:
-    iterator.close = lambda: None  # Grain calls it once more, after our modules are gone
+    iterator.close = lambda: None  # Grain calls it again after our modules are unloaded
 
 
 def batch_metrics(
   state: Mapping[str, Any], before: Mapping[str, Any] | None = None
 ) -> dict[str, float]:
-  """What to log of batches: examples, broken ones by reason, how full rows were packed.
+  """Computes what is logged about batches: examples, broken ones by reason, how full rows are.
 
   {"examples": 812, "damaged": 2, "tokens": 198000, "visual_tokens": 96000, "tokens_filled": 0.97,
    "broken_share": 0.005, "broken/missing file": 4}
 
-  `damaged` are examples of videos of which some frames could not be read; they are used.
+  `damaged` counts examples whose video has some frames that could not be read; they are used.
 
   Args:
-    state: of their iterator, or those of several processes put together.
-    before: an earlier one, behind which to begin; None: from the first batch on.
+    state: state of the iterator, or the merged states of several processes.
+    before: an earlier state; only what came after it is counted. None counts from the first batch.
   """
   counts = _counts(state)
   if before is not None:
@@ -282,7 +289,7 @@ def _counts(state) -> Counter:
 
 
 def vocabulary_digest(tokenizer: Tokenizer) -> str:
-  """Tells vocabularies apart: the same for the same pieces at the same ids."""
+  """Returns a digest of a vocabulary: equal if all ids stand for equal pieces of text."""
   pieces = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
-  marks = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id, tokenizer.pad_id
-  return hashlib.blake2b(json.dumps([pieces, marks]).encode(), digest_size=8).hexdigest()
+  special_ids = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id, tokenizer.pad_id
+  return hashlib.blake2b(json.dumps([pieces, special_ids]).encode(), digest_size=8).hexdigest()
