@@ -55,7 +55,7 @@ def test_a_mistyped_override_is_an_error_that_names_the_remedy(override, complai
     (b"import nowhere_to_be_found", "ModuleNotFoundError"),
     (b"def get_config():\n  return 1 / 0", "ZeroDivisionError"),
     (b"def get_config():\n  return {}", "returns a ConfigDict"),
-    (b"\x7fELF\x00\xff\xfe", "mend the file"),
+    (b"\x7fELF\x00\xff\xfe", "correct the file"),
   ],
 )
 def test_a_config_file_that_gives_no_config_is_refused_in_one_line(

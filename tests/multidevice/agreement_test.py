@@ -74,7 +74,9 @@ def test_processes_with_different_configs_say_so(refusals):
 
 def test_a_directory_that_each_host_has_for_itself_is_noticed(refusals):
   first, second = (said[2] for said in refusals)
-  assert second.startswith("--workdir of_1: what process 0 writes there is not seen here: give ")
+  assert second.startswith(
+    "--workdir of_1: a file that process 0 writes there is not visible here: give "
+  )
   assert first == f"process 1: {second}"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel import processes
-from videochat_flash_jax.parallel.processes import ends_with_others, join_processes
+from videochat_flash_jax.parallel.processes import exit_if_peer_fails, join_processes
 
 TPU_VARIABLES = ("MEGASCALE_COORDINATOR_ADDRESS", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 FOUND_NONE = ValueError("coordinator_address should be defined.")
@@ -147,5 +147,5 @@ def test_wrong_arguments_are_refused(joined, given, message):
 def test_an_input_error_is_not_taken_for_the_death_of_another_process(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(processes, "_print_if_killed", lambda line: None)
-  with pytest.raises(InputError, match=r"^gloo/run:"), ends_with_others():
+  with pytest.raises(InputError, match=r"^gloo/run:"), exit_if_peer_fails():
     raise InputError("gloo/run: no such directory")

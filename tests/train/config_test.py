@@ -19,6 +19,7 @@ from videochat_flash_jax.train.config import (
   default_config,
   train_settings,
 )
+from videochat_flash_jax.train.objectives import OBJECTIVES
 from videochat_flash_jax.train.optimizer import scale_of
 from videochat_flash_jax.train.settings import TrainSettings
 from videochat_flash_jax.train.workdir import check_checkpoint
@@ -260,3 +261,8 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_field(changes, words):
     check_checkpoint(as_json(config), where, saved)
   said = str(caught.value)
   assert said.startswith("checkpoints/5: ") and words in said and "\n" not in said
+
+
+def test_every_objective_of_a_config_is_implemented():
+  (field_,) = (each for each in config_fields() if each.path == "objective")
+  assert field_.accepts == " or ".join(OBJECTIVES)

@@ -56,7 +56,7 @@ def test_a_config_that_cannot_be_trained_is_refused_in_one_line(tmp_path, change
 
 def test_the_address_of_a_bucket_is_refused_as_a_workdir(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  said = r"--workdir gs://bucket/run is no directory: .* Filestore, .* Cloud Storage FUSE$"
+  said = r"--workdir gs://bucket/run is not a directory: .* Filestore, .* Cloud Storage FUSE$"
   with pytest.raises(InputError, match=said):
     loop.train(small(), Path("gs://bucket/run"))
   assert not list(tmp_path.iterdir())
@@ -125,7 +125,9 @@ def test_the_directory_of_another_run_is_refused(tmp_path, field, value, said):
 def test_a_directory_with_a_damaged_config_is_refused(tmp_path):
   as_if_begun(tmp_path, small())
   (tmp_path / "config.json").write_text('{"config"')
-  with pytest.raises(InputError, match=r"config\.json: not of a run of this package, or damaged"):
+  with pytest.raises(
+    InputError, match=r"config\.json: not written by a run of this package, or damaged"
+  ):
     loop.train(small(), tmp_path)
 
 

@@ -17,7 +17,7 @@ from videochat_flash_jax.train.workdir import warn_of_room
 
 def test_the_directory_of_a_model_is_refused_as_a_workdir_and_not_changed(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "videochat_flash_qwen"}')
-  with pytest.raises(InputError, match=r"config\.json: not of a run .* give another --workdir"):
+  with pytest.raises(InputError, match=r"config\.json: not written by a run .* another --workdir"):
     loop.train(small(init_from=str(tmp_path)), tmp_path)
   (left,) = tmp_path.iterdir()
   assert left.read_text() == '{"model_type": "videochat_flash_qwen"}'

@@ -1,4 +1,4 @@
-"""Config files: Python that returns a ConfigDict, and changes to its fields on the command line."""
+"""Config files, which are Python and return a ConfigDict; and --config.FIELD=VALUE."""
 
 import argparse
 import ast
@@ -16,7 +16,7 @@ _TINY = "configs/tiny.py"
 
 
 def add_config_argument(parser: argparse.ArgumentParser):
-  """Adds `--config` to a verb that has TAKES_OVERRIDES."""
+  """Adds the option `--config` to a verb that has TAKES_OVERRIDES."""
   parser.add_argument(
     "--config",
     type=Path,
@@ -26,12 +26,12 @@ def add_config_argument(parser: argparse.ArgumentParser):
 
 
 def read_config(path: Path, overrides: Sequence[str], example: str = _TINY) -> ConfigDict:
-  """Returns what a config file gives, with fields changed.
+  """Returns the config of a file, with fields changed.
 
   Args:
-    path: of the file.
-    overrides: as of `apply_override`.
-    example: a config that the verb takes, to recommend.
+    path: the config file.
+    overrides: changes of fields; see `apply_override`.
+    example: a config file that the verb takes; error messages recommend it.
 
   Raises:
     InputError: see `load_config` and `apply_override`.
@@ -43,10 +43,10 @@ def read_config(path: Path, overrides: Sequence[str], example: str = _TINY) -> C
 
 
 def load_config(path: Path, example: str = _TINY) -> ConfigDict:
-  """Returns what `get_config()` of a config file gives; `example` as of `read_config`.
+  """Returns the result of `get_config()` in a config file; see `read_config` for `example`.
 
   Raises:
-    InputError: there is no such file, it fails, or it gives no ConfigDict.
+    InputError: the file is missing, raises an error, or returns no ConfigDict.
   """
   if not path.is_file():
     raise InputError(f"--config {path}: no such file; give one such as {example}")
@@ -55,17 +55,19 @@ def load_config(path: Path, example: str = _TINY) -> ConfigDict:
     raise InputError(f"--config {path}: no Python file; give one such as {example}")
   module = importlib.util.module_from_spec(spec)
   modules = set(sys.modules)
-  sys.path.insert(0, str(path.parent.resolve()))  # as of a script: files beside it are found
+  sys.path.insert(
+    0, str(path.parent.resolve())
+  )  # as for a script, so that it can import files beside it
   try:
     spec.loader.exec_module(module)
     config = module.get_config() if hasattr(module, "get_config") else None
-  except Exception as error:  # Whatever the user's code raises.
+  except Exception as error:  # the user's code may raise anything
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    raise InputError(f"--config {path}: fails ({reason}); mend the file") from error
+    raise InputError(f"--config {path}: fails ({reason}); correct the file") from error
   finally:
     sys.path.pop(0)
     for name in set(sys.modules) - modules:
-      if _is_beside(path, sys.modules[name]):  # another folder may have a `common.py`, too
+      if _is_beside(path, sys.modules[name]):  # another folder may have a `common.py` of its own
         del sys.modules[name]
   if not isinstance(config, ConfigDict):
     raise InputError(
@@ -107,7 +109,7 @@ def apply_override(config: ConfigDict, override: str):
 
 
 def _refuse_sections(config, name):
-  """Refuses what has fields of its own, such as data.synthetic, and what is in an empty one."""
+  """Raises an error for a section such as data.synthetic, and for a field of an empty section."""
   sections, parent = dict(_sections(config)), name.rpartition(".")[0]
   empty = parent if parent in sections and not sections[parent] else None
   if section := name if name in sections else empty:

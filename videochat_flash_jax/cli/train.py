@@ -32,32 +32,36 @@ def add_arguments(parser: argparse.ArgumentParser):
     help="show all fields of a config with their meaning, and exit",
   )
   parser.add_argument(
-    "--workdir", type=Path, required=True, help="directory to write; a run in it goes on"
+    "--workdir",
+    type=Path,
+    required=True,
+    help="directory of the run; a run that is there continues",
   )
   several = parser.add_argument_group(
-    "several hosts", "the same command on each; TPU hosts find each other without being told"
+    "several hosts",
+    "give the same command on each host; TPU hosts find each other without these options",
   )
-  several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
-  several.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
-  several.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
+  several.add_argument("--coordinator", metavar="HOST:PORT", help="address of the first process")
+  several.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
+  several.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
 
 
 def run(args: argparse.Namespace):
-  """Trains, and says where the weights are."""
+  """Trains, and prints where the weights are."""
   config = read_config(args.config, args.overrides)
 
-  import jax  # Not for a mistyped option.
+  import jax  # slow to import, and not needed to refuse a mistyped option
 
-  from videochat_flash_jax.parallel.processes import ends_with_others, join_processes
+  from videochat_flash_jax.parallel.processes import exit_if_peer_fails, join_processes
   from videochat_flash_jax.train.loop import heartbeat_seconds, train
 
-  told = args.coordinator, args.num_processes, args.process_id
-  join_processes(*told, heartbeat_seconds(config))
+  processes = args.coordinator, args.num_processes, args.process_id
+  join_processes(*processes, heartbeat_seconds(config))
   is_first = jax.process_index() == 0
   logging.basicConfig(format="%(message)s", force=True)  # libraries have set up their own
   level = logging.INFO if is_first else logging.WARNING
   logging.getLogger("videochat_flash_jax").setLevel(level)
-  with ends_with_others():
+  with exit_if_peer_fails():
     workdir = train(config, args.workdir)
   if is_first and workdir is not None:
     print(f"the checkpoint is in {workdir / 'checkpoints'}; to write it as models on the hub are:")

@@ -76,7 +76,7 @@ def join_processes(
 
 
 @contextlib.contextmanager
-def ends_with_others() -> Iterator[None]:
+def exit_if_peer_fails() -> Iterator[None]:
   """If another process dies while this block runs, this process ends too.
 
   It prints one line on stderr and ends with exit code 1. Often JAX notices the death first: then

@@ -37,7 +37,6 @@ from videochat_flash_jax.synthetic.world import QUESTION_KINDS
 MODELS = tuple(
   name for name, member in vars(VideoChatFlashConfig).items() if isinstance(member, classmethod)
 )
-OBJECTIVES = ("answers", "patches")
 
 _MAY_CHANGE = OnResume.MAY_CHANGE
 _BY_WEIGHTS = OnResume.FIXED_BY_WEIGHTS
@@ -170,7 +169,7 @@ class TrainSettings:
   seed: int = field(0, _SEEDS, "Of the order of examples, and of weights that are drawn at random.")
   objective: str = field(
     "answers",
-    choice(*OBJECTIVES),
+    choice("answers", "patches"),
     "What is learnt: the answers, or what each patch of synthetic videos shows, which trains the "
     "encoder alone.",
     on_resume=_BY_WEIGHTS,

@@ -1,10 +1,10 @@
-"""The directory of a run: what has to be there, and be right, before anything is computed.
+"""The directory of a run: it is checked and prepared before anything is computed.
 
   config.json    the run's config and the version of the package
   hub/           what an export needs beside weights: config.json as on the hub, and the tokenizer
   checkpoints/   see `checkpoints.runs.manager`
 
-All processes of a run see the same directory.
+All processes of a run use the same directory.
 """
 
 import contextlib
@@ -43,28 +43,30 @@ _SHARED = (
 
 
 def check_writable(workdir: Path):
-  """Makes the directory, if need be, and writes something into it.
+  """Makes the directory if it is missing, and tries to write a file there.
 
   Raises:
-    InputError: that fails, or it is the address of a bucket.
+    InputError: the directory cannot be written, or it is the address of a bucket.
   """
   if address := re.match(r"([a-z][a-z0-9]+):/+(.*)", str(workdir)):
-    raise InputError(f"--workdir {address[1]}://{address[2]} is no directory: give {_SHARED}")
-  with _told(workdir):
+    raise InputError(f"--workdir {address[1]}://{address[2]} is not a directory: give {_SHARED}")
+  with _writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=workdir, prefix=".probe"):
       pass
 
 
 def check_shared(workdir: Path, configs: Sequence[Mapping[str, Any]]):
-  """Sees whether the processes of a run, which all call it, have one directory and one config.
+  """Checks that all processes of a run have the same directory and the same config.
+
+  Every process must call this function.
 
   Args:
-    workdir: that can be written.
-    configs: of all stages, as JSON has them.
+    workdir: the directory; it can be written.
+    configs: the configs of all stages, as JSON.
 
   Raises:
-    InputError: one of them has another config, or does not see what process 0 writes.
+    InputError: a process has another config, or does not see a file that process 0 writes.
   """
   if jax.process_count() == 1:
     return
@@ -78,13 +80,14 @@ def check_shared(workdir: Path, configs: Sequence[Mapping[str, Any]]):
   token = workdir / f".seen_by_all_{allgather_text(secrets.token_hex(8))[0]}"
   is_first = jax.process_index() == 0
   try:
-    with raise_on_all_processes(), _told(workdir):
+    with raise_on_all_processes(), _writing(workdir):
       if is_first:
         token.touch()
     with raise_on_all_processes():
       if not token.exists():
         raise InputError(
-          f"--workdir {workdir}: what process 0 writes there is not seen here: give {_SHARED}"
+          f"--workdir {workdir}: a file that process 0 writes there is not visible here: "
+          f"give {_SHARED}"
         )
   finally:
     if is_first:
@@ -92,7 +95,8 @@ def check_shared(workdir: Path, configs: Sequence[Mapping[str, Any]]):
 
 
 @contextlib.contextmanager
-def _told(workdir: Path) -> Iterator[None]:
+def _writing(workdir: Path) -> Iterator[None]:
+  """Turns errors of the file system into an `InputError` that names the directory."""
   try:
     yield
   except OSError as error:
@@ -102,23 +106,24 @@ def _told(workdir: Path) -> Iterator[None]:
 
 
 def check_config(workdir: Path, config: Mapping[str, Any]):
-  """Refuses the directory of a run with another config, and one of a model or anything else.
+  """Checks that a directory can be used for a run with this config.
 
-  Of a run without a checkpoint nothing is lost, whatever was tried there before.
+  A directory that holds no checkpoint yet can be used with any config: nothing would be lost.
 
   Args:
-    workdir: of the run; nothing need be there.
-    config: as JSON has it.
+    workdir: the directory; it may be missing.
+    config: the config of the run, as JSON.
 
   Raises:
-    InputError: names the first field that differs.
+    InputError: the directory holds a model, or a run whose config differs in a field that may not
+      change; names the first such field.
   """
   if stages := stages_in(workdir):
     raise InputError(f"--workdir {workdir} holds the runs {', '.join(stages)}; give another one")
   begun = is_begun(workdir)
   if not begun and not (workdir / "config.json").exists():
     return
-  changes = _changes(workdir, config)  # refuses what is no run's
+  changes = _changes(workdir, config)  # raises if this is not the directory of a run
   for change in changes if begun else ():
     is_free = change.on_resume == OnResume.MAY_CHANGE
     if not is_free or change.path in OBJECTIVES[config["objective"]].batch_fields:
@@ -129,24 +134,24 @@ def check_config(workdir: Path, config: Mapping[str, Any]):
 
 
 def _changes(workdir, config) -> list[Change]:
-  """Fields of a run's config that have other values now."""
+  """The fields whose values in the directory's config.json differ from those of `config`."""
   path = workdir / "config.json"
   try:
     saved = json.loads(path.read_text())["config"]
     return config_changes(saved, config)
   except (OSError, ValueError, KeyError, AttributeError) as error:
     raise InputError(
-      f"{path}: not of a run of this package, or damaged; give another --workdir"
+      f"{path}: not written by a run of this package, or damaged; give another --workdir"
     ) from error
 
 
 def check_checkpoint(config: Mapping[str, Any], where: Path, saved: Mapping[str, Any]):
-  """Refuses a checkpoint whose config gives its arrays another meaning.
+  """Checks that the arrays of a checkpoint mean the same in this run.
 
   Args:
-    config: of this run, as JSON has it.
+    config: the config of this run, as JSON.
     where: the checkpoint, for messages.
-    saved: what the checkpoint says of the run that wrote it, with its `config`.
+    saved: what the checkpoint says about the run that wrote it, with its `config`.
 
   Raises:
     InputError: names the first field that differs.
@@ -160,19 +165,20 @@ def check_checkpoint(config: Mapping[str, Any], where: Path, saved: Mapping[str,
 
 
 def is_begun(workdir: Path) -> bool:
-  """Whether there is a checkpoint to go on from."""
+  """Whether the directory holds a checkpoint from which the run can continue."""
   return bool(whole_steps(workdir / "checkpoints"))
 
 
 def warn_of_room(workdir: Path, state: TrainState, keep: int):
-  """Logs a warning where a run's checkpoints would fill the disk, long before a save fails.
+  """Logs a warning if the checkpoints of a run will not fit on the disk.
 
-  There is one more of them until the oldest is removed. What compression saves is not counted.
+  There is one checkpoint more than are kept, until the oldest one is removed. Compression is not
+  counted.
 
   Args:
-    workdir: of the run; it is there.
-    state: of the run, or its shapes.
-    keep: so many of the newest checkpoints stay.
+    workdir: the directory of the run; it exists.
+    state: the state of the run, or its shapes.
+    keep: how many of the newest checkpoints are kept.
   """
   there = len(whole_steps(workdir / "checkpoints"))
   frozen = 0 if there else _num_bytes(state.frozen)
@@ -181,7 +187,7 @@ def warn_of_room(workdir: Path, state: TrainState, keep: int):
   if free < wanted and jax.process_index() == 0:
     _log.warning(
       "%s: the checkpoints of this run take up to %.2f GiB more, but only %.2f GiB are free: make "
-      "room, or lower config.checkpoint.keep, lest a save fails",
+      "room, or lower config.checkpoint.keep, or a save will fail",
       *(workdir, wanted / 2**30, free / 2**30),
     )
 
@@ -191,16 +197,17 @@ def _num_bytes(arrays):
 
 
 def prepare(workdir: Path, settings: TrainSettings, config: Mapping[str, Any]):
-  """Writes the config of a run, and, if it is a new one, the files that go with its weights.
+  """Writes the config of a run, and for a new run the files that belong to its weights.
 
-  Every process calls it; one writes. Of a run that goes on, what has changed is logged.
+  Every process must call this function; process 0 writes. If a run continues, the fields of its
+  config that have changed are logged.
 
   Raises:
-    InputError: `init_from` is no model, or lacks a part; or nothing can be written.
+    InputError: `init_from` is not a model, or lacks a part; or the directory cannot be written.
   """
   with raise_on_all_processes():
     if jax.process_index() == 0:
-      with _told(workdir):
+      with _writing(workdir):
         if is_begun(workdir):
           for change in _changes(workdir, config):
             _log.info("config.%s was %r, now %r", change.path, change.before, change.now)
@@ -210,7 +217,9 @@ def prepare(workdir: Path, settings: TrainSettings, config: Mapping[str, Any]):
 
 
 def _write_hub(hub, settings):
-  shutil.rmtree(hub, ignore_errors=True)  # of what was tried before, perhaps of another model
+  shutil.rmtree(
+    hub, ignore_errors=True
+  )  # files of an earlier attempt, which may have had another model
   if settings.init_from != RANDOM:
     copy_hub_files(settings.init_from, settings.model, hub)
     return
