@@ -282,8 +282,8 @@ def test_without_images_batches_have_no_tiles(tmp_path):
   "change, said",
   [
     ({"frames": (4, 30)}, "multiples of 4"),
-    ({"sampling": "fps1"}, "dynamic_fps1, middle"),
-    ({"time_message": "none"}, "short, long, None"),
+    ({"sampling": "fps1"}, "give dynamic_fps1 or middle"),
+    ({"time_message": "none"}, "give short or long or ''"),
     ({"streams": 3}, "rows is 2 and streams 3"),
     ({"num_shards": 3}, "cannot be split into 3 equal parts"),
     ({"seed": -1}, "seed is -1"),
