@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# For programs that take longer to compile than to run: the compiler is told not to try hard.
+# For programs that take longer to compile than to run: the compiler optimises little.
 quick_jit = functools.partial(
   jax.jit,
   compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},

@@ -13,6 +13,7 @@ LEAVES = {"errors", "fields", "shapes"}
 BELOW_MODELS = {"models.config", *LEAVES}
 MODELS = {"models", "ops", *LEAVES}
 MACHINERY = {"checkpoints", "data", "parallel", "synthetic", *MODELS}
+_PARALLEL_OF_CHECKPOINTS = {"parallel.agreement", "parallel.processes", "parallel.sharding"}
 _LEVELS_BELOW_BATCHES = {"data.media", "data.text", "data.mixture", "data.features"}
 
 # A room (a module or folder of the package) -> what it may import besides itself. "" is the public
@@ -34,19 +35,13 @@ MAY_IMPORT = {
   "data.media": {"models.config", "errors"},
   "data.text": {"errors"},
   "data.mixture": {"data.media", "data.text", "errors"},
-  "data.features": {"data.media", "models.config", "", "errors"},
+  "data.features": {"data.media", "models.config", "errors"},
   "data.batches": {*_LEVELS_BELOW_BATCHES, "models.config", "parallel.zigzag", "errors", "fields"},
   "data.check": {"data.media", "data.mixture", "data.batches", "errors"},
   "synthetic": {"data", "models.config", "errors"},
-  "checkpoints": {"models.config", "parallel.processes", "parallel.sharding", "errors"},
+  "checkpoints": {"models.config", *_PARALLEL_OF_CHECKPOINTS, "errors"},
   "checkpoints.hub": {"models.config", "parallel.sharding", "errors"},
-  "checkpoints.runs": {
-    "checkpoints.hub",
-    "models.config",
-    "parallel.processes",
-    "parallel.sharding",
-    "errors",
-  },
+  "checkpoints.runs": {"checkpoints.hub", "models.config", *_PARALLEL_OF_CHECKPOINTS, "errors"},
   "train": MACHINERY,
   "inference": MACHINERY,
   "evals": {"", "data", "inference", *LEAVES},

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted((ROOT / "videochat_flash_jax").rglob("*.py"))
+PACKAGE = "videochat_flash_jax"
+MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 SOURCES = [
   *MODULES,
   *sorted(p for room in ("configs", "tests") for p in ROOT.glob(f"{room}/**/*.py")),
@@ -120,6 +121,16 @@ def test_no_file_imports_a_private_name_of_another():
     if alias.name.startswith("_") and not alias.name.endswith("__")
   ]
   assert private == []
+
+
+def test_the_contents_of_every_folder_are_listed_in_its_init():
+  missing = []
+  for path in MODULES:
+    contents = path.with_name("__init__.py").read_text()
+    is_listed = f"`{path.stem}`" in contents or f".{path.stem}`" in contents
+    if not is_listed and path.name != "__init__.py" and path.parent.name != PACKAGE:
+      missing.append(str(path.relative_to(ROOT)))
+  assert missing == []
 
 
 def test_every_folder_of_modules_is_a_package():

@@ -125,9 +125,14 @@ def flag() -> Rule:
   return Rule(lambda value: isinstance(value, bool), "True or False")
 
 
-def text(*, optional: bool = False) -> Rule:
-  """Takes strings; with `optional` also None, which means that nothing is given."""
-  return Rule(lambda value: isinstance(value, str) or (optional and value is None), "a string")
+def text() -> Rule:
+  """Takes strings."""
+  return Rule(lambda value: isinstance(value, str), "a string")
+
+
+def optional(rule: Rule) -> Rule:
+  """Takes what `rule` takes, and None, which means that nothing is given."""
+  return Rule(lambda value: value is None or rule.accepts(value), rule.remedy)
 
 
 def pattern() -> Rule:

@@ -53,13 +53,13 @@ def refusals(tmp_path_factory):
     for number in range(2)
   ]  # fmt: skip
   try:
-    told = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=300) for process in processes]
   finally:
     for process in processes:
       process.kill()
-  assert not any(process.returncode for process in processes), told
+  assert not any(process.returncode for process in processes), outputs
   assert not list(folder.rglob(".seen*")) and not list(folder.rglob("config.json"))
-  return [json.loads(output.splitlines()[-1]) for output, _ in told]
+  return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
 def test_a_refusal_of_one_process_is_that_of_both(refusals):

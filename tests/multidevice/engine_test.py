@@ -98,7 +98,7 @@ def written(engine, reading, sampling=Sampling()):
 
 
 @functools.cache
-def told(name, dropout):
+def answers_of(name, dropout):
   """Scores and tokens of two turns, and the readings behind them."""
   engine = engine_on(name, dropout)
   first = engine.read(prompts(), NEW_TOKENS)
@@ -126,8 +126,8 @@ def cases():
 
 @pytest.mark.parametrize("name, dropout", list(cases()))
 def test_two_turns_are_read_and_answered_as_on_one_device(name, dropout):
-  scores, tokens, _ = told(name, dropout)
-  expected_scores, expected_tokens, _ = told(ONE, dropout)
+  scores, tokens, _ = answers_of(name, dropout)
+  expected_scores, expected_tokens, _ = answers_of(ONE, dropout)
   assert tokens == expected_tokens
   assert len({tuple(row) for turn in tokens for row in turn}) == 6  # they do differ
   for ours, theirs in zip(scores, expected_scores, strict=True):
@@ -136,7 +136,7 @@ def test_two_turns_are_read_and_answered_as_on_one_device(name, dropout):
 
 @pytest.mark.parametrize("dropout", DROPOUT)
 def test_a_cache_stays_split_by_rows_and_heads(dropout):
-  _, _, reading = told(MIXED, dropout)
+  _, _, reading = answers_of(MIXED, dropout)
   decoder = dummy_config().decoder
   for cache in reading.caches:
     for slots in (cache.k, cache.v):

@@ -52,8 +52,8 @@ def test_two_processes_take_the_step_of_one(tmp_path, name, dropout):
   processes = []
   for number, (path, log) in enumerate(zip(paths, logs, strict=True)):
     with log.open("w") as errors:
-      told = [str(number), name, str(dropout), str(path)]
-      processes.append(subprocess.Popen([*command, *told], env=environment, stderr=errors))
+      arguments = [str(number), name, str(dropout), str(path)]
+      processes.append(subprocess.Popen([*command, *arguments], env=environment, stderr=errors))
   try:
     codes = [process.wait(timeout=500) for process in processes]
   finally:

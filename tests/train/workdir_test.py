@@ -1,4 +1,4 @@
-"""The directory of a run: what is refused and left alone, what is cleared, what is told early."""
+"""The directory of a run: what is refused and not changed, what is removed, and early warnings."""
 
 import shutil
 import types

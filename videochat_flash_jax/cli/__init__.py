@@ -1,1 +1,16 @@
-"""The command line `vcflash`; each verb is one module (see `main.py`)."""
+"""The command line `vcflash`. Each verb is one module.
+
+| file          | what it does |
+|---------------|--------------|
+| `main`        | finds the verb and runs it; exit codes |
+| `chat`        | answers questions about a video or images |
+| `demo`        | a video, and three questions about it |
+| `evaluate`    | counts right answers |
+| `synth`       | writes synthetic videos with questions |
+| `data`        | checks, converts, indexes and encodes annotations |
+| `train`       | runs a config |
+| `compile`     | compiles a config for TPUs that are not here |
+| `convert`     | writes a checkpoint in the layout of the hub |
+| `bench`       | measures speed |
+| `config_file` | reads config files, and --config.FIELD=VALUE |
+"""

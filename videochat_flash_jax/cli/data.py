@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+from videochat_flash_jax.data.batches.data_config import SAMPLINGS, ReadingConfig
 from videochat_flash_jax.errors import InputError
 
 EXAMPLE = "vcflash data check mixture.yaml --all"
@@ -49,18 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   encode.add_argument(
     "--out", required=True, help="folder of features; a second run continues there"
   )
+  defaults = ReadingConfig()
   encode.add_argument(
     "--frames",
     type=int,
     nargs=2,
-    default=(64, 512),
+    default=defaults.frames,
     metavar=("MIN", "MAX"),
     help="frames of a video",
   )
   encode.add_argument(
     "--sampling",
-    default="dynamic_fps1",
-    choices=("dynamic_fps1", "middle"),
+    default=defaults.sampling,
+    choices=SAMPLINGS,
     help="how frames are sampled",
   )
 

@@ -1,1 +1,1 @@
-"""Evaluation: how well a model answers the questions of an annotation file."""
+"""Evaluation: how well a model answers the questions of an annotation file (`exact_match`)."""

@@ -54,7 +54,7 @@ class LayerList(nnx.Module):
     return carry
 
   def run_part(self, apply: Callable, carry: tuple, layers: range) -> tuple[tuple, "LayerList"]:
-    """As `run`, for consecutive layers only. Returns this list, too, as `LayerStack` does."""
+    """Does the same as `run` with some consecutive layers; returns the carry and this list."""
     for index in layers:
       carry = apply(self.layers[index], index, carry)
     return carry, self

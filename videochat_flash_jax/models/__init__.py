@@ -6,6 +6,20 @@
   Qwen2            decoder
   VideoChatFlash   the whole model: encode, compress, splice, decode
 
+| file              | what it does |
+|-------------------|--------------|
+| `videochat_flash` | the paper's figure as code |
+| `config`          | the sizes of a model; one constructor per released checkpoint |
+| `umt`             | the video encoder of most released models |
+| `internvideo2`    | the video encoder of one released model |
+| `connector`       | merges the tokens of a clip and projects them |
+| `token_merging`   | token merging (ToMe) as pure functions |
+| `splice`          | puts visual tokens into the text sequence |
+| `qwen2`           | the decoder |
+| `layer_stack`     | equal layers, run by a scan |
+| `kv_cache`        | keys and values of the tokens that were read |
+| `token_dropout`   | which visual tokens are dropped between layers |
+
 Each name is imported when it is first used, so that `data` reads `models.config` without JAX.
 """
 

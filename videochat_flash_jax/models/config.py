@@ -145,7 +145,9 @@ class LoraConfig:
   """Low-rank adapters of linear layers (Hu et al. 2021): y = W x + B A x * alpha / rank."""
 
   rank: int = field(0, count(0), "The width of the adapters; 0 means that there are none.")
-  alpha: float = field(16.0, number(above=0), "Their output is scaled by alpha / rank.")
+  alpha: float = field(
+    16.0, number(above=0), "The output of the adapters is scaled by alpha / rank."
+  )
   targets: str = field(
     r"decoder\..*\.(q|k|v|o)_proj",
     pattern(),

@@ -1,1 +1,17 @@
-"""Operations with one contract each; models name the contract only."""
+"""Operations that models are made of. One contract may have several kernels.
+
+| file                 | what it does |
+|----------------------|--------------|
+| `attention`          | softmax attention: the contract, and the choice of an implementation |
+| `blockwise`          | attention in blocks of queries, for CPUs, GPUs and the ring |
+| `splash`             | attention by the kernel for TPUs |
+| `sharded_attention`  | self-attention of a sequence that may be sharded: ring or all-gather |
+| `ring_attention`     | blocks of keys go round a ring; each hop is hidden behind a computation |
+| `received_attention` | how much attention each token receives, to rank tokens |
+| `rope`               | rotary positions |
+| `norms`              | normalisation layers |
+| `embedding`          | looks up embeddings in a table that may be sharded |
+| `gather`             | picks tokens out of rows |
+| `sharded_gather`     | picks tokens out of rows that are sharded |
+| `platform`           | which kind of device a program is traced for |
+"""

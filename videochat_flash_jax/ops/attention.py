@@ -22,12 +22,11 @@ import jax
 import jax.numpy as jnp
 
 from videochat_flash_jax.ops import blockwise, splash
-from videochat_flash_jax.ops.blockwise import Partial, order_among_keys
+from videochat_flash_jax.ops.blockwise import NOTHING, Partial, order_among_keys
 from videochat_flash_jax.ops.platform import target_platform
 from videochat_flash_jax.shapes import Array, Float, Int
 
 _DENSE_SCORES = 256 * 256  # up to this many scores per head, one dense product is faster
-_MASKED = -1e30  # finite, so that a query that sees no key gives no NaN
 
 
 def attention(
@@ -87,7 +86,7 @@ def _dense(q, k, v, causal, query_order, query_segments, key_segments):
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   scores = jnp.einsum("bkqh,bksh->bkqs", rows, k, preferred_element_type=jnp.float32)
   if visible is not None:
-    scores = jnp.where(jnp.repeat(visible, group, axis=1)[:, None], scores, _MASKED)
+    scores = jnp.where(jnp.repeat(visible, group, axis=1)[:, None], scores, NOTHING)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
   total = weights.sum(axis=-1, keepdims=True)
   # Divided after the product: S times fewer divisions, and no second pass over the weights.

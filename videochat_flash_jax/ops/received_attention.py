@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from videochat_flash_jax.ops.blockwise import NOTHING
 from videochat_flash_jax.ops.gather import gather_from_block, gather_tokens
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Bool, Float, Int
 
 # Queries of a row at a time. Their weights are 8 N float32 per key, fewer than a token's channels.
 _BLOCK_QUERIES = 8
-_MASKED = -1e30  # finite, so that a query that sees no key gives no NaN
 
 
 def received_attention(
@@ -79,7 +79,7 @@ def _received_on_device(q, k, segment_ids, positions, asking, num_blocks, length
     queries = queries * jnp.asarray(head_size**-0.5, q.dtype)
     queries = queries.reshape(batch, _BLOCK_QUERIES, num_kv_heads, -1, head_size)
     scores = jnp.einsum("bqkgh,bksh->bkgqs", queries, k, preferred_element_type=jnp.float32)
-    weights = _softmax(jnp.where(visible[:, None, None], scores, _MASKED), layout)
+    weights = _softmax(jnp.where(visible[:, None, None], scores, NOTHING), layout)
     total += (weights.mean(axis=(1, 2)) * is_asking).sum(axis=1)
     count += (same & is_asking).sum(axis=1)
     return total, count

@@ -45,7 +45,7 @@ def _slowed_share(head_size, theta, original_positions):
   """Part of the stretch for each of the H/2 channels: 0 for fast channels, 1 for slow ones."""
 
   def channel(turns):
-    """The channel, as a fraction, that turns so often within the original context."""
+    """The channel that turns this often within the original context; it may lie between two."""
     wave_length = original_positions / turns
     return head_size * math.log(wave_length / (2 * math.pi)) / (2 * math.log(theta))
 

@@ -9,24 +9,20 @@ from jax.experimental import multihost_utils
 
 from videochat_flash_jax.errors import InputError
 
-_MAX_BYTES = 4000  # of a text; the rest is cut off
-
 
 def allgather_text(text: str) -> list[str]:
   """Returns the texts of all processes, in the order of the processes.
 
   All processes must call this function; each waits until all have called it.
-
-  Args:
-    text: the text of this process. Only its first 4,000 bytes are sent.
   """
   if jax.process_count() == 1:
     return [text]
-  buffer = np.zeros(_MAX_BYTES, np.uint8)
-  encoded = np.frombuffer(text.encode()[:_MAX_BYTES], np.uint8)
-  buffer[: len(encoded)] = encoded
-  rows = multihost_utils.process_allgather(buffer)
-  return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+  encoded = np.frombuffer(text.encode(), np.uint8)
+  with jax.transfer_guard("allow"):
+    sizes = multihost_utils.process_allgather(np.int32(len(encoded)))
+    padded = np.pad(encoded, (0, max(*sizes, 1) - len(encoded)))
+    rows = multihost_utils.process_allgather(padded)
+  return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 @contextlib.contextmanager

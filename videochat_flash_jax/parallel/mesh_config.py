@@ -7,33 +7,28 @@ import dataclasses
 import math
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.fields import field, integer
+from videochat_flash_jax.fields import count, field, integer
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 SEQUENCE_PARALLEL = ("none", "all_gather", "ring")
-_SIZES = integer("a positive integer, or -1 for what is left")
+_SIZES = integer("a positive integer, or -1 for the remaining devices")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """How many devices the mesh has along each axis.
 
-  One axis may be -1: it gets all remaining devices.
-
-  Attributes:
-    data: rows of the batch are sharded over it; weights are replicated.
-    fsdp: rows and weights are sharded over it.
-    sequence: the tokens of a row, and weights, are sharded over it.
-    tensor: heads, MLP and vocabulary are sharded over it.
-    num_slices: slices of TPUs that are joined by the data-centre network. The slices are neighbours
-      along `data`, so only `data` communicates over this slow network. It divides `data`.
+  One axis may be -1: it gets all remaining devices. Slices of TPUs are joined by the data-centre
+  network. They are neighbours along `data`, so only `data` communicates over this slow network.
   """
 
   data: int = field(1, _SIZES, "Devices among which rows are split; each has all weights.")
   fsdp: int = field(-1, _SIZES, "Devices among which rows, and weights, are split.")
-  sequence: int = field(1, _SIZES, "Devices among which the tokens of a row are split.")
+  sequence: int = field(
+    1, _SIZES, "Devices among which the tokens of a row, and weights, are split."
+  )
   tensor: int = field(1, _SIZES, "Devices among which heads, MLPs and the vocabulary are split.")
-  num_slices: int = field(1, integer(), "Slices of TPUs; they stand along `data`.")
+  num_slices: int = field(1, count(), "Slices of TPUs; mesh.data must be a multiple of them.")
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:

@@ -89,7 +89,7 @@ class SyntheticReader(TokenizerOfProcess):
     if needed > row_shape.clips_per_shard:
       raise InputError(
         f"a video of {CLIP_FRAMES * len(example.frames)} frames needs {needed} clips in a part of "
-        f"a row, but clips_per_shard is {row_shape.clips_per_shard}; give more, or fewer frames"
+        f"a row, but clips_per_shard is {row_shape.clips_per_shard}; increase it, or lower frames"
       )
     return Drawn(example, number)
 
@@ -103,8 +103,8 @@ def _check_questions(questions):
   are_known = set(questions) <= set(synthetic.QUESTION_KINDS)
   if not are_known or not any(questions.values()) or min(questions.values()) < 0:
     raise InputError(
-      f"questions are {questions}: give weights from 0 of {', '.join(synthetic.QUESTION_KINDS)}, "
-      "one of them positive"
+      f"questions are {questions}: give weights, 0 or more, for "
+      f"{', '.join(synthetic.QUESTION_KINDS)}; one of them must be above 0"
     )
 
 

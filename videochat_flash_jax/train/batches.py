@@ -1,4 +1,4 @@
-"""The batches of packed conversations that a run asks for, from one of two sources.
+"""The batches of a run: packed conversations, from one of two sources.
 
 data.mixture      annotated videos, images and text, perhaps with stored features
 data.synthetic    conversations about the synthetic world
@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from videochat_flash_jax.data.batches.sharded_rows import PER_TOKEN
+from videochat_flash_jax.data.batches.sharded_rows import PER_TOKEN, STORED_FEATURES
 from videochat_flash_jax.data.batches.train_batches import mixture_batches
 from videochat_flash_jax.data.check.media_check import check_roots
 from videochat_flash_jax.data.features.feature_key import FeatureKey, weights_digest
@@ -41,8 +41,6 @@ from videochat_flash_jax.train.device_batches import (
 from videochat_flash_jax.train.dropout_plans import with_plan
 from videochat_flash_jax.train.settings import TrainSettings
 from videochat_flash_jax.train.step import TrainProgram
-
-_STORED = {"frames": "features", "tiles": "tile_features"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +96,7 @@ def batch_shapes(settings: TrainSettings, layout: Layout) -> dict[str, Any]:
     number *= layout.sequence_shards
     if settings.data.features:
       sizes = (settings.rows, number, settings.model.connector.clip_tokens, vision.width)
-      batch[_STORED[kind]] = shape(sizes, jnp.bfloat16, "batch", "clips")
+      batch[STORED_FEATURES[kind]] = shape(sizes, jnp.bfloat16, "batch", "clips")
     else:
       sizes = (settings.rows, number, frames, *picture)
       batch[kind] = shape(sizes, jnp.uint8, "batch", "clips")

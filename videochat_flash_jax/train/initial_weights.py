@@ -19,9 +19,13 @@ from videochat_flash_jax.checkpoints.convert import copy_beside, open_checkpoint
 from videochat_flash_jax.checkpoints.hub.checkpoint import Checkpoint
 from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
 from videochat_flash_jax.checkpoints.hub.hf_config import read_fields, write_config
-from videochat_flash_jax.checkpoints.hub.parts import join_parts
+from videochat_flash_jax.checkpoints.hub.parts import (
+  join_parts,
+  missing_parts,
+  with_head_of_embedding,
+)
 from videochat_flash_jax.checkpoints.hub.weights import load_weights
-from videochat_flash_jax.checkpoints.runs.run_files import is_run, whole_steps
+from videochat_flash_jax.checkpoints.runs.run_files import is_run, refuse_stages, whole_steps
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 
@@ -30,12 +34,6 @@ RANDOM = "random"
 _log = logging.getLogger("videochat_flash_jax")
 
 _FORMS = "a checkpoint, a run's WORKDIR, or 'LANGUAGE_MODEL + ENCODER[ + PROJECTOR]'"
-# Parts, and how the names of their tensors begin on the hub.
-_PARTS = {
-  "encoder": "model.vision_tower.",
-  "projector": "model.mm_projector.",
-  "language model": "model.layers.",
-}
 # Fields that may differ from config.model, since the shape of no weight depends on them.
 _MAY_DIFFER = {
   "vision": ("image_size",),
@@ -164,26 +162,26 @@ def _directory(name):
       "ENCODER', or a directory"
     )
   try:
-    return checkpoint_directory(name)
+    directory = checkpoint_directory(name)
+    refuse_stages(directory)
+    return directory
   except InputError as error:
     raise InputError(f"config.init_from: {error}") from error
 
 
 def _with_tied_head(checkpoint, config):
   """Uses the embedding as the head, too, if config.model has a head and the checkpoint has none."""
-  tensors = dict(checkpoint.tensors)
-  if not config.decoder.tied_embeddings and checkpoint.config.decoder.tied_embeddings:
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-  return checkpoint._replace(tensors=tensors)
+  if config.decoder.tied_embeddings or not checkpoint.config.decoder.tied_embeddings:
+    return checkpoint
+  return with_head_of_embedding(checkpoint)
 
 
 def _check_parts(checkpoint):
   """Refuses a checkpoint without an encoder, a projector or a language model."""
-  for part, start in _PARTS.items():
-    if not any(name.startswith(start) for name in checkpoint.tensors):
-      raise InputError(
-        f"config.init_from: {checkpoint.where} lacks the {part}; give {_FORMS} that has it"
-      )
+  for part in missing_parts(checkpoint):
+    raise InputError(
+      f"config.init_from: {checkpoint.where} lacks the {part}; give {_FORMS} that has it"
+    )
 
 
 def _check_sizes(checkpoint, config):

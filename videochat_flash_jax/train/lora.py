@@ -70,7 +70,7 @@ def add_adapters(model: nnx.Module, lora: LoraConfig, rngs: nnx.Rngs):
     found = sorted(name for name in layers if re.search(lora.targets, name))
   except re.error as error:
     raise InputError(
-      f"config.lora.targets: {lora.targets!r} is no regular expression ({error}); mend it"
+      f"config.lora.targets: {lora.targets!r} is no regular expression ({error}); correct it"
     ) from error
   if not found:
     near = difflib.get_close_matches(lora.targets, layers, n=3, cutoff=0.3) or sorted(layers)

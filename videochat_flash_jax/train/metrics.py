@@ -109,7 +109,7 @@ class RunLog:
       self._write_board(step, fields)
     except OSError as error:
       raise InputError(
-        f"{self._workdir}: the log cannot be written ({error.strerror}); make room or mend the "
+        f"{self._workdir}: the log cannot be written ({error.strerror}); make room or repair the "
         "directory, and give the same command again"
       ) from error
     self._shown |= {name: _rounded(fields[name]) for name in _IN_PROGRESS_LINE if name in fields}
@@ -140,7 +140,7 @@ class RunLog:
     return tensorboardX.SummaryWriter(str(self._workdir), purge_step=purged, max_queue=0)
 
   def _rewritten(self, records):
-    """Writes the files anew with these records alone; returns them open for appending."""
+    """Replaces the files by files with these records only; returns them open for appending."""
     files = []
     for number, suffix in enumerate((".jsonl", ".txt")):
       path = self._workdir / f"train_log{suffix}"

@@ -68,15 +68,16 @@ def trained_paths(settings: OptimizerSettings, paths: Iterable[str]) -> Callable
     A function that says whether the weight with a path is trained.
 
   Raises:
-    InputError: an expression is the first match of no weight; no expression matches a weight; or
+    InputError: an expression is not the first match of any weight; no expression matches a
+      weight; or
       all weights would be frozen.
   """
   first_matches = {path: _first_match(settings, path) for path in paths}
   for index, (pattern, _) in enumerate(settings.scales):
     if index not in first_matches.values():
       raise InputError(
-        f"config.optimizer.scales: {pattern!r} is the first match of no weight; "
-        f"there are weights such as {_examples(first_matches)}; remove it, or mend it"
+        f"config.optimizer.scales: {pattern!r} is not the first match of any weight; "
+        f"there are weights such as {_examples(first_matches)}; remove it, or correct it"
       )
   if not any(settings.scales[index][1] for index in first_matches.values()):
     raise InputError("config.optimizer.scales freezes all weights: give a factor above 0 to some")

@@ -1,8 +1,10 @@
 """Every field of a run's config, defined once: its default, which values it takes, what it means.
 
 `train/config.py` makes all else from these classes: the ml_collections config, the checks, the
-table of `vcflash train --help-config`, and what may change when a run goes on. To add a field, add
-it here; `fields.py` says how.
+table of `vcflash train --help-config`, and what may change when a run resumes. To add a field, add
+it here; `fields.py` says how. Four sections are classes of other rooms, which have a use of their
+own: `ReadingConfig` of `data/batches/data_config.py`, `MeshConfig` of `parallel/mesh_config.py`,
+and `LoraConfig` and `DropoutConfig` of `models/config.py`. Their fields are defined there.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ from videochat_flash_jax.fields import (
   is_pattern,
   is_sequence,
   number,
+  optional,
   section,
   text,
   weights,
@@ -107,7 +110,7 @@ class DataSettings(ReadingConfig):
 
   mixture: str | None = field(
     None,
-    text(optional=True),
+    optional(text()),
     "The file of annotations, or of a mixture of them; see docs/data_format.md.",
     on_resume=_MAY_CHANGE,
   )
@@ -115,7 +118,7 @@ class DataSettings(ReadingConfig):
     {},
     weights(*QUESTION_KINDS),
     "Instead of a mixture: weights of the kinds of questions about the synthetic world, such as "
-    '{"attribute": 0.8, "absence": 0.2}. Empty: there is a mixture.',
+    '{"attribute": 0.8, "absence": 0.2}. Without weights, data.mixture is read.',
     convert=lambda section: tuple(section.items()),
   )
   workers: int = field(
@@ -164,9 +167,15 @@ class CheckpointSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-  """All that a run is made of."""
+  """All that a run is made of.
 
-  seed: int = field(0, _SEEDS, "Of the order of examples, and of weights that are drawn at random.")
+  `TrainSettings()` holds the defaults as a config has them; `train.config.train_settings` gives the
+  checked and converted object, in which `model` is a `VideoChatFlashConfig`.
+  """
+
+  seed: int = field(
+    0, _SEEDS, "The seed of the order of examples, and of weights that are drawn at random."
+  )
   objective: str = field(
     "answers",
     choice("answers", "patches"),
@@ -189,7 +198,7 @@ class TrainSettings:
   )
   init_from: str | None = field(
     None,
-    text(optional=True),
+    optional(text()),
     "The weights to begin with: a checkpoint (an id on the hub, or a directory), the --workdir of "
     'another run or one of its checkpoints/STEP, "LANGUAGE_MODEL + ENCODER", "LANGUAGE_MODEL + '
     'ENCODER + PROJECTOR", or "random"; see docs/checkpoints.md.',
@@ -208,7 +217,7 @@ class TrainSettings:
     40,
     count(0),
     "Room for image tiles in each part of a row. An image has up to 6 x 6 tiles and a base view. "
-    "0: nothing but videos is read.",
+    "With 0, images are refused.",
     on_resume=_MAY_CHANGE,
   )
   accumulate: int = field(
@@ -255,7 +264,7 @@ class TrainSettings:
     LoraConfig(), "Adapters of low rank; a rank of 0 means none.", on_resume=_BY_WEIGHTS
   )
   dropout: DropoutConfig | None = section(
-    DropoutConfig("", (4, 18), (1.0, 0.75, 0.25)),
+    dataclasses.replace(DropoutConfig.model_card(), kind=""),
     "Which visual tokens are dropped between layers in training. The kind '' means none, as in the "
     "released models; layers and ratios are those of the released model cards.",
     on_resume=OnResume.FIXED,

@@ -212,9 +212,9 @@ def test_arrays_of_another_config_are_refused_by_their_names(tmp_path):
   with RunCheckpoints(tmp_path) as checkpoints:
     checkpoints.save(5, state(), DATA, RUN)
     for other, words in (
-      (state(size=6), ["trained.decoder.norm.scale", "holds [4]", "asks for [6]"]),
-      (more, ["trained.lora_a", "holds none", "asks for [3, 2]"]),
-      (State({}, state().optimizer), ["trained.decoder.norm.scale", "asks for none"]),
+      (state(size=6), ["trained.decoder.norm.scale", "holds [4]", "needs [6]"]),
+      (more, ["trained.lora_a", "holds none", "needs [3, 2]"]),
+      (State({}, state().optimizer), ["trained.decoder.norm.scale", "needs none"]),
     ):
       with pytest.raises(InputError) as caught:
         checkpoints.restore(shapes_of(other))

@@ -1,3 +1,6 @@
+import hashlib
+import json
+
 import numpy as np
 import pytest
 
@@ -74,3 +77,11 @@ def test_a_weight_that_leaves_nothing_of_a_source_is_refused():
   said = "^source of 40: weight 0.5 leaves none of its 1 rows; give at least 1, or remove"
   with pytest.raises(InputError, match=said):
     ExampleOrder(Lengths([40, 1], weights=[1.0, 0.5]), 0, 1)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_the_form_of_a_digest_stays_as_saved_states_have_it(streams):
+  rows = Lengths([30, 70])
+  by_example = list(zip(*drawn(rows, 100, streams=streams), strict=True))
+  expected = hashlib.blake2b(json.dumps(by_example).encode(), digest_size=8).hexdigest()
+  assert ExampleOrder(rows, 0, streams).digest() == expected

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.data.batches.small_mixture import CLIP_TOKENS, SIZE, config, make_tokenizer
 from tests.data.media.video_files import pictures, write_video
+from videochat_flash_jax.data.batches.data_config import ExampleConfig
 from videochat_flash_jax.data.batches.examples import ExampleReader, skipped_positions
 from videochat_flash_jax.data.batches.row_media import read_row_video
 from videochat_flash_jax.data.media.frame_sampling import clip_indices, training_indices
@@ -17,6 +18,7 @@ from videochat_flash_jax.data.media.resize import resize
 from videochat_flash_jax.data.media.video_reader import open_video
 from videochat_flash_jax.data.mixture.broken import BrokenRow
 from videochat_flash_jax.data.text.conversation import IGNORE_LABEL, encode_row
+from videochat_flash_jax.errors import InputError
 
 TURNS = [
   {"from": "human", "value": "<image>\nWhat moves?"},
@@ -282,3 +284,9 @@ def test_a_reader_crosses_processes_without_its_tokenizer(folder):
   again = pickle.loads(pickle.dumps(reader)).read(row, np.random.default_rng(5))
   for ours, theirs in zip(first, again, strict=True):
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_empty_time_message_is_none():
+  assert ExampleConfig(image_size=SIZE, time_message="").time_message is None
+  with pytest.raises(InputError, match="time_message is 'brief'; give short or long"):
+    ExampleConfig(image_size=SIZE, time_message="brief")

@@ -94,7 +94,7 @@ def test_rows_of_a_kind_are_drawn_from_all_sources(tmp_path):
 
 def test_every_broken_row_says_why_and_every_healthy_one_is_read(tmp_path):
   mixture = write_mutated_mixture(tmp_path, 66, 8, 40, seed=3)
-  told_with_the_medium = {"unreadable video", "no frames", "missing file"}
+  found_with_the_medium = {"unreadable video", "no frames", "missing file"}
   rows, found, read = open_all(mixture.path), {}, []
   for index in range(len(rows)):
     try:
@@ -102,17 +102,17 @@ def test_every_broken_row_says_why_and_every_healthy_one_is_read(tmp_path):
       read.append(rows.label(index))
     except BrokenRow as error:
       found[rows.label(index)] = error.reason
-      told = str(error)
+      message = str(error)
     else:
       continue
-    assert told.startswith(f"{found[rows.label(index)]}: {rows.source(index)} row ")
-    assert "\n" not in told
+    assert message.startswith(f"{found[rows.label(index)]}: {rows.source(index)} row ")
+    assert "\n" not in message
   assert set(mixture.healthy) <= set(read)
   assert found.items() <= mixture.expected.items()
-  assert set(found.values()) == set(mixture.expected.values()) - told_with_the_medium
+  assert set(found.values()) == set(mixture.expected.values()) - found_with_the_medium
   missed = {label: mixture.expected[label] for label in mixture.expected.keys() - found.keys()}
   assert all(
-    reason in told_with_the_medium or label.startswith("beyond the end")
+    reason in found_with_the_medium or label.startswith("beyond the end")
     for label, reason in missed.items()
   )
 

@@ -29,6 +29,22 @@ _PROJECTOR = "model.mm_projector."
 _PRETRAINING = {"umt": r"(?!encoder\.)", "internvideo2": r"(?:clip|final_clip|mae)_"}
 
 
+def missing_parts(checkpoint: Checkpoint) -> list[str]:
+  """The parts of a model of which a checkpoint has no tensor, in words."""
+  starts = {"encoder": _ENCODER, "projector": _PROJECTOR, "language model": "model.layers."}
+  return [
+    part
+    for part, start in starts.items()
+    if not any(name.startswith(start) for name in checkpoint.tensors)
+  ]
+
+
+def with_head_of_embedding(checkpoint: Checkpoint) -> Checkpoint:
+  """The same checkpoint with its embedding as its head, too."""
+  head = checkpoint.tensors["model.embed_tokens.weight"]
+  return checkpoint._replace(tensors={**checkpoint.tensors, "lm_head.weight": head})
+
+
 def join_parts(
   language_model: Path,
   encoder: Path,

@@ -24,6 +24,6 @@ def check_arrays(where: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any
     )
     if held != asked:
       raise InputError(
-        f"{where}: a checkpoint of another config: of {path} it holds {held}, and this config "
-        f"asks for {asked}; give the config that it was trained with, or another --workdir"
+        f"{where}: a checkpoint of another config: it holds {held} for {path}, but this config "
+        f"needs {asked}; give the config that it was trained with, or another --workdir"
       )

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from videochat_flash_jax.checkpoints.runs.run_files import is_whole, whole_steps
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel.agreement import allgather_text
 
 
 def newest_on_all_processes(directory: Path) -> int | None:
@@ -48,11 +49,6 @@ def allgather_streams(state: dict) -> dict:
   """
   if jax.process_count() == 1:
     return state
-  text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-  with jax.transfer_guard("allow"):
-    lengths = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.pad(text, (0, max(lengths) - len(text)))
-    texts = multihost_utils.process_allgather(padded)
-  states = [json.loads(bytes(text[:size])) for text, size in zip(texts, lengths, strict=True)]
+  states = [json.loads(text) for text in allgather_text(json.dumps(state))]
   streams = [each["streams"] for each in states if "streams" in each]
   return states[0] | ({"streams": functools.reduce(dict.__or__, streams)} if streams else {})

@@ -6,8 +6,10 @@ from videochat_flash_jax.data.batches.sharded_rows import RowShape
 from videochat_flash_jax.data.media.frame_sampling import CLIP_FRAMES
 from videochat_flash_jax.data.text.conversation import TEMPLATES
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.fields import Rule, choice, count, field, is_integer, is_pair
+from videochat_flash_jax.fields import Rule, choice, count, field, is_integer, is_pair, optional
 from videochat_flash_jax.models.config import TilingConfig
+
+SAMPLINGS = ("dynamic_fps1", "middle")
 
 
 def _are_frames(value):
@@ -27,25 +29,25 @@ class ReadingConfig:
   )
   sampling: str = field(
     "dynamic_fps1",
-    choice("dynamic_fps1", "middle"),
+    choice(*SAMPLINGS),
     "Which frames of a video are read: one a second within `frames`, or the middle of equal parts.",
   )
   template: str = field("qwen_2", choice(*TEMPLATES), "The template of conversations.")
   time_message: str | None = field(
     "short",
-    choice("short", "long", ""),
+    optional(choice("short", "long", "")),
     "The sentence about a video's length and frames; '' for none.",
-    convert=lambda kind: kind or None,
   )
   label_style: str = field(
     "qwen",
     choice("qwen", "clean"),
-    "Which tokens of an answer are learnt; see `data.text.conversation.encode_dialog`.",
+    "Which tokens are learnt: qwen, the answers and the headers of turns; clean, the answers only.",
   )
   position_skip: int = field(
     0,
     count(0),
-    "Rotary positions of an example jump twice, by at most this many; see `skipped_positions`.",
+    "Rotary positions of an example jump ahead twice, by up to this many, so that larger ones are "
+    "learnt than rows are long.",
   )
 
 
@@ -56,7 +58,7 @@ class ExampleConfig(ReadingConfig):
   Attributes:
     image_size: side of a frame and of an image tile, in pixels.
     tiling: how an image is cut into tiles if it is the only one in its conversation.
-    time_message: as in `ReadingConfig`; None for no message.
+    time_message: as in `ReadingConfig`; "" becomes None.
   """
 
   image_size: int = dataclasses.field(kw_only=True)
@@ -65,8 +67,10 @@ class ExampleConfig(ReadingConfig):
   def __post_init__(self):
     for each in dataclasses.fields(ReadingConfig):
       value, rule = getattr(self, each.name), each.metadata["rule"]
-      if not rule.accepts("" if value is None else value):
+      if not rule.accepts(value):
         raise InputError(f"{each.name} is {value!r}; give {rule.remedy}")
+    # A config of a run has "" for none; here and in saved states it is None.
+    object.__setattr__(self, "time_message", self.time_message or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,10 @@ class DataConfig:
   def facts(self) -> dict:
     """Returns all settings that decide the content of a batch, as one flat dict of JSON values."""
     facts = dataclasses.asdict(self)
-    for name in ("workers", "max_broken_share"):
+    for name in (
+      "workers",
+      "max_broken_share",
+    ):  # they may change on resume: see `train/settings.py`
       del facts[name]
     for part in ("example", "row_shape"):
       facts |= facts.pop(part)

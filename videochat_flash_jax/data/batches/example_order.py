@@ -75,9 +75,10 @@ class ExampleOrder:
 
     It also differs if another version of Grain makes another order from the same seed.
     """
+    # Saved states hold this digest, so its form must stay: example by example, over all streams.
     first = [
-      [self.row(stream, number) for number in range(_DIGEST_EXAMPLES)]
-      for stream in range(self._num_streams)
+      [self.row(stream, number) for stream in range(self._num_streams)]
+      for number in range(_DIGEST_EXAMPLES)
     ]
     return hashlib.blake2b(json.dumps(first).encode(), digest_size=8).hexdigest()
 

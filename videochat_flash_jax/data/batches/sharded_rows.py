@@ -20,6 +20,8 @@ import numpy as np
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.zigzag import zigzag_order
 
+# With stored features, these fields of a batch take the place of pixels.
+STORED_FEATURES = {"frames": "features", "tiles": "tile_features"}
 PER_TOKEN = ("token_ids", "labels", "visual_index", "positions", "segment_ids")
 
 

@@ -28,7 +28,7 @@ from videochat_flash_jax.data.batches.examples import ExampleReader, media_shape
 from videochat_flash_jax.data.batches.packed_stream import PackedStream, Reader, stop_all
 from videochat_flash_jax.data.batches.replacement import ReplacingReader
 from videochat_flash_jax.data.batches.row_packer import write_row
-from videochat_flash_jax.data.batches.sharded_rows import empty_rows
+from videochat_flash_jax.data.batches.sharded_rows import STORED_FEATURES, empty_rows
 from videochat_flash_jax.data.features.feature_store import FeatureStore
 from videochat_flash_jax.data.text.tokenizer import Tokenizer
 from videochat_flash_jax.errors import InputError
@@ -45,7 +45,6 @@ _REMEDIES = {  # for facts whose values mean nothing to a reader
 }
 # Counts of each stream over all of its rows. "places" are all tokens of the rows, with padding.
 _PACKED = ("tokens", "visual_tokens", "places")
-_FEATURE_NAMES = {"frames": "features", "tiles": "tile_features"}
 
 
 def mixture_batches(
@@ -167,7 +166,7 @@ class TrainBatchesIterator(grain.DatasetIterator):
     self._saved_facts = self._facts
     if self._features is None:
       return batch
-    return {_FEATURE_NAMES.get(name, name): values for name, values in batch.items()}
+    return {STORED_FEATURES.get(name, name): values for name, values in batch.items()}
 
   def _count(self, packed, counts):
     counts["last"].append([item.source_row for item in packed])

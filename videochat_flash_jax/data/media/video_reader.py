@@ -1,7 +1,7 @@
 """Reads chosen frames of a video without decoding all the others.
 
 First all packets of the file are read without decoding. This gives the time stamp of every frame,
-hence the presentation order, and the key frames, at which decoding can start. The chosen frames are
+the order in which frames are shown, and the key frames, at which decoding can start. The chosen frames are
 then cut into segments, and the decoder jumps between segments. If the frames are resized, several
 segments are decoded at the same time, each by its own decoder. Otherwise one decoder, with several
 threads, decodes the segments sequentially.

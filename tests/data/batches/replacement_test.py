@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from tests.data.batches.broken_rows_test import reader_of
+from tests.data.batches.broken_share_test import reader_of
 from tests.data.batches.small_mixture import read_rows
 from tests.data.media.video_files import pictures, write_video
 from tests.data.mixture.mutations import turns
