@@ -96,8 +96,8 @@ def test_a_caption_names_colour_and_kind_of_all_that_is_shown(make_tokenizer):
   [
     ({"frames": (4, 128)}, "need 32 clips and 832 tokens, but a row has room for 12 and 512"),
     ({"frames": (4, 64)}, "need 16 clips and 448 tokens, but a row has room for 12 and 512"),
-    ({"questions": {"colour": 1.0}}, "weights from 0 of attribute, absence"),
-    ({"questions": {"absence": 0.0}}, "one of them positive"),
+    ({"questions": {"colour": 1.0}}, "weights, 0 or more, for attribute, absence"),
+    ({"questions": {"absence": 0.0}}, "one of them must be above 0"),
   ],
 )
 def test_what_cannot_be_drawn_is_refused_at_once(make_tokenizer, change, said):

@@ -130,8 +130,8 @@ def test_the_first_expression_that_matches_a_path_counts():
 @pytest.mark.parametrize(
   "scales, complaint",
   [
-    ((("visoin", 0.2), ("", 1.0)), r"'visoin' is the first match of no weight; .* vision\."),
-    ((("", 1.0), ("vision", 0.2)), r"'vision' is the first match of no weight"),
+    ((("visoin", 0.2), ("", 1.0)), r"'visoin' is not the first match of any weight; .* vision\."),
+    ((("", 1.0), ("vision", 0.2)), r"'vision' is not the first match of any weight"),
     ((("vision", 0.2), ("decoder", 1.0)), r"no expression matches the weight connector\.fc1"),
     ((("", 0.0),), "freezes all weights"),
   ],

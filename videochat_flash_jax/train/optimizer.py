@@ -69,8 +69,7 @@ def trained_paths(settings: OptimizerSettings, paths: Iterable[str]) -> Callable
 
   Raises:
     InputError: an expression is not the first match of any weight; no expression matches a
-      weight; or
-      all weights would be frozen.
+      weight; or all weights would be frozen.
   """
   first_matches = {path: _first_match(settings, path) for path in paths}
   for index, (pattern, _) in enumerate(settings.scales):

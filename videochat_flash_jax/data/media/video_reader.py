@@ -1,10 +1,10 @@
 """Reads chosen frames of a video without decoding all the others.
 
 First all packets of the file are read without decoding. This gives the time stamp of every frame,
-the order in which frames are shown, and the key frames, at which decoding can start. The chosen frames are
-then cut into segments, and the decoder jumps between segments. If the frames are resized, several
-segments are decoded at the same time, each by its own decoder. Otherwise one decoder, with several
-threads, decodes the segments sequentially.
+the order in which frames are shown, and the key frames, at which decoding can start. The chosen
+frames are then cut into segments, and the decoder jumps between segments. If the frames are
+resized, several segments are decoded at the same time, each by its own decoder. Otherwise one
+decoder, with several threads, decodes the segments sequentially.
 
   with open_video("match.mp4") as video:
     frames = video.read([0, 30, 60], image_size=224)  # uint8 [3, 224, 224, 3]
