@@ -23,7 +23,7 @@ def test_synth_writes_videos_and_rows(tmp_path, capfd):
   "arguments, complaint",
   [
     (["--frames", "5:7"], "no multiple of 4 lies in the range of frames 5:7"),
-    (["--frames", f"8:{10**30}"], "lasts over a day"),
+    (["--frames", f"8:{10**30}"], "lasts more than a day"),
     (["--frames", "8"], "--frames '8' is not MIN:MAX"),
     (["--videos", "0"], "--videos is 0"),
     (["--seed", "-1"], "--seed is -1"),
