@@ -2,7 +2,6 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -20,6 +19,7 @@ from videochat_flash_jax.ops.gather import gather_tokens
 from videochat_flash_jax.ops.norms import RMSNorm
 from videochat_flash_jax.ops.rope import apply_rope, rope_table
 from videochat_flash_jax.ops.sharded_attention import self_attention
+from videochat_flash_jax.ops.swiglu import swiglu
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int
 
@@ -246,7 +246,7 @@ class DecoderLayer(nnx.Module):
   """Pre-norm attention and SwiGLU MLP, each with a residual connection."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype):
-    self.head_size = config.head_size
+    self.head_size, self.mlp_width = config.head_size, config.mlp_width
     queries = config.num_heads * config.head_size
     keys = config.num_kv_heads * config.head_size
 
@@ -276,7 +276,7 @@ class DecoderLayer(nnx.Module):
     q, k, v = self.project(x, rope)
     x = x + self.o_proj(attend(q, k, v).reshape(*x.shape[:-1], -1))
     h = self.post_attention_norm(x)
-    return x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))
+    return x + swiglu(h, self.gate_proj, self.up_proj, self.down_proj, self.mlp_width)
 
   def project(self, x: Float[Array, "B T D"], rope) -> tuple[Array, Array, Array]:
     """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer's attention."""

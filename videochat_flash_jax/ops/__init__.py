@@ -9,6 +9,7 @@
 | `ring_attention`     | blocks of keys go round a ring; each hop is hidden behind a computation |
 | `received_attention` | how much attention each token receives, to rank tokens |
 | `rope`               | rotary positions |
+| `swiglu`             | the MLP of the decoder; on a CPU in blocks of rows |
 | `norms`              | normalisation layers |
 | `embedding`          | looks up embeddings in a table that may be sharded |
 | `gather`             | picks tokens out of rows |

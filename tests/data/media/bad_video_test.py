@@ -138,7 +138,9 @@ def test_a_video_without_a_frame_breaks_its_row_for_that_reason(tmp_path, write)
   assert error.value.reason == "no frames"
 
 
-@pytest.mark.parametrize("end, message", [(1000, "8 s to 1000 s ends long after"), (11.1, "long after")])
+@pytest.mark.parametrize(
+  "end, message", [(1000, "8 s to 1000 s ends long after"), (11.1, "long after")]
+)
 def test_a_clip_that_ends_far_beyond_its_video_is_refused(tmp_path, end, message):
   path = write_video(tmp_path / "v.mp4", pictures(100), codec="mpeg4")  # 10 s
   row = {"video": str(path), "start": 8}

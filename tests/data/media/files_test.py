@@ -206,7 +206,9 @@ def test_an_annotation_file_that_changed_at_its_address_is_read_again(tmp_path, 
 
 def test_a_folder_of_pictures_at_an_address_is_refused_with_what_to_do(server):
   row = {"video": f"{server.address}/pictures", "video_read_type": "img"}
-  with pytest.raises(BrokenRow, match=r"^unreadable video: .* can only be read from this machine; copy"):
+  with pytest.raises(
+    BrokenRow, match=r"^unreadable video: .* can only be read from this machine; copy"
+  ):
     read_row_video(row, ExampleConfig(image_size=32))
 
 
