@@ -2,9 +2,10 @@
 
 `train/config.py` makes all else from these classes: the ml_collections config, the checks, the
 table of `vcflash train --help-config`, and what may change when a run resumes. To add a field, add
-it here; `fields.py` says how. Four sections are classes of other rooms, which have a use of their
-own: `ReadingConfig` of `data/batches/data_config.py`, `MeshConfig` of `parallel/mesh_config.py`,
-and `LoraConfig` and `DropoutConfig` of `models/config.py`. Their fields are defined there.
+it here; `fields.py` says how. Four sections are classes of other rooms, which use them, too:
+`ReadingConfig` of `data/batches/data_config.py`, `MeshConfig` of `parallel/mesh_config.py`, and
+`LoraConfig` and `DropoutConfig` of `models/config.py`. Their fields are defined there. A field of
+`data` that changes how a row is read belongs to `ReadingConfig`; all others to `DataSettings`.
 """
 
 import dataclasses
