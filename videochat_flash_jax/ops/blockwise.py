@@ -1,7 +1,8 @@
 """Attention in blocks of queries, so that memory grows with T + S and not with T x S.
 
-The scores of one block of queries with one key/value head are in memory at a time. They fit into
-the cache of a CPU's core, for which this is made.
+The scores of one block of queries with one key/value head are in memory at a time, or those of all
+heads if the caller says so. The scores of one head fit into the cache of a CPU's core, for which
+this is made.
 
 The backward pass computes the scores of a block again (FlashAttention, Dao 2023). From the forward
 pass it needs only the result, and for each query the logarithm of the sum of the exponentials of
@@ -74,10 +75,13 @@ def attend(
   query_order: Int[Array, "#B T"] | None,
   query_segments: Int[Array, "B T"] | None,
   key_segments: Int[Array, "B S"] | None,
+  *,
+  heads_at_once: bool = False,
 ) -> Partial:
   """Attends to keys that may be a part of all keys.
 
-  The arguments are those of `ops.attention.attention`.
+  The arguments are those of `ops.attention.attention`; and `heads_at_once` computes all key/value
+  heads of a block together instead of one after another.
 
   Returns:
     Result and log-sum-exp in float32; zeros and `NOTHING` for a query that sees no key.
@@ -95,7 +99,7 @@ def attend(
     ]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
-  out, lse = jax.lax.map(one_head, operands)
+  out, lse = _each_head(one_head, operands, heads_at_once)
   return Partial(_joined(out, q, k), _joined(lse, q, k))
 
 
@@ -109,6 +113,8 @@ def attend_backward(
   key_segments: Int[Array, "B S"] | None,
   merged: Partial,
   gradient: Float[Array, "B T N H"],
+  *,
+  heads_at_once: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
   """Returns what these keys add to the gradients of q, k and v, in float32.
 
@@ -122,6 +128,7 @@ def attend_backward(
     key_segments: see `attend`.
     merged: attention of the queries to the keys of all parts.
     gradient: gradient of the loss with respect to `merged.out`.
+    heads_at_once: see `attend`.
   """
   block = _block_size(q, k)
   operands = _by_head(q, k, v, causal, query_order, query_segments, key_segments, block)
@@ -149,9 +156,14 @@ def attend_backward(
       d_k, d_v = d_k + jnp.pad(span_k, unseen), d_v + jnp.pad(span_v, unseen)
     return jnp.concatenate(d_q), d_k, d_v
 
-  d_q, d_k, d_v = jax.lax.map(one_head, (operands, results))
+  d_q, d_k, d_v = _each_head(one_head, (operands, results), heads_at_once)
   d_k, d_v = (d.reshape(len(k), -1, *d.shape[1:]).swapaxes(1, 2) for d in (d_k, d_v))
   return _joined(d_q, q, k) * _scale(q), d_k, d_v
+
+
+def _each_head(function, operands, at_once):
+  """Applies a function to the operands of every key/value head, which stand along axis 0."""
+  return jax.vmap(function)(operands) if at_once else jax.lax.map(function, operands)
 
 
 def _attend_block(keys, queries):

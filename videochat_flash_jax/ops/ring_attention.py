@@ -59,7 +59,7 @@ def _ring_forward(q, k, v, segment_ids, axis_name, zigzag):
   """Returns the result, and what the backward pass needs."""
   from_lower, from_higher = _needed_parts(q.shape[1], zigzag)
   next_block = _send_on((k, v, segment_ids), axis_name)  # is sent while we compute
-  attend = functools.partial(_kernels().attend, query_order=None)
+  attend, _ = _kernels()
   merged = attend(q, k, v, causal=True, query_segments=segment_ids, key_segments=segment_ids)
 
   def add_block(merged, block, is_lower):
@@ -103,7 +103,7 @@ def _ring_backward(axis_name, zigzag, residuals, gradient):
   q, k, v, segment_ids, merged = residuals
   from_lower, from_higher = _needed_parts(q.shape[1], zigzag)
   next_block = _send_on((k, v, segment_ids), axis_name)
-  attend_backward = functools.partial(_kernels().attend_backward, query_order=None)
+  _, attend_backward = _kernels()
   d_q, *d_kv = attend_backward(
     q,
     k,
@@ -164,8 +164,15 @@ ring_attention.defvjp(_ring_forward, _ring_backward)
 
 
 def _kernels():
-  """The module whose `attend` and `attend_backward` compute a block."""
-  return splash if target_platform() == "tpu" else blockwise
+  """The functions that compute a block, forward and backward."""
+  if target_platform() == "tpu":
+    functions, options = (splash.attend, splash.attend_backward), {}
+  else:
+    # With a loop over heads inside of the loop over steps, XLA on several CPU devices may start a
+    # collective after the ring before the ring has ended on all devices, and wait forever.
+    functions = blockwise.attend, blockwise.attend_backward
+    options = {"heads_at_once": True}
+  return [functools.partial(function, query_order=None, **options) for function in functions]
 
 
 def _needed_parts(length, zigzag):
