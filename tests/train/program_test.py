@@ -179,11 +179,11 @@ def test_adapters_are_trained_at_the_full_rate_the_connector_at_a_tenth_and_the_
     (["mesh.sequence=2", "mesh.fsdp=2"], "fsdp 2 x sequence 2 x tensor 1 do not multiply to"),
     (
       [*ONE_DEVICE, "optimizer.scales=(('visoin', 1.0), ('', 0.0))"],
-      "'visoin' is the first match of no weight",
+      "'visoin' is not the first match of any weight",
     ),
     (
       [*ONE_DEVICE, "optimizer.scales=(('lora_', 1.0), ('', 0.0))"],
-      "'lora_' is the first match of no weight",
+      "'lora_' is not the first match of any weight",
     ),
   ],
 )
