@@ -38,7 +38,7 @@ MAY_IMPORT = {
   "data.features": {"data.media", "models.config", "errors"},
   "data.batches": {*_LEVELS_BELOW_BATCHES, "models.config", "parallel.zigzag", "errors", "fields"},
   "data.check": {"data.media", "data.mixture", "data.batches", "errors"},
-  "synthetic": {"data", "models.config", "errors"},
+  "synthetic": {"data", "models.config", "errors", "fields"},
   "checkpoints": {"models.config", *_PARALLEL_OF_CHECKPOINTS, "errors"},
   "checkpoints.hub": {"models.config", "parallel.sharding", "errors"},
   "checkpoints.runs": {"checkpoints.hub", "models.config", *_PARALLEL_OF_CHECKPOINTS, "errors"},

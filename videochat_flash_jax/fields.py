@@ -4,8 +4,8 @@ A section of a config is a frozen dataclass whose fields are made by `field`:
 
   @dataclasses.dataclass(frozen=True)
   class CheckpointSettings:
-    every: int = field(500, count(), "steps between two checkpoints")
-    keep: int = field(3, count(), "how many of the newest checkpoints are kept")
+    every: int = field(500, count(), "Steps between two checkpoints.")
+    keep: int = field(3, count(), "How many of the newest checkpoints are kept.")
 
 `train/config.py` makes the ml_collections config, its checks, its table of help and the rules for a
 resumed run from such classes.

@@ -17,6 +17,7 @@ from videochat_flash_jax.data.media.frame_sampling import CLIP_FRAMES
 from videochat_flash_jax.data.text.tokenizer import Tokenizer
 from videochat_flash_jax.data.text.tokenizer_of_process import TokenizerOfProcess
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.fields import weights
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.synthetic import world as synthetic
 from videochat_flash_jax.synthetic.training import draw_conversation
@@ -100,8 +101,7 @@ class SyntheticReader(TokenizerOfProcess):
 
 
 def _check_questions(questions):
-  are_known = set(questions) <= set(synthetic.QUESTION_KINDS)
-  if not are_known or not any(questions.values()) or min(questions.values()) < 0:
+  if not questions or not weights(*synthetic.QUESTION_KINDS).accepts(questions):
     raise InputError(
       f"questions are {questions}: give weights, 0 or more, for "
       f"{', '.join(synthetic.QUESTION_KINDS)}; one of them must be above 0"

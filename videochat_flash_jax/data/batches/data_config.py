@@ -108,11 +108,7 @@ class DataConfig:
   def facts(self) -> dict:
     """Returns all settings that decide the content of a batch, as one flat dict of JSON values."""
     facts = dataclasses.asdict(self)
-    for name in (
-      "workers",
-      "max_broken_share",
-    ):  # they may change on resume: see `train/settings.py`
-      del facts[name]
+    del facts["workers"], facts["max_broken_share"]  # they do not decide it
     for part in ("example", "row_shape"):
       facts |= facts.pop(part)
     tiling, frames = facts.pop("tiling"), facts.pop("frames")
