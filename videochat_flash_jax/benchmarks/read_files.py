@@ -93,15 +93,12 @@ def frames_needed(path: Path, indices: np.ndarray) -> tuple[int, int]:
   with av.open(str(path)) as container:
     timeline = read_timeline(container, container.streams.video[0], path)
   with av.open(str(path)) as container:
-    coded = [
-      (timeline.number_of_stamp[packet.pts], _is_reference(bytes(packet)))
-      for packet in container.demux(video=0)
-      if packet.size
-    ]
+    packets = zip(timeline.frame_of_packet, container.demux(video=0), strict=True)
+    coded = [(frame, _is_reference(bytes(packet))) for frame, packet in packets if packet.size]
   decode_index = {number: index for index, (number, _) in enumerate(coded)}
   needed = from_key_frame = 0
   for picks in timeline.segments(indices.tolist()):
-    key = timeline.key_frames[timeline.key_before(picks[0])]
+    key = timeline.key_frames[timeline.key_before(picks[0])].frame
     run = coded[decode_index[key] : max(decode_index[pick] for pick in picks) + 1]
     from_key_frame += len(run)
     needed += sum(is_reference or number in picks for number, is_reference in run)

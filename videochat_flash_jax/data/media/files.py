@@ -82,6 +82,17 @@ def open_media(path: str | os.PathLike) -> str | os.PathLike | BinaryIO:
   return file
 
 
+def read_start(path: str | os.PathLike, num_bytes: int) -> bytes:
+  """Returns the first bytes of a file, or all of a shorter one.
+
+  Raises:
+    OSError: a local file cannot be read.
+    InputError: as in `open_media`.
+  """
+  with open_media(path) if is_address(path) else open(path, "rb") as file:
+    return file.read(num_bytes)
+
+
 def _check_parts(file, path):
   """Reads the last byte, to check that the server can send parts of a file.
 

@@ -11,8 +11,8 @@ from PIL import Image
 def resize(pictures: np.ndarray, image_size: int | tuple[int, int]) -> np.ndarray:
   """Resizes pictures directly to the given size, without a crop; the aspect ratio is not kept.
 
-  The resize is Pillow's bicubic one with antialiasing, in uint8. This is bit for bit what the
-  released weights were trained on.
+  The resize is Pillow's bicubic one with antialiasing, in uint8. The width is resized first, then
+  the height. This is bit for bit what the released weights were trained on.
 
   Args:
     pictures: uint8 `[..., H, W, 3]`, or one gray picture `[H, W]`, which becomes RGB.
@@ -27,5 +27,7 @@ def resize(pictures: np.ndarray, image_size: int | tuple[int, int]) -> np.ndarra
   resized = np.empty((*pictures.shape[:-3], height, width, 3), np.uint8)
   for index in np.ndindex(pictures.shape[:-3]):
     picture = Image.fromarray(pictures[index])
+    # Two calls, because the result depends on the order of the two passes, which Pillow 13 changed.
+    picture = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
     resized[index] = picture.resize((width, height), Image.Resampling.BICUBIC)
   return resized

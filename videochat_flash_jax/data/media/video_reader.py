@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import av
 import numpy as np
 
 from videochat_flash_jax.data.media.files import check_regular, file_stamp, is_address
@@ -210,6 +209,9 @@ class _VideoFile(VideoReader):
       decoder.close()
     self._idle.clear()
 
+  def __del__(self):
+    self.close()  # at once, even if an error or a caller still knows a decoder
+
   @property
   def num_decoded(self) -> int:
     """Number of frames decoded so far, wanted or not: the cost of reading."""
@@ -217,13 +219,12 @@ class _VideoFile(VideoReader):
 
   def _describe(self) -> tuple[Timeline, tuple[int, int]]:
     """Returns the timeline, and (height, width) of the first frame."""
-    with _named_errors(self.path):
-      decoder = VideoDecoder(self.path, self._num_threads)
-      try:
-        (frame,) = decoder.read([0])
-      except Exception:
-        decoder.close()  # the error refers to the decoder, and may be kept for long
-        raise
+    decoder = VideoDecoder(self.path, self._num_threads)
+    try:
+      (frame,) = decoder.read([0])
+    except Exception:
+      decoder.close()  # the error refers to the decoder, and may be kept for long
+      raise
     self._idle[self._num_threads].append(decoder)
     return decoder.timeline, frame.shape[:2]
 
@@ -237,9 +238,15 @@ class _VideoFile(VideoReader):
       resizes = (functools.partial(self._fit, index, frame, image_size) for index, frame in decoded)
       yield from _in_order(resizes, num_threads=1)
     else:
-      reads = (functools.partial(self._read_segment, segment, image_size) for segment in segments)
-      for frames in _in_order(reads, num_threads=min(self._num_threads, len(segments))):
-        yield from frames
+      stop = threading.Event()
+      reads = (
+        functools.partial(self._read_segment, segment, image_size, stop) for segment in segments
+      )
+      try:
+        for frames in _in_order(reads, num_threads=min(self._num_threads, len(segments))):
+          yield from frames
+      finally:
+        stop.set()
 
   def _decode_all(self, segments: list[list[int]]) -> Iterator[np.ndarray]:
     """Yields the frames of all segments, from one decoder."""
@@ -247,20 +254,27 @@ class _VideoFile(VideoReader):
       for number, segment in enumerate(segments, start=1):
         yield from decoder.read(segment, is_jump_next=number < len(segments))
 
-  def _read_segment(self, segment: list[int], image_size: _ImageSize) -> list[np.ndarray]:
-    """Returns the resized frames of one segment, from a decoder that no other thread uses."""
+  def _read_segment(
+    self, segment: list[int], image_size: _ImageSize, stop: threading.Event
+  ) -> list[np.ndarray]:
+    """Returns the resized frames of one segment, from a decoder that no other thread uses.
+
+    Returns fewer of them after `stop` is set: nobody waits for them any more.
+    """
+    fitted = []
     with self._decoder(num_threads=1) as decoder:
       frames = decoder.read(segment, is_jump_next=True)
-      return [
-        self._fit(index, frame, image_size) for index, frame in zip(segment, frames, strict=True)
-      ]
+      for index, frame in zip(segment, frames, strict=True):
+        fitted.append(self._fit(index, frame, image_size))
+        if stop.is_set():
+          break
+    return fitted
 
   @contextlib.contextmanager
   def _decoder(self, num_threads: int) -> Iterator[VideoDecoder]:
     """Lends an idle decoder, or a new one if all are in use."""
     idle = self._idle[num_threads]
-    with _named_errors(self.path):
-      decoder = idle.pop() if idle else VideoDecoder(self.path, num_threads, self._timeline)
+    decoder = idle.pop() if idle else VideoDecoder(self.path, num_threads, self._timeline)
     try:
       yield decoder
     finally:
@@ -289,15 +303,3 @@ def _in_order(tasks: Iterable[Callable[[], _Result]], num_threads: int) -> Itera
       yield started.popleft().result()
   finally:
     pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-  """Turns an error of FFmpeg inside the block into an `InputError` that names the file."""
-  try:
-    yield
-  except av.FFmpegError as error:
-    raise InputError(
-      f"{path}: not a video, or its end with the index is missing ({error.strerror}); "
-      "copy it again or re-encode it, e.g. as H.264 mp4"
-    ) from error

@@ -1,15 +1,21 @@
 """Finds when each frame of a video file is shown, without decoding any frame."""
 
 import bisect
+import collections
 import dataclasses
-import functools
-import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-
+from videochat_flash_jax.data.media.video_packets import (
+  Packet,
+  Packets,
+  count_promised,
+  may_jump_ahead,
+  measure_seconds,
+  read_packets,
+  sort_by_time,
+)
 from videochat_flash_jax.errors import InputError
 
 
@@ -18,34 +24,57 @@ class NoFrames(InputError):
 
 
 @dataclasses.dataclass(frozen=True)
+class KeyFrame:
+  """A place in the file at which decoding can start.
+
+  Attributes:
+    frame: its frame index. All frames from this one on come later in the file.
+    packet: index of its packet, in the order of the file.
+    offset: where to jump to: a time stamp or a byte, see `Timeline.jumps_to_bytes`. None if no jump
+      leads there: the first one is also reached by opening the file again.
+  """
+
+  frame: int
+  packet: int
+  offset: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Timeline:
   """When each frame is shown, and at which frames decoding can start.
 
-  Frames are numbered in presentation order; B-frames are decoded in another order. Time stamps
-  count in units of the stream's time base. A file of 4 frames at 10 fps with time base 1/1000, of
-  which the first and the third are key frames, has stamps 0 100 200 300, key_frames 0 2, seconds
-  2/5.
+  Frames are numbered in presentation order; the packets that hold them lie in the file in decoding
+  order. A file of 4 frames at 10 fps, stored in the order 0 2 1 3, of which the first and the last
+  are key frames, has frame_of_packet 0 2 1 3, key frames 0 and 3, seconds 2/5.
 
   Attributes:
     num_frames: number of frames.
     seconds: from the start of the first frame to the end of the last one.
-    stamps: one a frame, rising; empty if the file has none from which the order can be found.
-    key_frames: indices of the key frames, rising, the first is 0.
+    frame_of_packet: one a packet of the stream: the index of its frame, or None if the frame is not
+      shown. Empty if the file does not tell the order, so that only decoding does.
+    key_frames: rising; the first one leads to frame 0.
+    jumps_to_bytes: whether offsets of key frames count bytes of the file; otherwise they are time
+      stamps.
+    packet_at: index of each packet at which decoding can start, by its `place`.
   """
 
   num_frames: int
   seconds: Fraction
-  stamps: list[int]
-  key_frames: list[int]
+  frame_of_packet: list[int | None]
+  key_frames: list[KeyFrame]
+  jumps_to_bytes: bool
+  packet_at: dict[tuple, int]
 
-  @functools.cached_property
-  def number_of_stamp(self) -> dict[int, int]:
-    """The frame index of each time stamp."""
-    return {stamp: number for number, stamp in enumerate(self.stamps)}
+  def place(self, packet) -> tuple:
+    """Returns what identifies a packet after a jump.
 
-  def key_before(self, number: int) -> int:
-    """Returns which key frame is the last one shown at or before frame `number`, as an index."""
-    return bisect.bisect_right(self.key_frames, number) - 1
+    Stamps after a jump to a byte are guesses, where one header has the stamp of several frames.
+    """
+    return (packet.pos,) if self.jumps_to_bytes else (packet.pos, packet.pts)
+
+  def key_before(self, frame: int) -> int:
+    """Returns which key frame is the last one shown at or before a frame, as an index."""
+    return bisect.bisect_right(self.key_frames, frame, key=lambda key: key.frame) - 1
 
   def segments(self, indices: Iterable[int]) -> Iterator[list[int]]:
     """Cuts frame indices into segments, each of which is decoded forward without a jump.
@@ -57,7 +86,7 @@ class Timeline:
     segment: list[int] = []
     for index in indices:
       if segment and (
-        index < segment[-1] or self.key_frames[self.key_before(index)] > segment[-1] + 1
+        index < segment[-1] or self.key_frames[self.key_before(index)].frame > segment[-1] + 1
       ):
         yield segment
         segment = []
@@ -73,35 +102,49 @@ def read_timeline(container, stream, path: Path) -> Timeline:
     NoFrames: the stream holds no frame.
     InputError: it holds fewer frames than its header promises.
   """
-  packets, num_readable, first_key = [], 0, None
-  for packet in container.demux(stream):
-    num_readable += packet.pts is not None and not packet.is_corrupt
-    if packet.size:  # the last packet is empty, it only flushes the decoder
-      if first_key is None and packet.is_keyframe:
-        first_key = (packet.pts,)  # a frame that needs earlier packets cannot be decoded
-      if first_key is not None and not packet.is_discard:  # an edit list may hide frames
-        packets.append((packet.pts, packet.is_keyframe, packet.duration or 0))
-  if not packets:
+  packets = read_packets(container, stream)
+  if not packets.recordings:
     raise without_frames(path)
-
-  rate = stream.average_rate or Fraction(1)
-  stamps = {stamp for stamp, _, _ in packets}
-  # The stamps of AVI number the frames in decoding order.
-  is_decoding_order = container.format.name == "avi" and stream.codec_context.has_b_frames
-  if is_decoding_order or None in stamps or len(stamps) < len(packets):
-    # Without usable stamps, the decoder counts the frames as they come out.
-    return Timeline(len(packets), len(packets) / rate, [], [0])
-  packets = sorted(packet for packet in packets if packet[:1] >= first_key)
+  num_promised = count_promised(packets, container, stream, path)
+  if packets.num_readable < num_promised:
+    raise truncated(path, packets.num_readable, num_promised)
   timeline = Timeline(
-    len(packets),
-    _measure_seconds(packets, stream.time_base, rate),
-    [stamp for stamp, _, _ in packets],
-    [number for number, (_, is_key, _) in enumerate(packets) if is_key or number == 0],
+    num_frames=packets.num_frames,
+    seconds=measure_seconds(packets, stream),
+    frame_of_packet=[],
+    key_frames=[KeyFrame(0, packets.keys[0].index, None)],
+    # Where stamps may jump, a stamp may stand for several frames.
+    jumps_to_bytes=may_jump_ahead(container),
+    packet_at={},
   )
-  num_promised = _count_promised(stream, timeline)
-  if num_readable < num_promised:
-    raise truncated(path, num_readable, num_promised)
-  return timeline
+  in_order = sort_by_time(packets)
+  return _with_order(timeline, packets, in_order) if in_order else timeline
+
+
+def _with_order(timeline: Timeline, packets: Packets, in_order: list[Packet]) -> Timeline:
+  """Adds which frame each packet holds, and where the decoder can jump to."""
+  frame_of_packet: list[int | None] = [None] * packets.total
+  for frame, packet in enumerate(in_order):
+    frame_of_packet[packet.index] = frame
+  places = collections.Counter(map(timeline.place, packets.keys))
+  # By a stamp, a jump leads to one of the joined recordings, and reading may end with it.
+  can_jump = timeline.jumps_to_bytes or len(packets.recordings) == 1
+  packet_at, key_frames = {}, []
+  latest, start = 0, packets.keys[0].index  # the latest frame that comes before a key frame
+  for key in packets.keys:
+    before = frame_of_packet[start : key.index]
+    latest, start = max(latest, *(frame for frame in before if frame is not None), 0), key.index
+    offset = key.pos if timeline.jumps_to_bytes else key.pts
+    is_found_again = can_jump and offset is not None and places[timeline.place(key)] == 1
+    if is_found_again:
+      packet_at[timeline.place(key)] = key.index
+    if not key_frames:
+      key_frames.append(KeyFrame(0, key.index, offset if is_found_again else None))
+    elif is_found_again and (frame_of_packet[key.index] or 0) > latest:
+      key_frames.append(KeyFrame(frame_of_packet[key.index], key.index, offset))
+  return dataclasses.replace(
+    timeline, frame_of_packet=frame_of_packet, key_frames=key_frames, packet_at=packet_at
+  )
 
 
 def without_frames(path: Path) -> NoFrames:
@@ -115,27 +158,3 @@ def truncated(path: Path, num_read: int, num_frames: int) -> InputError:
     f"{path}: the file is truncated or damaged, only {num_read} of its {num_frames} frames can be "
     "read; copy or download it again"
   )
-
-
-def _measure_seconds(packets, time_base: Fraction, rate: Fraction) -> Fraction:
-  """Returns the time that packets (stamp, is key frame, duration), sorted by stamp, take."""
-  span = (packets[-1][0] + packets[-1][2] - packets[0][0]) * time_base
-  by_rate = len(packets) / rate
-  # A constant rate is exact where stamps are rounded (to 1 ms in Matroska): 8 s must not be 7.999.
-  return by_rate if not span or abs(by_rate - span) <= 1 / rate else span
-
-
-def _count_promised(stream, timeline: Timeline) -> int:
-  """Returns how many frames the header of the file promises, at least.
-
-  An mp4 file lists every frame. Matroska states when the last frame ends; this is used only if the
-  frames end earlier than that by more than the longest frame lasts.
-  """
-  ends = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
-  if ends and timeline.num_frames > 1:
-    hours, minutes, seconds = map(float, ends.groups())
-    promised_end = (3600 * hours + 60 * minutes + seconds) / stream.time_base
-    longest = max(np.diff(timeline.stamps))
-    if timeline.stamps[-1] + 2 * longest < promised_end:
-      return round(timeline.num_frames * promised_end / (timeline.stamps[-1] + longest))
-  return len(stream.index_entries)
