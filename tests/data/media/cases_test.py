@@ -6,20 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.media.numbered_videos import number_shown
 from videochat_flash_jax.data.media.resize import resize
 from videochat_flash_jax.data.media.video_reader import open_video
 
 CASES = Path(__file__).parents[2] / "cases" / "media"
 EXPECTED = json.loads((CASES / "expected.json").read_text())
 COLOURS = {"R": (255, 0, 0), "G": (0, 255, 0), "B": (0, 0, 255), "W": (255, 255, 255)}
-
-
-def number_shown(frame: np.ndarray) -> int:
-  """The number that a frame shows: 4 x 4 blocks, white for 1, bit b at row b // 4, column b % 4."""
-  height, width = frame.shape[0] // 4, frame.shape[1] // 4
-  blocks = frame[: 4 * height, : 4 * width].reshape(4, height, 4, width, 3)
-  bits = blocks[:, height // 4 : -height // 4, :, width // 4 : -width // 4].mean(axis=(1, 3, 4))
-  return sum(1 << bit for bit, value in enumerate(bits.flatten()) if value > 127)
 
 
 def numbers_of(case: dict) -> list[int]:

@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,6 @@ from PIL import Image
 
 from videochat_flash_jax.data.features.feature_key import file_digest
 from videochat_flash_jax.data.media.image_reader import read_image
-from videochat_flash_jax.data.media.picture_folder import read_picture
 from videochat_flash_jax.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -42,6 +43,31 @@ def test_a_rotation_noted_by_the_camera_is_applied(tmp_path, orientation, turns)
   np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(PIXELS, turns))
 
 
+def test_exif_that_cannot_be_written_again_costs_the_rotation_alone():
+  path = Path(__file__).parents[2] / "cases" / "media" / "exif_tag_cannot_be_written.jpg"
+  assert read_image(path).shape in ((16, 24, 3), (24, 16, 3))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_damaged_exif_never_costs_the_picture(tmp_path, suffix):
+  exif = Image.Exif()
+  exif.update({0x0112: 6, 0x010F: "maker", 0x011A: 300.0, 0x0128: 2})
+  exif.get_ifd(0x8769)[0x9003] = "2024:01:01 00:00:00"
+  path = tmp_path / f"a.{suffix}"
+  PICTURE.save(path, exif=exif, quality=100)
+  whole, noted = path.read_bytes(), exif.tobytes()[6:]
+  start, choose = whole.index(noted), random.Random(0)
+  pixels = np.sort(read_image(path).reshape(-1, 3), axis=0)
+  for _ in range(400):
+    damaged = bytearray(whole)
+    for _ in range(choose.choice([1, 2, 8])):
+      damaged[start + choose.randrange(len(noted))] = choose.randrange(256)
+    path.write_bytes(damaged)
+    image = read_image(path)
+    assert image.shape in ((6, 9, 3), (9, 6, 3))
+    np.testing.assert_array_equal(np.sort(image.reshape(-1, 3), axis=0), pixels)  # not the order
+
+
 def test_transparent_parts_become_white(tmp_path):
   opacity = np.zeros((6, 9, 1), np.uint8)
   opacity[:, 4:] = 255
@@ -70,6 +96,38 @@ def test_gray_of_16_bits_keeps_its_upper_8(dtype):
   np.testing.assert_array_equal(
     read_image(Image.fromarray(gray))[..., 1], [[0, 0, 1], [127, 128, 255]]
   )
+
+
+GRADIENT = np.linspace(0, 255, 24).astype(np.uint8).reshape(4, 6)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize("white, factor", [(255, 1), (65535, 257)])
+def test_gray_of_32_bits_is_read_by_its_range(tmp_path, dtype, white, factor):
+  Image.fromarray(GRADIENT.astype(dtype) * factor).save(tmp_path / "a.tif")
+  np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[..., 2], GRADIENT)
+
+
+def test_gray_from_0_to_1_is_read():
+  image = read_image(Image.fromarray(GRADIENT.astype(np.float32) / 255))
+  np.testing.assert_array_equal(image[..., 0], GRADIENT)
+  image = read_image(Image.fromarray(np.array([[0, 1]], np.int32)))
+  np.testing.assert_array_equal(image[..., 0], [[0, 255]])
+
+
+def test_a_dark_picture_whose_format_has_16_bits_stays_dark(tmp_path):
+  dark = np.array([[0, 200], [700, 1300]], np.uint16)
+  for name in ("a.png", "a.pgm"):
+    Image.fromarray(dark).save(tmp_path / name)
+    np.testing.assert_array_equal(read_image(tmp_path / name)[..., 0], dark >> 8)
+
+
+@pytest.mark.parametrize(
+  "values", [[-1, 1], [0, 1 << 20], [0, 4.5], [0, 1000], [0, np.nan], [0, np.inf]]
+)
+def test_gray_of_another_range_is_refused_and_not_black(values):
+  with pytest.raises(InputError, match="do not tell which of them is white"):
+    read_image(Image.fromarray(np.array([values], np.float32)))
 
 
 def test_the_first_picture_of_an_animation_counts_and_is_told(tmp_path, caplog):
@@ -122,7 +180,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(path)
 
   def read():
-    calls = read_image, read_picture, file_digest
+    calls = read_image, read_image, file_digest
     for call, path in zip(calls, (*pipes, pipes[0]), strict=True):
       try:
         call(path)

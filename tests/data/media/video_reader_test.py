@@ -204,6 +204,27 @@ def test_pictures_become_rgb_and_may_differ_in_size_when_resized(tmp_path):
       video.read([0, 1])
 
 
+def test_hidden_files_of_a_folder_are_no_frames(tmp_path):
+  frames = pictures(3)
+  for number, frame in enumerate(frames):
+    Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    (tmp_path / f"._{number}.png").write_bytes(b"no picture")
+  (tmp_path / ".DS_Store").write_bytes(b"no picture")
+  with open_video(tmp_path) as video:
+    np.testing.assert_array_equal(video.read(range(video.info.num_frames)), frames)
+
+
+def test_pictures_of_a_folder_are_shown_as_single_images_are(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  Image.fromarray(pictures(1)[0]).save(tmp_path / "1.png", exif=exif)
+  Image.fromarray(np.full((WIDTH, HEIGHT), 0x8000, np.uint16)).save(tmp_path / "2.png")
+  with open_video(tmp_path) as video:
+    turned, gray = video.read([0, 1])
+  np.testing.assert_array_equal(turned, np.rot90(pictures(1)[0], -1))
+  assert (gray == 128).all()
+
+
 def test_a_name_with_a_colon_is_a_file(tmp_path):
   path = write_video(tmp_path / "http: part 1.mp4", pictures(3))
   with open_video(path) as video:

@@ -11,7 +11,7 @@ Takes a path or an address of a video, an image, or a folder of pictures. Gives 
 | `video_decoder`  | decodes chosen frames of one video file, and as few others as possible |
 | `video_timeline` | finds when each frame is shown and where decoding can start            |
 | `video_packets`  | reads the packets of a stream: their order, and how long they last     |
-| `picture_folder` | lists and reads the pictures of a folder, as the frames of a video     |
+| `picture_folder` | lists the pictures of a folder that are the frames of a video          |
 | `image_reader`   | reads one image the way an image viewer shows it                       |
 | `image_tiling`   | cuts an image into square tiles and a base view                        |
 | `resize`         | resizes pictures to the size that the encoder takes                    |

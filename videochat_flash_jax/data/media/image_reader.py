@@ -1,6 +1,7 @@
 """Reads images of any kind as uint8 RGB, the way an image viewer shows them."""
 
 import contextlib
+import io
 import logging
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from videochat_flash_jax.data.media.files import check_regular, is_address, open_media
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 ImageSource = str | Path | Image.Image | np.ndarray
 
@@ -20,7 +21,8 @@ def read_image(source: ImageSource) -> np.ndarray:
   """Reads one image as uint8 RGB.
 
   The rotation that the camera recorded is applied, transparent parts become white, gray becomes
-  RGB, and 16 bits a channel are reduced to 8. Only the first picture of an animation is read.
+  RGB, and 16 bits a channel are reduced to 8. Gray of 32 bits, integers or floats, is read if its
+  values tell its range: 0 to 1, to 255 or to 65535. Only the first picture of an animation is read.
 
   Args:
     source: a path, a Pillow image, or an array uint8 `[H, W, 3]` or, for gray, `[H, W]`.
@@ -29,7 +31,8 @@ def read_image(source: ImageSource) -> np.ndarray:
     uint8 `[H, W, 3]`.
 
   Raises:
-    InputError: there is no such file, it is not an image, or the array has another shape or dtype.
+    InputError: there is no such file, it is not an image, its values have another range, or the
+      array has another shape or dtype.
   """
   if isinstance(source, np.ndarray):
     return _from_array(source)
@@ -43,10 +46,22 @@ def read_image(source: ImageSource) -> np.ndarray:
   if not is_address(source) and not os.path.exists(source):
     raise InputError(f"{source}: there is no such image file; check the path")
   check_regular(source)
-  file = open_media(source)
-  with _named_errors(source), Image.open(file) as picture:
+  with _named_errors(source):
+    try:
+      return _read_file(open_media(source), source)
+    except Exception:
+      # Pillow may stumble over damaged EXIF before it reads the pixels: it is hidden from it.
+      with open_media(source) if is_address(source) else open(source, "rb") as file:
+        data = file.read()
+      if b"Exif" not in data:
+        raise
+      return _read_file(io.BytesIO(data.replace(b"Exif", b"none")), source)
+
+
+def _read_file(file, name):
+  with Image.open(file) as picture:
     if getattr(picture, "is_animated", False):
-      _logger.warning("%s holds several pictures; only the first is read", source)
+      _logger.warning("%s holds several pictures; only the first is read", one_line(name))
     return _as_rgb(picture)
 
 
@@ -66,6 +81,13 @@ def _named_errors(name):
   """
   try:
     yield
+  except InputError:
+    raise
+  except _UnknownRange as error:
+    raise InputError(
+      f"{name}: its values do not tell which of them is white (1, 255 or 65535); save the picture "
+      "with 8 bits a channel"
+    ) from error
   except Image.DecompressionBombError as error:
     raise InputError(f"{name}: far too many pixels to decode; scale the picture down") from error
   except Exception as error:  # IndexError, struct.error, SyntaxError...
@@ -73,10 +95,30 @@ def _named_errors(name):
 
 
 def _as_rgb(picture):
-  picture = ImageOps.exif_transpose(picture)
-  if picture.mode.startswith("I"):  # gray of 16 bits; Pillow's own conversion clips at 255
-    return _from_array((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+  # Files of these formats have 16 bits where Pillow reads more than 8.
+  has_16_bits = picture.mode.startswith("I;") or picture.format in ("PNG", "PPM")
+  with contextlib.suppress(Exception):  # damaged EXIF costs the rotation, not the picture
+    picture = ImageOps.exif_transpose(picture)
+  if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
+    return _from_array(_eight_bits(np.asarray(picture), has_16_bits))
   if picture.has_transparency_data:
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture.convert("RGBA"))
   return np.asarray(picture.convert("RGB"))
+
+
+class _UnknownRange(ValueError):
+  """The values of a picture do not tell which of them is white."""
+
+
+def _eight_bits(values, has_16_bits):
+  """Reduces gray of more than 8 bits to 8. Pillow's own conversion clips at 255."""
+  lowest, highest = values.min(), values.max()
+  if has_16_bits or (lowest >= 0 and 4096 <= highest <= 65535):
+    return (values // 256).astype(np.uint8)
+  # Between the ranges, a picture may be a dark one, or one of a smaller range: black as it is.
+  if lowest >= 0 and 16 <= highest <= 255:
+    return np.rint(values).astype(np.uint8)
+  if lowest >= 0 and highest <= 1:
+    return np.rint(values * 255).astype(np.uint8)
+  raise _UnknownRange

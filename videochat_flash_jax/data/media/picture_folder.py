@@ -1,12 +1,8 @@
-"""Reads the pictures of a folder, as the frames of a video."""
+"""Lists the pictures of a folder that are the frames of a video."""
 
 import re
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from videochat_flash_jax.data.media.files import check_regular
 from videochat_flash_jax.errors import InputError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -14,6 +10,8 @@ _SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 def list_pictures(folder: Path) -> list[Path]:
   """Lists the .jpg and .png files of a folder in natural order: 2.jpg before 10.jpg.
+
+  Hidden files are left out: macOS writes a `._2.jpg`, which is no picture, beside a `2.jpg`.
 
   Raises:
     InputError: the folder cannot be read, or has no such files.
@@ -25,7 +23,7 @@ def list_pictures(folder: Path) -> list[Path]:
       f"{folder}: cannot be read ({error.strerror}); check its permissions"
     ) from error
   pictures = sorted(
-    (file for file in files if file.suffix.lower() in _SUFFIXES),
+    (f for f in files if f.suffix.lower() in _SUFFIXES and not f.name.startswith(".")),
     key=lambda file: [
       int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)
     ],
@@ -33,17 +31,3 @@ def list_pictures(folder: Path) -> list[Path]:
   if not pictures:
     raise InputError(f"{folder}: the folder has no .jpg or .png; give a folder of pictures")
   return pictures
-
-
-def read_picture(file: Path) -> np.ndarray:
-  """Reads a picture as uint8 `[H, W, 3]`.
-
-  Raises:
-    InputError: the file is not a readable picture, or not a regular file.
-  """
-  check_regular(file)
-  try:
-    with Image.open(file) as picture:
-      return np.asarray(picture.convert("RGB"))
-  except OSError as error:  # Pillow's own error for a file that is not a picture is one, too
-    raise InputError(f"{file}: not a readable picture; replace or remove it") from error

@@ -18,8 +18,8 @@ from videochat_flash_jax.data.media.files import read_start
 # A joined recording begins where a key frame is shown before this many frames that come earlier in
 # the file. Stamps that are mixed up go back over fewer frames.
 _FRAMES_PASSED = 3
-# Between neighbours in the file, times of decoding go back or (in broadcasts) ahead by more than
-# this, in seconds, only where recordings are joined. The second limit is FFmpeg's.
+# From one packet to the next, times go back or (in broadcasts) ahead by more than this, in seconds,
+# only where recordings are joined. The second limit is FFmpeg's.
 _LONGEST_STEP_BACK, _LONGEST_STEP = 1, 10
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # the first elements of Matroska
 
@@ -134,9 +134,13 @@ def _cut(shown: list[Packet], time_base: Fraction, may_jump_ahead: bool) -> list
       and None not in (packet.pts, after.pts)
       and max(packet.pts, after.pts) < latest[0]
     )
-    has_times = None not in (packet.dts, previous.dts)
-    step = (packet.dts - previous.dts) * time_base if has_times else 0
-    if goes_back or step < -_LONGEST_STEP_BACK or (may_jump_ahead and step > _LONGEST_STEP):
+    steps = [0]
+    if None not in (packet.dts, previous.dts):
+      steps.append((packet.dts - previous.dts) * time_base)
+    goes_back |= min(steps) < -_LONGEST_STEP_BACK
+    if latest and packet.pts is not None:
+      steps.append((packet.pts - latest[-1]) * time_base)
+    if goes_back or (may_jump_ahead and max(steps) > _LONGEST_STEP):
       recordings.append([])
       latest = []
     recordings[-1].append(packet)
@@ -186,10 +190,8 @@ def _length(recording: list[Packet], end: Fraction | int) -> Fraction | int | No
     return sum(durations) if all(durations) else None
   first = min(packet.stamp for packet in recording)
   last = max(recording, key=lambda packet: packet.stamp)
-  if last.duration:
-    return last.stamp + last.duration - first
   usual = Fraction(last.stamp - first, max(1, len(recording) - 1))
-  return max(last.stamp + usual, end) - first
+  return max(last.stamp + (last.duration or usual), end) - first
 
 
 def promised_end(stream) -> Fraction:

@@ -18,7 +18,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +26,8 @@ from typing import TypeVar
 import numpy as np
 
 from videochat_flash_jax.data.media.files import check_regular, file_stamp, is_address
-from videochat_flash_jax.data.media.picture_folder import list_pictures, read_picture
+from videochat_flash_jax.data.media.image_reader import read_image
+from videochat_flash_jax.data.media.picture_folder import list_pictures
 from videochat_flash_jax.data.media.resize import resize
 from videochat_flash_jax.data.media.video_decoder import VideoDecoder
 from videochat_flash_jax.data.media.video_timeline import Timeline
@@ -174,12 +175,12 @@ class _PictureFolder(VideoReader):
     if fps <= 0:
       raise InputError(f"{path}: {fps:g} pictures a second; give a rate above 0")
     num_frames = len(self._pictures)
-    height, width = read_picture(self._pictures[0]).shape[:2]
+    height, width = read_image(self._pictures[0]).shape[:2]
     self.info = VideoInfo(num_frames, fps, num_frames / fps, height, width)
 
   def _frames(self, indices, image_size):
     for index in indices:
-      yield self._fit(index, read_picture(self._pictures[index]), image_size)
+      yield self._fit(index, read_image(self._pictures[index]), image_size)
 
 
 class _VideoFile(VideoReader):
@@ -242,11 +243,13 @@ class _VideoFile(VideoReader):
       reads = (
         functools.partial(self._read_segment, segment, image_size, stop) for segment in segments
       )
+      results = _in_order(reads, num_threads=min(self._num_threads, len(segments)))
       try:
-        for frames in _in_order(reads, num_threads=min(self._num_threads, len(segments))):
+        for frames in results:
           yield from frames
       finally:
         stop.set()
+        results.close()
 
   def _decode_all(self, segments: list[list[int]]) -> Iterator[np.ndarray]:
     """Yields the frames of all segments, from one decoder."""
@@ -288,7 +291,7 @@ class _VideoFile(VideoReader):
           )
 
 
-def _in_order(tasks: Iterable[Callable[[], _Result]], num_threads: int) -> Iterator[_Result]:
+def _in_order(tasks: Iterable[Callable[[], _Result]], num_threads: int) -> Generator[_Result]:
   """Yields the results of tasks in their order, and runs a few tasks ahead.
 
   Not all tasks run ahead, because the caller may be slow.
