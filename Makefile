@@ -20,7 +20,7 @@ EIGHT_DEVICES = JAX_ENABLE_COMPILATION_CACHE=false XLA_FLAGS="$(QUICK) \
   --xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false \
   --xla_cpu_multi_thread_eigen=false --xla_cpu_experimental_ynn_fusion_type="
 
-.PHONY: help venv demo test test-slow test-convert test-torch test-tpu test-libtpu lint
+.PHONY: help venv demo test test-slow test-convert test-torch test-tpu test-libtpu test-pillow lint
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
 
@@ -54,6 +54,14 @@ test-tpu:  ## compile for TPUs, with none at hand, in an environment of its own
 # Programs for a TPU cannot be read back from the cache without one.
 test-libtpu: $(INSTALLED)
 	@JAX_ENABLE_COMPILATION_CACHE=false $(PYTEST) $(TWO) -m tpu
+
+# Pillow resizes the pictures that the model sees: a version must not change a number.
+OLDEST_PILLOW := $(shell sed -n 's/.*"pillow>=\([0-9.]*\),.*/\1/p' setup.py)
+test-pillow: $(INSTALLED)  ## the tests of pictures and videos with the oldest Pillow that setup.py allows
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
+	  --target .cache/pillow pillow==$(OLDEST_PILLOW)
+	@PYTHONPATH=.cache/pillow $(ONE_DEVICE) $(PYTEST) $(TWO) tests/data/media tests/parity/resize_test.py \
+	  tests/parity/preprocess_test.py tests/parity/anyres_test.py tests/parity/frames_test.py
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	@$(BIN)/ruff check .

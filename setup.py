@@ -34,7 +34,7 @@ setup(
     "numpy>=2.4,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
-    "pillow>=13,<14",
+    "pillow>=10.1,<14",
     "pyyaml>=6.0.3,<7",
     "safetensors>=0.8,<0.9",
     "sentencepiece>=0.2.3,<0.3",

@@ -20,7 +20,7 @@ from videochat_flash_jax.data.media.files import (
   read_start,
   server_failure,
 )
-from videochat_flash_jax.data.media.video_packets import promised_end
+from videochat_flash_jax.data.media.video_packets import header_seconds
 from videochat_flash_jax.data.media.video_timeline import (
   Timeline,
   read_timeline,
@@ -308,7 +308,7 @@ def _choose_film(streams: list[av.VideoStream]) -> av.VideoStream:
   As in FFmpeg, the default stream is preferred, and a film to a short one; of two films the larger
   one, then the longer one, then the first.
   """
-  lengths = [_length(stream) for stream in streams]
+  lengths = [header_seconds(stream) for stream in streams]
   shortest_film = max(lengths) / 2
 
   def rank(number: int):
@@ -319,11 +319,6 @@ def _choose_film(streams: list[av.VideoStream]) -> av.VideoStream:
     return is_default, length >= shortest_film, num_pixels, length
 
   return streams[max(range(len(streams)), key=rank)]
-
-
-def _length(stream: av.VideoStream) -> float:
-  """Returns the length of a stream in seconds, as its header tells it; 0 if it does not."""
-  return float(stream.duration * stream.time_base if stream.duration else promised_end(stream))
 
 
 def _is_animated_webp(path: str | Path) -> bool:

@@ -172,7 +172,7 @@ def measure_seconds(packets: Packets, stream) -> Fraction:
   end = 0 if is_joined else promised_end(stream) / stream.time_base
   lengths = [_length(recording, end) for recording in packets.recordings]
   if None in lengths:  # no stamps, and not even durations
-    return stream.duration * stream.time_base if stream.duration else by_rate
+    return header_seconds(stream) or by_rate
   seconds = sum(lengths) * stream.time_base
   # A constant rate is exact where stamps are rounded (to 1 ms in Matroska): 8 s must not be 7.999.
   return by_rate if not seconds or abs(by_rate - seconds) <= 1 / rate else seconds
@@ -199,6 +199,11 @@ def promised_end(stream) -> Fraction:
   end = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
   hours, minutes, seconds = map(Fraction, end.groups()) if end else (0, 0, Fraction(0))
   return 3600 * hours + 60 * minutes + seconds
+
+
+def header_seconds(stream) -> Fraction:
+  """Returns the length of a stream by the header of its file, in seconds; 0 if it does not tell."""
+  return promised_end(stream) or (stream.duration or 0) * stream.time_base
 
 
 def count_promised(packets: Packets, container, stream, path: str | Path) -> int:

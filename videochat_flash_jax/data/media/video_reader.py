@@ -234,7 +234,7 @@ class _VideoFile(VideoReader):
     if image_size is None or self._num_threads == 1:
       for index, frame in zip(indices, self._decode_all(segments), strict=True):
         yield self._fit(index, frame, image_size)
-    elif len(segments) == 1:  # frames are resized while the next ones are decoded
+    elif len(segments) <= 1:  # frames are resized while the next ones are decoded
       decoded = zip(indices, self._decode_all(segments), strict=True)
       resizes = (functools.partial(self._fit, index, frame, image_size) for index, frame in decoded)
       yield from _in_order(resizes, num_threads=1)
