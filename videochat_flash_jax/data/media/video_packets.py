@@ -7,9 +7,11 @@ they start anew where several recordings were joined to one file, byte by byte.
 
 import dataclasses
 import itertools
+import math
 import re
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 
@@ -24,8 +26,7 @@ _LONGEST_STEP_BACK, _LONGEST_STEP = 1, 10
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # the first elements of Matroska
 
 
-@dataclasses.dataclass(frozen=True)
-class Packet:
+class Packet(NamedTuple):
   """What a packet tells of its frame. Times count in units of the stream's time base.
 
   Attributes:
@@ -121,12 +122,16 @@ def _can_be_decoded(packet: Packet, keys: list[Packet]) -> bool:
 
 def _cut(shown: list[Packet], time_base: Fraction, may_jump_ahead: bool) -> list[list[Packet]]:
   """Cuts packets where the stamps start anew."""
-  recordings = [shown[:1]]
+  furthest_back = -float(_LONGEST_STEP_BACK / time_base)
+  furthest = float(_LONGEST_STEP / time_base) if may_jump_ahead else math.inf
+  recordings: list[list[Packet]] = [shown[:1]]
   latest: list[int] = []  # the latest stamps of this recording, rising
-  for index in range(1, len(shown)):
-    previous, packet, after = shown[index - 1], shown[index], shown[min(index + 1, len(shown) - 1)]
+  for previous, packet, after in zip(shown, shown[1:], [*shown[2:], shown[-1]], strict=False):
     if previous.pts is not None:
       latest = sorted([*latest, previous.pts])[-_FRAMES_PASSED:]
+    has_times = None not in (packet.dts, previous.dts)
+    step = packet.dts - previous.dts if has_times else 0
+    step_shown = packet.pts - latest[-1] if latest and packet.pts is not None else 0
     # A single stamp that goes back is only mixed up.
     goes_back = (
       packet.is_key
@@ -134,13 +139,7 @@ def _cut(shown: list[Packet], time_base: Fraction, may_jump_ahead: bool) -> list
       and None not in (packet.pts, after.pts)
       and max(packet.pts, after.pts) < latest[0]
     )
-    steps = [0]
-    if None not in (packet.dts, previous.dts):
-      steps.append((packet.dts - previous.dts) * time_base)
-    goes_back |= min(steps) < -_LONGEST_STEP_BACK
-    if latest and packet.pts is not None:
-      steps.append((packet.pts - latest[-1]) * time_base)
-    if goes_back or (may_jump_ahead and max(steps) > _LONGEST_STEP):
+    if goes_back or step < furthest_back or max(step, step_shown) > furthest:
       recordings.append([])
       latest = []
     recordings[-1].append(packet)
