@@ -41,6 +41,18 @@ def test_a_film_is_turned_and_mirrored_by_its_matrix(tmp_path, way):
     np.testing.assert_array_equal(frame, WAYS[way](picture))
 
 
+@pytest.mark.parametrize("orientation, turns", [(1, 0), (6, -1), (3, 2), (8, 1)])
+def test_a_frame_with_other_data_beside_its_rotation_is_turned(tmp_path, orientation, turns):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  picture = np.full((16, 24, 3), 200, np.uint8)
+  picture[:8, :12] = 0
+  Image.fromarray(picture).save(tmp_path / "a.jpg", exif=exif)
+  with open_video(tmp_path / "a.jpg") as video:
+    (frame,) = video.read([0]).astype(int)
+  np.testing.assert_allclose(frame, np.rot90(picture, turns), atol=40)
+
+
 def write_streams(path, streams):
   """Writes streams (size, first number, count, is default) into one file."""
   with av.open(str(path), "w") as container:

@@ -84,10 +84,10 @@ def test_a_repeated_stamp_costs_neither_order_nor_length(tmp_path, name, codec, 
     tmp_path / name, range(100), "matroska", codec, options, milliseconds=stamps, change=repeat
   )
   assert_shows(path, range(100), (stamps[-1] + 42) / 1000)
-  if options is NO_B_FRAMES:
+  if codec == "libx264":  # whose groups are short
     with open_video(path, num_threads=1) as video:
       assert number_shown(video.read([95])[0]) == 95
-      assert video.num_decoded < 20  # the first frame, and those after a jump
+      assert video.num_decoded < 25  # the first frame, and those after a jump
 
 
 def swap_stamps(path, pairs):

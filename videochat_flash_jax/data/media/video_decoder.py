@@ -5,6 +5,7 @@ between, the decoder jumps (seeks) to the key frame first. On the way, frames fr
 frame is predicted are skipped.
 """
 
+import collections
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +50,8 @@ _OPTIONS = {
 _CODECS_THAT_SKIP = {"h264"}
 
 _MOST_FRAMES_LATE = 16  # as many as a codec may reorder
+# Display matrices of 0 to 3 quarters of a turn counterclockwise, see `_display_matrix`.
+_TURNS = [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)]
 
 
 class VideoDecoder:
@@ -199,8 +202,8 @@ class VideoDecoder:
       index: index of the frame.
       skips_none: decodes every frame on the way.
     """
-    knows_order = bool(self.timeline.frame_of_packet)
-    self._may_skip = knows_order and self._codec.name in _CODECS_THAT_SKIP and not skips_none
+    knows_all = bool(self.timeline.frame_of_packet) and not self.timeline.first_of_stamp
+    self._may_skip = knows_all and self._codec.name in _CODECS_THAT_SKIP and not skips_none
     for frame_index, frame in self._next_frames:
       self._last_index, self._last_frame = frame_index, frame
       if frame_index >= index:
@@ -248,7 +251,8 @@ class VideoDecoder:
       first: the index of the first packet.
       packets: all packets from there on.
     """
-    frame_of_packet, count = self.timeline.frame_of_packet, itertools.count()
+    frame_of_packet, first_of_stamp = self.timeline.frame_of_packet, self.timeline.first_of_stamp
+    count, counts = itertools.count(), collections.Counter()  # of all frames, of each stamp
     for number, packet in enumerate(packets, start=first):
       # The decoder gives the frame the stamp of its packet; after a jump, stamps may be wrong.
       index = frame_of_packet[number] if number < len(frame_of_packet) else None
@@ -276,6 +280,10 @@ class VideoDecoder:
       self.num_decoded += len(frames)
       for frame in frames:
         shown = frame.pts if frame_of_packet else next(count)
+        if shown in first_of_stamp:
+          first = first_of_stamp[shown]
+          shown = first + counts[first]
+          counts[first] += 1
         if shown is not None:
           yield shown, frame
       if is_end:
@@ -332,9 +340,12 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
   The camera recorded it. The pixel (x, y) is shown at (ax + cy, bx + dy).
   """
-  matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+  try:
+    matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+  except ValueError:  # PyAV does not know another kind of data that lies beside it, such as EXIF
+    return _TURNS[round(frame.rotation / 90) % 4]
   if matrix is None:
-    return 1, 0, 0, 1
+    return _TURNS[0]
   a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
   return a, b, c, d
 

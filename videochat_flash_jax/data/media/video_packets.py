@@ -146,18 +146,19 @@ def _cut(shown: list[Packet], time_base: Fraction, may_jump_ahead: bool) -> list
   return recordings
 
 
-def sort_by_time(packets: Packets) -> list[Packet] | None:
-  """Returns the packets in the order in which their frames are shown.
+def sort_by_time(packets: Packets, container) -> list[Packet] | None:
+  """Returns the packets in the order of their stamps, of equal ones in the order of the file.
 
-  Returns None if the stamps do not tell the order: only decoding does.
+  Returns None if the stamps do not tell in which order frames are shown: only decoding does.
   """
   in_order = []
   for recording in packets.recordings:
     stamps = [packet.pts for packet in recording]
     if None in stamps:
       return None
-    # Of two equal stamps, the first in the file is shown first, unless frames are reordered.
-    if len(set(stamps)) < len(stamps) and stamps != sorted(stamps):
+    # Where one header has the stamp of several frames, FFmpeg guesses the others, and equal ones
+    # show that it guessed wrong.
+    if may_jump_ahead(container) and len(set(stamps)) < len(stamps):
       return None
     in_order += sorted(recording, key=lambda packet: packet.pts)
   return in_order

@@ -52,6 +52,8 @@ class Timeline:
     seconds: from the start of the first frame to the end of the last one.
     frame_of_packet: one a packet of the stream: the index of its frame, or None if the frame is not
       shown. Empty if the file does not tell the order, so that only decoding does.
+    first_of_stamp: for each frame that shares its stamp, the first frame with this stamp. Which of
+      them is in which packet is only known once they are decoded.
     key_frames: rising; the first one leads to frame 0.
     jumps_to_bytes: whether offsets of key frames count bytes of the file; otherwise they are time
       stamps.
@@ -61,6 +63,7 @@ class Timeline:
   num_frames: int
   seconds: Fraction
   frame_of_packet: list[int | None]
+  first_of_stamp: dict[int, int]
   key_frames: list[KeyFrame]
   jumps_to_bytes: bool
   packet_at: dict[tuple, int]
@@ -112,20 +115,25 @@ def read_timeline(container, stream, path: Path) -> Timeline:
     num_frames=packets.num_frames,
     seconds=measure_seconds(packets, stream),
     frame_of_packet=[],
+    first_of_stamp={},
     key_frames=[KeyFrame(0, packets.keys[0].index, None)],
     # Where stamps may jump, a stamp may stand for several frames.
     jumps_to_bytes=may_jump_ahead(container),
     packet_at={},
   )
-  in_order = sort_by_time(packets)
+  in_order = sort_by_time(packets, container)
   return _with_order(timeline, packets, in_order) if in_order else timeline
 
 
 def _with_order(timeline: Timeline, packets: Packets, in_order: list[Packet]) -> Timeline:
   """Adds which frame each packet holds, and where the decoder can jump to."""
   frame_of_packet: list[int | None] = [None] * packets.total
+  first_of_stamp: dict[int, int] = {}
   for frame, packet in enumerate(in_order):
     frame_of_packet[packet.index] = frame
+    if frame and packet.pts == in_order[frame - 1].pts:
+      first = first_of_stamp.setdefault(frame - 1, frame - 1)
+      first_of_stamp[frame] = first
   places = collections.Counter(map(timeline.place, packets.keys))
   # By a stamp, a jump leads to one of the joined recordings, and reading may end with it.
   can_jump = timeline.jumps_to_bytes or len(packets.recordings) == 1
@@ -140,10 +148,16 @@ def _with_order(timeline: Timeline, packets: Packets, in_order: list[Packet]) ->
       packet_at[timeline.place(key)] = key.index
     if not key_frames:
       key_frames.append(KeyFrame(0, key.index, offset if is_found_again else None))
-    elif is_found_again and (frame_of_packet[key.index] or 0) > latest:
-      key_frames.append(KeyFrame(frame_of_packet[key.index], key.index, offset))
+      continue
+    frame = frame_of_packet[key.index]
+    if is_found_again and frame is not None and frame > latest and frame not in first_of_stamp:
+      key_frames.append(KeyFrame(frame, key.index, offset))
   return dataclasses.replace(
-    timeline, frame_of_packet=frame_of_packet, key_frames=key_frames, packet_at=packet_at
+    timeline,
+    frame_of_packet=frame_of_packet,
+    first_of_stamp=first_of_stamp,
+    key_frames=key_frames,
+    packet_at=packet_at,
   )
 
 
