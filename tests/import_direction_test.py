@@ -9,7 +9,7 @@ import pytest
 import videochat_flash_jax
 
 PACKAGE = "videochat_flash_jax"
-LEAVES = {"errors", "fields", "shapes"}
+LEAVES = {"errors", "fields", "plain_paths", "shapes"}
 BELOW_MODELS = {"models.config", *LEAVES}
 MODELS = {"models", "ops", *LEAVES}
 MACHINERY = {"checkpoints", "data", "parallel", "synthetic", *MODELS}
@@ -23,6 +23,7 @@ MAY_IMPORT = {
   "lazy_names": set(),
   "errors": set(),
   "fields": set(),
+  "plain_paths": {"errors"},
   "shapes": set(),
   "parallel": LEAVES,
   "parallel.zigzag": LEAVES,
@@ -33,15 +34,18 @@ MAY_IMPORT = {
   # The stages of data, level by level.
   "data": set(),
   "data.media": {"models.config", "errors"},
-  "data.text": {"errors"},
+  "data.text": {"errors", "plain_paths"},
   "data.mixture": {"data.media", "data.text", "errors"},
-  "data.features": {"data.media", "models.config", "errors"},
+  "data.features": {"data.media", "models.config", "errors", "plain_paths"},
   "data.batches": {*_LEVELS_BELOW_BATCHES, "models.config", "parallel.zigzag", "errors", "fields"},
   "data.check": {"data.media", "data.mixture", "data.batches", "errors"},
   "synthetic": {"data", "models.config", "errors", "fields"},
   "checkpoints": {"models.config", *_PARALLEL_OF_CHECKPOINTS, "errors"},
   "checkpoints.hub": {"models.config", "parallel.sharding", "errors"},
-  "checkpoints.runs": {"checkpoints.hub", "models.config", *_PARALLEL_OF_CHECKPOINTS, "errors"},
+  "checkpoints.runs": {
+    *{"checkpoints.hub", "models.config", "errors", "plain_paths"},
+    *_PARALLEL_OF_CHECKPOINTS,
+  },
   "train": MACHINERY,
   "inference": MACHINERY,
   "evals": {"", "data", "inference", *LEAVES},
@@ -54,6 +58,7 @@ WITHOUT_JAX = {
   "lazy_names",
   "errors",
   "fields",
+  "plain_paths",
   "models.config",
   "parallel.mesh_config",
   "parallel.zigzag",

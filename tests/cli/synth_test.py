@@ -19,6 +19,12 @@ def test_synth_writes_videos_and_rows(tmp_path, capfd):
   assert output.err == ""  # a progress bar is for a terminal
 
 
+def test_a_colon_in_the_directory_is_a_letter_as_any_other(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert main(["synth", "--out", "a:b", "--videos", "1", "--frames", "4:4"]) == 0
+  assert (tmp_path / "a:b" / "videos" / "0000.mp4").is_file()
+
+
 @pytest.mark.parametrize(
   "arguments, complaint",
   [

@@ -1,6 +1,7 @@
 """`vcflash train`: config files, overrides, and a run from nothing to a model that loads."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,11 @@ def test_processes_that_are_told_half_are_refused(tmp_path, capsys):
 def test_a_run_leaves_a_log_and_a_checkpoint_that_is_exported_and_loads(tmp_path, capsys):
   from videochat_flash_jax.inference.chat import VideoChat
 
-  workdir = tmp_path / "run"
+  workdir = tmp_path / "c%20d #1? [run] | a+b"
   assert main(arguments(SMALL, workdir, "--config.num_steps=2")) == 0
   said = capsys.readouterr().out
-  assert str(workdir / "checkpoints") in said and f"convert --model {workdir} --out" in said
+  assert str(workdir / "checkpoints") in said
+  assert shlex.split(said.splitlines()[-1])[1:4] == ["convert", "--model", str(workdir)]
   assert {path.name for path in workdir.iterdir()} >= {
     "checkpoints", "config.json", "hub", "train_log.jsonl", "train_log.txt",
   }  # fmt: skip

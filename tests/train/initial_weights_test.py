@@ -96,6 +96,14 @@ def test_a_checkpoint_is_read_in_the_given_dtypes_to_the_given_devices(checkpoin
   assert_begins(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["a + b", "ends with a blank ", "c%20d", "e#f?", "[1]"])
+def test_a_directory_may_have_any_name(checkpoint, tmp_path, name):
+  checkpoint.rename(tmp_path / name)
+  assert_begins(tmp_path / name)
+  copy_hub_files(str(tmp_path / name), CONFIG, tmp_path / "run" / "hub")
+  assert read_config(tmp_path / "run" / "hub").decoder == CONFIG.decoder
+
+
 def test_random_gives_no_weights():
   assert initial_weights("random", CONFIG, wanted()) == {}
 

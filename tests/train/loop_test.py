@@ -268,6 +268,20 @@ def test_a_stage_starts_with_the_last_weights_of_the_one_before_and_finished_one
   ]
 
 
+def test_a_stage_whose_directory_is_called_like_a_model_is_not_taken_for_it(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = ConfigDict({"stages": {"tiny": small(num_steps=2), "wide": small(num_steps=2)}})
+  as_if_begun(tmp_path / "tiny", config.stages["tiny"])
+  monkeypatch.setattr(loop, "prepare", lambda *_: None)
+  second = config.stages["wide"]
+  with second.ignore_type():
+    second.init_from = None
+  begun = {}
+  monkeypatch.setattr(loop, "train_run", lambda s, c, w, p: begun.setdefault(w.name, s.init_from))
+  loop.train(config, Path())
+  assert begun == {"wide": str(tmp_path / "tiny")}
+
+
 @pytest.mark.slow
 def test_held_out_batches_are_the_same_each_time_and_profiles_are_written(tmp_path):
   config = small(num_steps=2, eval__every=1, profile=(1, 2))

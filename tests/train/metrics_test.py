@@ -6,6 +6,7 @@ import os
 import resource
 import struct
 import time
+from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -50,6 +51,13 @@ def test_a_resumed_run_appends_to_its_logs_and_removes_steps_that_are_repeated(t
     ["step 3", "loss 0.33333"],
   ]
   assert len(lines) == 5
+
+
+def test_a_directory_is_not_taken_for_a_bucket(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "s3:run").mkdir()
+  written(Path("s3:run"), 0, 1)
+  assert [event.step for event in events(tmp_path / "s3:run") if event.HasField("summary")] == [1]
 
 
 def test_a_run_that_starts_again_writes_new_logs(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"  prefill {prefill:.0f} ms, decoding {decoding:.0f} ms")
   print(f"\n{num_right} of {len(asked)} right. Ask it yourself:")
   question, _ = _question_and_answer(rows[-1])
-  print(f'  {sys.argv[0]} chat --model tiny --video {path} --question "{question}"')
+  quoted = shlex.quote(str(path))
+  print(f'  {sys.argv[0]} chat --model tiny --video {quoted} --question "{question}"')
   return 0 if num_right == len(asked) else 1
 
 

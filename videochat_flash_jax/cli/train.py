@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 from pathlib import Path
 
 from videochat_flash_jax.cli.config_file import add_config_argument, read_config
@@ -65,4 +66,4 @@ def run(args: argparse.Namespace):
     workdir = train(config, args.workdir)
   if is_first and workdir is not None:
     print(f"the checkpoint is in {workdir / 'checkpoints'}; to write it as models on the hub are:")
-    print(f"vcflash convert --model {workdir} --out DIR --dtype bfloat16")
+    print(f"vcflash convert --model {shlex.quote(str(workdir))} --out DIR --dtype bfloat16")

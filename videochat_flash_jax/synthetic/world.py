@@ -207,7 +207,7 @@ def draw_num_frames(rng: np.random.Generator, min_frames: int, max_frames: int) 
 
 def write_video(scene: Scene, path: FilePath):
   """Writes a scene as an H.264 mp4 of 192 x 192 pixels and 8 frames a second."""
-  with av.open(str(path), "w") as container:
+  with av.open(f"file:{path}", "w") as container:  # a colon in the path begins no address then
     stream = container.add_stream("libx264", rate=VIDEO_FPS)
     stream.width = stream.height = VIDEO_SIZE
     stream.pix_fmt = "yuv420p"

@@ -9,6 +9,7 @@ config.init_from                  a directory in the released layout, or a name 
 import dataclasses
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,7 +103,7 @@ def copy_hub_files(init_from: str, config: VideoChatFlashConfig, out: Path):
     InputError: see `initial_weights`.
   """
   source = _opened(init_from, config)
-  _warn_if_unfinished(Path(init_from.strip()))
+  _warn_if_unfinished(Path(_split(init_from)[0]))
   out.mkdir(parents=True, exist_ok=True)
   copy_beside(source.directory, out)
   write_config(config, out, dtype="float32", base=source.fields)
@@ -147,7 +148,9 @@ def _opened(init_from, config, seed=0) -> Checkpoint:
 
 
 def _split(init_from):
-  """The names that `init_from` joins with " + "."""
+  """The names that `init_from` joins with " + "; the path of a directory is one name."""
+  if os.path.isdir(init_from):
+    return [init_from]
   parts = re.split(r"\s+\+\s+", init_from.strip())
   if not all(parts) or len(parts) > 3:
     raise InputError(f"config.init_from is {init_from!r}; give {_FORMS}; or random")

@@ -112,8 +112,8 @@ def _runs(config, workdir) -> Iterator[tuple[ConfigDict, Path]]:
   for name, stage in run_configs(config).items():
     if stage.get("init_from") is None and previous is not None:
       stage.init_from = str(previous)
-    previous = workdir / name
-    yield stage, previous
+    previous = workdir.absolute() / name  # a relative path could read like the name of a model
+    yield stage, workdir / name
 
 
 def _checked(config, workdir) -> _Run:
@@ -136,7 +136,8 @@ def _check_program(run):
 def _check_init_from(runs):
   """Checks `init_from` of runs without a checkpoint, unless an earlier stage will write it."""
   for number, (settings, _, workdir) in enumerate(runs):
-    made = [Path(settings.init_from).is_relative_to(run.workdir) for run in runs[:number]]
+    start = Path(settings.init_from).absolute()
+    made = [start.is_relative_to(run.workdir.absolute()) for run in runs[:number]]
     if not is_begun(workdir) and not any(made):
       check_init_from(settings.init_from, settings.model)
 

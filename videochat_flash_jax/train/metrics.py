@@ -136,8 +136,9 @@ class RunLog:
     # TensorBoard then hides what was logged of steps that are trained again.
     purged = self._purged_from if any(self._workdir.glob("events.*")) else None
     # The queue of the thread that writes has no limit: if the thread has failed, a full queue would
-    # block the run forever.
-    return tensorboardX.SummaryWriter(str(self._workdir), purge_step=purged, max_queue=0)
+    # block the run forever. The library takes `s3:` at the start of a path for a bucket.
+    workdir = str(self._workdir.absolute())
+    return tensorboardX.SummaryWriter(workdir, purge_step=purged, max_queue=0)
 
   def _rewritten(self, records):
     """Replaces the files by files with these records only; returns them open for appending."""

@@ -47,6 +47,17 @@ def test_a_checkpoint_reads_back_as_it_was_with_who_wrote_it(tmp_path):
   assert_restores(tmp_path / "run" / "checkpoints", 5, 5.0)
 
 
+@pytest.mark.parametrize("name", ["run [1]", "a\\b", "c%20d", "what?", "#|*"])
+def test_a_directory_may_have_any_name(tmp_path, name):
+  tree = {"trained": {"w": jnp.arange(4.0)}, "frozen": {"w": jnp.ones(2)}}
+  with RunCheckpoints(tmp_path / name) as checkpoints:
+    checkpoints.save(5, tree, DATA, RUN)
+  assert [path.name for path in tmp_path.iterdir()] == [name]
+  with RunCheckpoints(tmp_path / name) as checkpoints:
+    restored = checkpoints.restore(shapes_of(tree))
+  jax.tree.map(np.testing.assert_array_equal, restored.state, tree)
+
+
 def test_the_newest_stay_and_so_do_those_of_every_so_many_steps(tmp_path):
   with RunCheckpoints(tmp_path, keep=2, keep_every=10) as checkpoints:
     for step in range(5, 35, 5):

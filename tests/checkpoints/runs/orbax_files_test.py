@@ -84,6 +84,40 @@ def test_the_newest_checkpoint_of_a_run_loads_and_so_does_any_other(hub, tmp_pat
   assert open_checkpoint(tmp_path / "run").config == dataclasses.replace(dummy_config(), name="run")
 
 
+# The path of a run, and that of another run which a library might read in its place.
+@pytest.mark.parametrize(
+  "name, other",
+  [
+    ("a#b", "a"),
+    ("what?", "what"),
+    ("wh?t", "what"),
+    ("c%20d", "c d"),
+    ("e%2Ff", "e/f"),
+    ("g|h", "g"),
+    ("run [1]", "run 1"),
+    ("*", "run"),
+    ("i\\j", "i/j"),
+    ("{k,l}", "k"),
+    ("file:m", "m"),
+    ("n::o", "o"),
+    ("Läufe 视频 ~", "run"),
+    ("p\nq", "p"),
+    ("caf\udce9", "caf"),
+    ("ends with #", "ends with "),
+  ],
+)
+def test_a_run_is_read_from_its_own_path_whatever_its_letters(hub, tmp_path, name, other):
+  for path, seed in ((other, 1), (name, 0)):
+    train_nothing(hub, tmp_path / path, seeds=(seed,))
+    (tmp_path / path / "checkpoints" / str(seed + 1)).rename(tmp_path / path / "checkpoints" / "7")
+  expected, run = weights_of(dummy_model(seed=0)), tmp_path / name
+  assert_equal(weights_of(load_model(make_model, run)), expected)
+  assert_equal(weights_of(load_model(make_model, run / "checkpoints" / "7")), expected)
+  out = tmp_path / f"{name} out"
+  write_checkpoint(open_checkpoint(run), make_model, out)
+  assert_equal(weights_of(load_model(make_model, out)), expected)
+
+
 def test_convert_exports_a_run_to_what_it_began_from(hub, tmp_path, capsys):
   train_nothing(hub, tmp_path / "run")
   assert main(["convert", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0

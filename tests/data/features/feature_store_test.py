@@ -73,6 +73,14 @@ def test_entries_of_any_length_come_back_bit_by_bit_in_every_process(tmp_path):
   assert store.get(name(99)) is None and name(99) not in store
 
 
+def test_a_folder_may_have_any_name(tmp_path):
+  for seed, path in enumerate(("a/b", "a\\b", "c d", "c%20d", "e", "e#?|", "f [1]")):
+    store = open_store(tmp_path / path)
+    fill(store, [2, 3], first=seed)
+    assert (tmp_path / path / "clips").is_dir()
+    assert same(store.get(name(seed)), clips(2, seed))
+
+
 def test_clips_of_zeros_are_kept_and_lost_files_are_told(tmp_path):
   store = open_store(tmp_path)
   zeros = np.zeros((CLIPS_PER_FILE, 4, 8), ml_dtypes.bfloat16)

@@ -134,6 +134,18 @@ def test_older_files_give_the_ids_of_tokenizer_json(bpe_folder, older_files):
     assert old.decode(old.encode(text)) == new.decode(new.encode(text))
 
 
+@pytest.mark.parametrize("name", ["a#b c%20d", "caf\udce9"])  # the second is no UTF-8
+def test_a_folder_may_have_any_name(bpe_folder, older_files, name):
+  folder = older_files / name
+  folder.mkdir()
+  text, ids = AWKWARD_TEXTS[4], load_tokenizer(bpe_folder).encode(AWKWARD_TEXTS[4])
+  for path in list(older_files.glob("*.*")):
+    path.rename(folder / path.name)
+  assert load_tokenizer(folder).encode(text) == ids
+  shutil.copy(bpe_folder / "tokenizer.json", folder)
+  assert load_tokenizer(folder).encode(text) == ids
+
+
 def test_added_tokens_may_come_from_added_tokens_json(bpe_folder, older_files):
   new = load_tokenizer(bpe_folder)
   (older_files / "tokenizer_config.json").write_text("{}")

@@ -94,7 +94,7 @@ def read_fields(directory: Path) -> dict[str, Any]:
   if not path.is_file():
     raise InputError(f"{path}: no such file; a checkpoint directory needs its config.json")
   try:
-    fields = json.loads(path.read_text())
+    fields = json.loads(path.read_bytes())
   except (ValueError, RecursionError, OSError) as error:
     raise InputError(f"{path}: not valid JSON ({error}); download the checkpoint again") from error
   if not isinstance(fields, dict):

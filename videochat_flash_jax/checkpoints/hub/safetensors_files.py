@@ -79,7 +79,7 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
     tensors |= found
   if not (directory / _ONE_FILE).is_file():
     index = directory / _INDEX
-    listed = json.loads(index.read_text())["weight_map"].keys()
+    listed = json.loads(index.read_bytes())["weight_map"].keys()
     if differing := sorted(listed ^ tensors.keys()):
       raise InputError(
         f"{index}: the index and its shards do not name the same tensors: only one of them has "
@@ -111,7 +111,7 @@ def _paths(directory):
       + (only if pickles else "so it is no checkpoint directory; give one")
     )
   try:
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     if not shards or any(Path(name).name != name for name in shards):
       raise ValueError("it names no shards in its own directory")
     missing = [name for name in shards if not (directory / name).is_file()]

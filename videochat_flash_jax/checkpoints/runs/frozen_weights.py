@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from videochat_flash_jax.checkpoints.runs.run_files import FROZEN
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.processes import is_peer_failure
+from videochat_flash_jax.plain_paths import plain_path
 
 _log = logging.getLogger("videochat_flash_jax")
 
@@ -43,7 +44,7 @@ def save_frozen(directory: Path, state: ocp.args.CheckpointArgs) -> str:
   frozen_id = uuid.uuid4().hex
   args = ocp.args.Composite(state=state, run=ocp.args.JsonSave({"id": frozen_id}))
   with _checkpointer() as checkpointer:
-    checkpointer.save(directory / FROZEN, args=args, force=True)
+    checkpointer.save(plain_path(directory) / FROZEN, args=args, force=True)
   return frozen_id
 
 
@@ -66,7 +67,7 @@ def find_frozen(checkpoint: Path, run: dict[str, Any]) -> Path | None:
       "copy that directory from the run's checkpoints too"
     )
   try:
-    found_id = ocp.JsonCheckpointHandler().restore(frozen / "run")["id"]
+    found_id = ocp.JsonCheckpointHandler().restore(plain_path(frozen) / "run")["id"]
   except (OSError, ValueError, KeyError) as error:
     raise damaged_frozen(frozen, error) from error
   if found_id != wanted_id:
@@ -87,7 +88,7 @@ def frozen_shapes(frozen: Path) -> dict[str, Any]:
     InputError: the files are damaged.
   """
   try:
-    return dict(ocp.StandardCheckpointHandler().metadata(frozen / "state"))
+    return dict(ocp.StandardCheckpointHandler().metadata(plain_path(frozen) / "state"))
   except (OSError, ValueError, KeyError) as error:
     raise damaged_frozen(frozen, error) from error
 
@@ -108,7 +109,7 @@ def restore_frozen(frozen: Path, shapes: dict[str, Any]) -> dict[str, Any]:
   args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
   try:
     with _checkpointer() as checkpointer:
-      return checkpointer.restore(frozen, args=args)["state"]
+      return checkpointer.restore(plain_path(frozen), args=args)["state"]
   except (OSError, ValueError, KeyError) as error:
     if is_peer_failure(error):
       raise

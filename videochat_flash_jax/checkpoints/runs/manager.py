@@ -38,6 +38,7 @@ from videochat_flash_jax.checkpoints.runs.run_files import FROZEN, is_whole, who
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.processes import is_peer_failure
 from videochat_flash_jax.parallel.sharding import dotted_path
+from videochat_flash_jax.plain_paths import plain_path
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix for the name of an unfinished directory
 _PROBE = ".probe"
@@ -107,7 +108,7 @@ class RunCheckpoints:
     logging.getLogger("absl").addFilter(_is_not_repeated)
     json_files = ocp.JsonCheckpointHandler
     handlers = {"state": ocp.StandardCheckpointHandler(), "data": json_files(), "run": json_files()}
-    self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
+    self._manager = _Manager(plain_path(self._directory), options=options, item_handlers=handlers)
 
   def __enter__(self) -> "RunCheckpoints":
     return self
@@ -231,7 +232,8 @@ class RunCheckpoints:
     if self._frozen_id is None:
       newest = newest_on_all_processes(self._directory)
       if newest is not None:
-        saved = ocp.JsonCheckpointHandler().restore(self._directory / str(newest) / "run")
+        where = plain_path(self._directory) / str(newest) / "run"
+        saved = ocp.JsonCheckpointHandler().restore(where)
         self._frozen_id = saved.get(FROZEN)
     if self._frozen_id is None:
       self._frozen_id = save_frozen(self._directory, _standard_save(frozen))

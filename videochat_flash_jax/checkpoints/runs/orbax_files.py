@@ -27,6 +27,7 @@ from videochat_flash_jax.checkpoints.runs.frozen_weights import damaged_frozen, 
 from videochat_flash_jax.checkpoints.runs.run_files import FROZEN, hub_files, is_whole, whole_steps
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import LoraConfig
+from videochat_flash_jax.plain_paths import plain_path
 
 _WEIGHTS = ("trained.", f"{FROZEN}.")  # in a saved state, paths of weights begin like this
 
@@ -56,7 +57,7 @@ def open_run(directory: Path) -> Checkpoint:
 def _weights(step: Path) -> dict[str, Any]:
   """The weights of the model by their paths, with merged adapters."""
   try:
-    run = ocp.JsonCheckpointHandler().restore(step / "run")
+    run = ocp.JsonCheckpointHandler().restore(plain_path(step) / "run")
     lora = LoraConfig(**run["config"]["lora"])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise _damaged(step, error) from error
@@ -88,7 +89,9 @@ def _names(checkpoint) -> list[str]:
 
 
 def _kvstore_spec(checkpoint, **fields):
-  return {"driver": "ocdbt", "base": f"file://{checkpoint}/state/", **fields}
+  # The path stands by itself: in an address, `#`, `?` and `%20` would mean something else.
+  base = {"driver": "file", "path": f"{plain_path(checkpoint)}/state/"}
+  return {"driver": "ocdbt", "base": base, **fields}
 
 
 @dataclasses.dataclass(frozen=True)

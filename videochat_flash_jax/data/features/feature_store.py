@@ -36,6 +36,7 @@ from videochat_flash_jax.data.features.feature_key import FeatureKey, file_diges
 from videochat_flash_jax.data.features.record_file import RecordFile
 from videochat_flash_jax.data.media.video_reader import VideoInfo
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.plain_paths import plain_path
 
 FORMAT = 2
 CLIPS_PER_FILE = 64
@@ -168,7 +169,7 @@ class FeatureStore:
     }
     spec = {
       "driver": "zarr3",
-      "kvstore": {"driver": "file", "path": f"{self.path / 'clips'}{os.sep}"},
+      "kvstore": {"driver": "file", "path": f"{plain_path(self.path)}/clips/"},
       "metadata": metadata,
       "store_data_equal_to_fill_value": True,  # so that a missing chunk is always an error
       "fill_missing_data_reads": False,

@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.plain_paths import plain_path
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -93,7 +94,7 @@ class BPETokenizer(Tokenizer):
     directory = Path(directory)
     try:
       if (directory / "tokenizer.json").exists():
-        backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        backend = tokenizers.Tokenizer.from_file(str(plain_path(directory / "tokenizer.json")))
       else:
         backend = _qwen2_from_vocabulary(directory)
     except InputError:
@@ -250,7 +251,8 @@ def _qwen2_from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
   if not path.exists():
     raise InputError(f"{path}: missing; add the merges.txt that belongs to vocab.json")
   added = _added_tokens(directory)
-  vocabulary, merges = models.BPE.read_file(str(directory / "vocab.json"), str(path))
+  files = (str(plain_path(file)) for file in (directory / "vocab.json", path))
+  vocabulary, merges = models.BPE.read_file(*files)
   # Every entry except the bytes comes from one merge. If the end of the file were missing, the ids
   # would be wrong without an error.
   num_merged = len(vocabulary.keys() - {token.content for _, token in added}) - 256
