@@ -4,7 +4,6 @@ Loading is strict: each stored tensor is used exactly once, and each array of th
 """
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from flax import nnx
 from videochat_flash_jax.checkpoints.hub.checkpoint import Checkpoint, with_head
 from videochat_flash_jax.checkpoints.hub.hf_config import parse_config, read_fields, write_config
 from videochat_flash_jax.checkpoints.hub.hf_mapping import hub_tensors
+from videochat_flash_jax.checkpoints.hub.other_files import FULL_DISK, copy_other_files
 from videochat_flash_jax.checkpoints.hub.safetensors_files import (
   FLOATING,
   read_directory,
@@ -36,20 +36,6 @@ from videochat_flash_jax.parallel.sharding import dotted_path
 
 # Builds a model from a config. It is only traced here, so it costs no memory.
 MakeModel = Callable[[VideoChatFlashConfig], nnx.Module]
-
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Files that are copied unchanged: the tokenizer, and the original's code if there is any.
-_COPIED = (
-  "added_tokens.json",
-  "generation_config.json",
-  "merges.txt",
-  "special_tokens_map.json",
-  "tokenizer.json",
-  "tokenizer.model",
-  "tokenizer_config.json",
-  "vocab.json",
-  "*.py",
-)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -119,8 +105,8 @@ def save_model(
     model: the model whose parameters are written.
     config: the config of the model.
     directory: the directory to write. It is created if it is missing; other files in it are kept.
-    source: the checkpoint from which the model was made. Its tokenizer is copied, and so are the
-      fields of its config.json that have no meaning here.
+    source: the checkpoint from which the model was made. Its other files are copied, see
+      `hub.other_files`, and so are the fields of its config.json that have no meaning here.
 
   Raises:
     InputError: the directory cannot be written or the disk is full (then the directory is
@@ -132,7 +118,7 @@ def save_model(
     write_directory(partial, "the model", hub_arrays(weights))
     write_config(config, partial, dtype=dtype, base=source and read_fields(source))
     if source is not None:
-      copy_beside(source, partial)
+      copy_other_files(source, partial)
 
 
 def write_checkpoint(
@@ -169,15 +155,8 @@ def write_checkpoint(
   with _staged(out) as partial:
     num_bytes = write_directory(partial, checkpoint.where, stored, dtype and jnp.dtype(dtype))
     write_config(checkpoint.config, partial, dtype=torch_dtype, base=checkpoint.fields)
-    copy_beside(checkpoint.directory, partial)
+    copy_other_files(checkpoint.directory, partial)
   return num_bytes
-
-
-def copy_beside(source: Path, target: Path):
-  """Copies the files of a checkpoint other than weights and config, mainly the tokenizer."""
-  for pattern in _COPIED:
-    for path in source.glob(pattern):
-      shutil.copyfile(path, target / path.name)
 
 
 @contextlib.contextmanager
@@ -197,7 +176,7 @@ def _staged(directory: Path) -> Iterator[Path]:
     else:
       partial.rename(directory)
   except OSError as error:
-    if error.errno in _FULL_DISK:
+    if error.errno in FULL_DISK:
       raise _unwritable(directory, error) from error
     raise
   finally:
@@ -216,11 +195,12 @@ def _replace_files(partial, directory):
 
   Old weight files with other names are removed, because they would be read together with the new.
   """
-  new = {path.name for path in partial.iterdir()}
-  for name in new:
-    (partial / name).replace(directory / name)
+  new = {path.relative_to(partial) for path in partial.rglob("*") if path.is_file()}
+  for path in new:
+    (directory / path).parent.mkdir(exist_ok=True)
+    (partial / path).replace(directory / path)
   for path in directory.glob("model*.safetensors*"):
-    if path.name not in new:
+    if path.relative_to(directory) not in new:
       path.unlink()
 
 

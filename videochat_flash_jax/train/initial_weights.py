@@ -16,10 +16,11 @@ from pathlib import Path
 
 import jax
 
-from videochat_flash_jax.checkpoints.convert import copy_beside, open_checkpoint
+from videochat_flash_jax.checkpoints.convert import open_checkpoint
 from videochat_flash_jax.checkpoints.hub.checkpoint import Checkpoint
 from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
 from videochat_flash_jax.checkpoints.hub.hf_config import read_fields, write_config
+from videochat_flash_jax.checkpoints.hub.other_files import copy_other_files
 from videochat_flash_jax.checkpoints.hub.parts import (
   join_parts,
   missing_parts,
@@ -89,7 +90,7 @@ def check_init_from(init_from: str, config: VideoChatFlashConfig):
 
 
 def copy_hub_files(init_from: str, config: VideoChatFlashConfig, out: Path):
-  """Writes the files that an export of the run needs beside weights: config.json and the tokenizer.
+  """Writes what an export of the run needs beside weights: config.json, the tokenizer and so on.
 
   Only one process calls this. `init_from` is checked before anything is written. If it is a run
   that is not finished, a warning is logged.
@@ -105,7 +106,7 @@ def copy_hub_files(init_from: str, config: VideoChatFlashConfig, out: Path):
   source = _opened(init_from, config)
   _warn_if_unfinished(Path(_split(init_from)[0]))
   out.mkdir(parents=True, exist_ok=True)
-  copy_beside(source.directory, out)
+  copy_other_files(source.directory, out)
   write_config(config, out, dtype="float32", base=source.fields)
 
 

@@ -1,7 +1,7 @@
 """The directory of a run: it is checked and prepared before anything is computed.
 
   config.json    the run's config and the version of the package
-  hub/           what an export needs beside weights: config.json as on the hub, and the tokenizer
+  hub/           what an export needs beside weights: config.json as on the hub, tokenizer and so on
   checkpoints/   see `checkpoints.runs.manager`
 
 All processes of a run use the same directory.

@@ -6,6 +6,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
+from videochat_flash_jax.checkpoints.hub.other_files import DOWNLOADED
 from videochat_flash_jax.checkpoints.hub.safetensors_files import is_whole
 from videochat_flash_jax.errors import InputError
 
@@ -19,8 +20,6 @@ RELEASED = (
 )
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
-# Which files are downloaded: configs, weights and tokenizer, but never code or pickles.
-_DOWNLOADED = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model")
 _TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model")
 
 
@@ -62,9 +61,7 @@ def _cached_or_downloaded(repository):
 
   def snapshot(**options):
     """Returns the directory of the repository's files in the local cache."""
-    return Path(
-      huggingface_hub.snapshot_download(repository, allow_patterns=_DOWNLOADED, **options)
-    )
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=DOWNLOADED, **options))
 
   try:
     cached = snapshot(local_files_only=True)

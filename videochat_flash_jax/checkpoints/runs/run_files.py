@@ -1,6 +1,6 @@
 """Knows where the files of a training run are.
 
-WORKDIR/hub                    config.json in the released format, and the tokenizer
+WORKDIR/hub                    config.json in the released format, the tokenizer and so on
 WORKDIR/checkpoints/frozen     weights that the run never changes; see `frozen_weights`
 WORKDIR/checkpoints/500/state  all other weights, and the state of the optimizer
 WORKDIR/checkpoints/500/data   state of the batches
