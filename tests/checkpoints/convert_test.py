@@ -73,6 +73,35 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named_at_once(checkpoi
   )
 
 
+def test_tensors_that_follow_from_the_config_are_ignored_and_named_once(checkpoint, caplog):
+  def edit(tensors):
+    for layer in range(3):
+      name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+      tensors[name] = np.ones(4, np.float32)
+    tensors["model.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    tensors["model.vision_tower.vision_tower.embeddings.position_ids"] = np.arange(9)[None]
+
+  edit_weights(checkpoint, edit)
+  for _ in range(2):
+    assert_same_weights(load_model(make_model, checkpoint), random_model())
+  rewrite(checkpoint, checkpoint.with_name("out"))
+  assert_same_weights(load_model(make_model, checkpoint.with_name("out")), random_model())
+  (record,) = caplog.records
+  assert record.getMessage() == (
+    f"{checkpoint}: ignored, since it follows from the config: "
+    "model.layers.{0,1,2}.self_attn.rotary_emb.inv_freq, model.rotary_emb.inv_freq, "
+    "model.vision_tower.vision_tower.embeddings.position_ids"
+  )
+
+
+def test_a_tensor_with_a_similar_name_is_still_unexpected(checkpoint):
+  def edit(tensors):
+    tensors["model.rotary_embedding.weight"] = np.ones(4, np.float32)
+
+  edit_weights(checkpoint, edit)
+  assert_refused(checkpoint, "unexpected: model.rotary_embedding.weight")
+
+
 def test_weights_that_are_no_floating_point_numbers_are_named(checkpoint):
   def edit(tensors):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from tests.conftest import golden_root
 from tests.models.small_models import CONFIG, fill_randomly
 from videochat_flash_jax.checkpoints.convert import (
   flat_weights,
@@ -16,6 +18,7 @@ from videochat_flash_jax.checkpoints.convert import (
   open_checkpoint,
   write_checkpoint,
 )
+from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 
@@ -27,6 +30,15 @@ def make_model(config):
 @functools.cache
 def random_model(config=CONFIG, dtype=jnp.float32):
   return fill_randomly(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0), param_dtype=dtype))
+
+
+def with_far_token(directory, token_id=768):
+  """The tiny model with a tokenizer of few entries, one of which the model does not embed."""
+  shutil.copytree(checkpoint_directory("tiny"), directory)
+  fields = json.loads((golden_root() / "08_text" / "tokenizer.json").read_text())
+  fields["model"]["vocab"]["far"] = token_id
+  (directory / "tokenizer.json").write_text(json.dumps(fields))
+  return directory
 
 
 def assert_same_weights(actual, expected):

@@ -5,6 +5,7 @@ import shlex
 import pytest
 from safetensors.numpy import load_file
 
+from tests.checkpoints.small_checkpoints import with_far_token
 from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
 from videochat_flash_jax.cli import convert
 from videochat_flash_jax.cli.main import main
@@ -23,6 +24,21 @@ def test_the_example_runs_and_its_model_has_a_tokenizer(tmp_path, monkeypatch, c
   assert capsys.readouterr().out == f"tiny-hf: {len(tensors)} tensors, {num_bytes:,} bytes\n"
   tiny = checkpoint_directory("tiny") / "tokenizer.model"
   assert (tmp_path / "tiny-hf" / "tokenizer.model").read_bytes() == tiny.read_bytes()
+
+
+def test_a_tokenizer_with_ids_that_the_model_does_not_embed_is_refused(tmp_path, capsys):
+  model = with_far_token(tmp_path / "far")
+  error = refusal(capsys, "--model", model, "--out", tmp_path / "out")
+  assert f"{model}: the highest id of the tokenizer is 768, but the model embeds only 768" in error
+  assert not (tmp_path / "out").exists()
+  assert run("--model", with_far_token(tmp_path / "near", 767), "--out", tmp_path / "out") == 0
+
+
+def test_a_tokenizer_that_cannot_be_read_goes_along(tmp_path):
+  model = with_far_token(tmp_path / "model")
+  (model / "tokenizer.json").write_text("{}")
+  assert run("--model", model, "--out", tmp_path / "out") == 0
+  assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
 
 def refusal(capsys, *arguments):

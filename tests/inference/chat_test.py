@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.checkpoints.small_checkpoints import with_far_token
+from videochat_flash_jax.checkpoints import convert
 from videochat_flash_jax.data.media.video_reader import open_video
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.chat import VideoChat
@@ -83,6 +85,18 @@ def test_a_stretched_context_gives_other_answers(checkpoint, chat):
 def test_a_setting_that_cannot_be_is_refused(checkpoint, setting, said):
   with pytest.raises(InputError, match=said):
     VideoChat.from_pretrained(checkpoint, **setting)
+
+
+def test_a_tokenizer_with_ids_that_the_model_does_not_embed_is_refused_before_weights_are_read(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(convert, "load_weights", lambda *_: pytest.fail("weights were read"))
+  with pytest.raises(InputError) as caught:
+    VideoChat.from_pretrained(with_far_token(tmp_path / "far"))
+  assert str(caught.value) == (
+    f"{tmp_path / 'far'}: the highest id of the tokenizer is 768, but the model embeds only 768 "
+    "ids, from 0; take both from one checkpoint"
+  )
 
 
 def test_streamed_pieces_join_to_the_answer(chat, path):

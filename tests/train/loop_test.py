@@ -13,12 +13,16 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
+from tests.checkpoints.small_checkpoints import with_far_token
 from tests.train import small_config
 from tests.train.small_runs import losses, records
 from videochat_flash_jax.checkpoints.convert import open_checkpoint
 from videochat_flash_jax.checkpoints.runs.manager import RunCheckpoints
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train import loop, run
+from videochat_flash_jax.train.batches import run_batches
+from videochat_flash_jax.train.config import train_settings
+from videochat_flash_jax.train.program import train_program
 
 
 def small(**changes):
@@ -52,6 +56,20 @@ def test_a_config_that_cannot_be_trained_is_refused_in_one_line(tmp_path, change
     loop.train(small(**changes), tmp_path / "run")
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_tokenizer_with_ids_that_the_model_does_not_embed_is_refused(tmp_path):
+  model, said = str(with_far_token(tmp_path / "far")), "highest id of the tokenizer is 768, but"
+  with pytest.raises(InputError, match=f"{model}: the {said}"):
+    loop.train(small(init_from=model), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  patches = small(init_from=model, objective="patches", num_steps=1)  # it reads no text
+  assert loop.train(patches, tmp_path / "patches")
+  shutil.copytree(model, tmp_path / "run" / "hub")
+  settings = train_settings(small())
+  program = train_program(settings, jax.devices())
+  with pytest.raises(InputError, match=said):
+    run_batches(settings, program, tmp_path / "run" / "hub")
 
 
 def test_the_address_of_a_bucket_is_refused_as_a_workdir(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Opens, loads and writes checkpoints; writing always gives the released format.
 
-Loading is strict: each stored tensor is used exactly once, and each array of the model is filled.
+Loading is strict: each stored weight is used exactly once, and each array of the model is filled.
 """
 
 import contextlib
@@ -14,8 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from videochat_flash_jax.checkpoints.hub.checkpoint import Checkpoint, with_head
-from videochat_flash_jax.checkpoints.hub.hf_config import parse_config, read_fields, write_config
+from videochat_flash_jax.checkpoints.hub.checkpoint import (
+  Checkpoint,
+  with_head,
+  without_computed,
+)
+from videochat_flash_jax.checkpoints.hub.hf_config import (
+  parse_config,
+  read_fields,
+  stated_dtype,
+  write_config,
+)
 from videochat_flash_jax.checkpoints.hub.hf_mapping import hub_tensors
 from videochat_flash_jax.checkpoints.hub.other_files import FULL_DISK, copy_other_files
 from videochat_flash_jax.checkpoints.hub.safetensors_files import (
@@ -56,7 +65,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return open_run(directory)
   fields = read_fields(directory)
   config = parse_config(directory, fields)
-  tensors = read_directory(directory)
+  tensors = without_computed(directory, read_directory(directory))
   return Checkpoint(str(directory), directory, with_head(config, tensors), fields, tensors)
 
 
@@ -151,10 +160,10 @@ def write_checkpoint(
   check_tensors(checkpoint.where, checkpoint.tensors, tensors)
   stored = {name: checkpoint.tensors[name] for name in tensors}
   first = str(FLOATING[next(iter(stored.values())).dtype])
-  torch_dtype = dtype or checkpoint.fields.get("torch_dtype", first)
+  stated = stated_dtype(checkpoint.directory / "config.json", checkpoint.fields)
   with _staged(out) as partial:
     num_bytes = write_directory(partial, checkpoint.where, stored, dtype and jnp.dtype(dtype))
-    write_config(checkpoint.config, partial, dtype=torch_dtype, base=checkpoint.fields)
+    write_config(checkpoint.config, partial, dtype=dtype or stated or first, base=checkpoint.fields)
     copy_other_files(checkpoint.directory, partial)
   return num_bytes
 

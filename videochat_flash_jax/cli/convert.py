@@ -1,6 +1,7 @@
 """`vcflash convert`: writes a checkpoint in the layout of the released models."""
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
@@ -52,13 +53,18 @@ def run(args: argparse.Namespace) -> None:
   from videochat_flash_jax.checkpoints.convert import open_checkpoint, write_checkpoint
   from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
   from videochat_flash_jax.checkpoints.hub.parts import join_parts
+  from videochat_flash_jax.data.text.tokenizer import check_embedded, load_tokenizer
   from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 
-  directory = checkpoint_directory(args.model)
+  directory, tokenizer = checkpoint_directory(args.model), None
   if args.encoder is None:
     checkpoint = open_checkpoint(directory)
   else:
     checkpoint = join_parts(directory, args.encoder, args.tower, args.projector, args.seed)
+  with contextlib.suppress(InputError):  # a tokenizer that is not read here goes along unread
+    tokenizer = load_tokenizer(checkpoint.directory)
+  if tokenizer is not None:
+    check_embedded(tokenizer, checkpoint.config.decoder.vocab_size, checkpoint.directory)
   num_bytes = write_checkpoint(
     checkpoint,
     lambda config: VideoChatFlash(config, rngs=nnx.Rngs(0)),

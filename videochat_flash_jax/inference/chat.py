@@ -25,7 +25,11 @@ from videochat_flash_jax.data.media.image_tiling import (
 )
 from videochat_flash_jax.data.media.resize import resize
 from videochat_flash_jax.data.media.video_reader import open_video
-from videochat_flash_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from videochat_flash_jax.data.text.tokenizer import (
+  Tokenizer,
+  check_embedded,
+  load_tokenizer,
+)
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.conversation import Conversation, SeenImages, WatchedVideo
 from videochat_flash_jax.inference.engine import Engine
@@ -68,13 +72,10 @@ class VideoChat:
       features: see `from_pretrained`.
 
     Raises:
-      InputError: the tokenizer has more tokens than the model, or `features` cannot be used.
+      InputError: the tokenizer has ids that the model does not embed, or `features` cannot be
+        used.
     """
-    if tokenizer.vocab_size > model.config.decoder.vocab_size:
-      raise InputError(
-        f"the tokenizer has {tokenizer.vocab_size} tokens, but the model embeds only "
-        f"{model.config.decoder.vocab_size}; take both from one checkpoint"
-      )
+    check_embedded(tokenizer, model.config.decoder.vocab_size, model.config.name)
     self.config = model.config
     self.tokenizer = tokenizer
     self.engine = Engine(model, tokenizer.stop_ids, layout)
@@ -135,6 +136,7 @@ class VideoChat:
       """Builds the model with the settings of the caller."""
       config = _with_settings(config, context, yarn, dropout)
       check_mesh(config, layout)  # before the weights, many gigabytes, are read
+      check_embedded(tokenizer, config.decoder.vocab_size, directory)
       return VideoChatFlash(config, rngs=nnx.Rngs(0))
 
     def sharding_of(path, shape):

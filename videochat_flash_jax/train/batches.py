@@ -25,7 +25,7 @@ from videochat_flash_jax.data.features.feature_key import FeatureKey, weights_di
 from videochat_flash_jax.data.features.feature_store import FeatureStore
 from videochat_flash_jax.data.mixture.mixture import read_mixture
 from videochat_flash_jax.data.mixture.rows import Rows, open_rows
-from videochat_flash_jax.data.text.tokenizer import load_tokenizer
+from videochat_flash_jax.data.text.tokenizer import check_embedded, load_tokenizer
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.parallel.layout import Layout
@@ -186,7 +186,7 @@ def run_batches(
   streams = num_streams or settings.data.streams or len(row_groups(sharding, shape))
   config = data_config(settings, program.layout.sequence_shards, streams)
   read_streams, kept_rows = (choose(sharding, shape, streams) for choose in (own_streams, own_rows))
-  make_tokenizer = functools.partial(load_tokenizer, hub)
+  make_tokenizer = functools.partial(_tokenizer_of_model, hub, settings.model.decoder.vocab_size)
   rows = None
   if settings.data.synthetic:
     questions = dict(settings.data.synthetic)
@@ -200,6 +200,12 @@ def run_batches(
   if settings.dropout is not None:
     dataset = dataset.map(lambda batch: with_plan(batch, settings.dropout, program.layout))
   return RunBatches(dataset, shardings, settings.rows, rows)
+
+
+def _tokenizer_of_model(hub, num_embedded):
+  tokenizer = load_tokenizer(hub)
+  check_embedded(tokenizer, num_embedded, hub)
+  return tokenizer
 
 
 def held_out_batches(

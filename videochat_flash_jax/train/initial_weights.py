@@ -28,6 +28,7 @@ from videochat_flash_jax.checkpoints.hub.parts import (
 )
 from videochat_flash_jax.checkpoints.hub.weights import load_weights
 from videochat_flash_jax.checkpoints.runs.run_files import is_run, refuse_stages, whole_steps
+from videochat_flash_jax.data.text.tokenizer import check_embedded, load_tokenizer
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 
@@ -79,14 +80,23 @@ def initial_weights(
   )
 
 
-def check_init_from(init_from: str, config: VideoChatFlashConfig):
+def check_init_from(init_from: str, config: VideoChatFlashConfig, needs_tokenizer: bool = True):
   """Checks whether `init_from` fits a model without reading weights; see `initial_weights`.
 
+  Args:
+    init_from: see the module.
+    config: of the model that is trained.
+    needs_tokenizer: whether the run reads texts.
+
   Raises:
-    InputError: see `initial_weights`.
+    InputError: see `initial_weights`; or the tokenizer is missing, or has ids that the model does
+      not embed.
   """
-  if init_from != RANDOM:
-    _opened(init_from, config)
+  if init_from == RANDOM:
+    return
+  directory = _opened(init_from, config).directory
+  if needs_tokenizer:
+    check_embedded(load_tokenizer(directory), config.decoder.vocab_size, directory)
 
 
 def copy_hub_files(init_from: str, config: VideoChatFlashConfig, out: Path):

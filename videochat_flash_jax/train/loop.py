@@ -135,11 +135,12 @@ def _check_program(run):
 
 def _check_init_from(runs):
   """Checks `init_from` of runs without a checkpoint, unless an earlier stage will write it."""
-  for number, (settings, _, workdir) in enumerate(runs):
+  for number, run in enumerate(runs):
+    settings = run.settings
     start = Path(settings.init_from).absolute()
-    made = [start.is_relative_to(run.workdir.absolute()) for run in runs[:number]]
-    if not is_begun(workdir) and not any(made):
-      check_init_from(settings.init_from, settings.model)
+    made = [start.is_relative_to(earlier.workdir.absolute()) for earlier in runs[:number]]
+    if not is_begun(run.workdir) and not any(made):
+      check_init_from(settings.init_from, settings.model, run.objective.reads_mixtures)
 
 
 def _check_mixtures(run):

@@ -77,6 +77,16 @@ def test_another_dtype_is_written_as_the_arrays_would_be_in_it(checkpoint, tmp_p
   assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_the_dtype_that_transformers_5_states_is_written_as_before(checkpoint, tmp_path):
+  fields = json.loads((checkpoint / "config.json").read_text())
+  fields["dtype"] = fields.pop("torch_dtype")
+  (checkpoint / "config.json").write_text(json.dumps(fields))
+  for dtype in (None, "bfloat16"):
+    rewrite(checkpoint, tmp_path / f"as {dtype}", dtype)
+    written = json.loads((tmp_path / f"as {dtype}" / "config.json").read_text())
+    assert written.pop("torch_dtype") == (dtype or "float32") and "dtype" not in written
+
+
 def test_a_stored_head_is_noted_in_the_config(checkpoint, tmp_path):
   fields = json.loads((checkpoint / "config.json").read_text())
   (checkpoint / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))

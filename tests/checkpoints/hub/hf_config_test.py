@@ -196,6 +196,61 @@ def test_what_is_not_supported_is_refused(tmp_path, field, value):
   assert_refused(tmp_path, RELEASED_FIELDS | {field: value}, f"'{field}' is {value!r}", "only")
 
 
+@pytest.mark.parametrize(
+  "fields, words",
+  [
+    ({"dtype": "float32"}, "'dtype' ('float32') contradicts 'torch_dtype' ('bfloat16')"),
+    ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "'layer_types' is ['full"),
+    ({"layer_types": ["full_attention"] * 27}, "once for each of the 28 layers"),
+    ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
+    ({"text_config": {"hidden_size": 8}}, "'text_config' is {'hidden_size': 8}; only null"),
+    ({"mm_hidden_size": 1408}, "'mm_hidden_size' (1408) contradicts the encoder, whose width is"),
+    (
+      {
+        "videochat_flash_jax": {"vision": dataclasses.asdict(CONFIG.vision)},
+        "image_grid_pinpoints": None,
+      },
+      "contradicts 'mm_vision_tower' ('umt-hd-large')",
+    ),
+    (
+      {"videochat_flash_jax": {"connector": {"clip_tokens": 16}}},
+      "'videochat_flash_jax.connector' ({'clip_tokens': 16}) contradicts 'mm_projector_type'",
+    ),
+    (
+      {"videochat_flash_jax": {"max_positions": 1024}},
+      "'videochat_flash_jax.max_positions' (1024) contradicts 'max_position_embeddings' (32768)",
+    ),
+  ],
+)
+def test_fields_that_contradict_each_other_are_refused(tmp_path, fields, words):
+  assert_refused(tmp_path, RELEASED_FIELDS | fields, words)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"dtype": "bfloat16"},
+    {"torch_dtype": None, "dtype": "float32"},
+    {"layer_types": ["full_attention"] * 28},
+    {"layer_types": None, "partial_rotary_factor": 1.0, "text_config": None},
+  ],
+)
+def test_fields_may_say_the_same_twice(tmp_path, fields):
+  assert read(tmp_path, RELEASED_FIELDS | fields) == read(tmp_path, RELEASED_FIELDS)
+
+
+def test_a_field_that_stands_there_twice_is_refused(tmp_path):
+  text = json.dumps(RELEASED_FIELDS)
+  (tmp_path / "config.json").write_text(text[:-1] + ', "rope_theta": 10000.0}')
+  with pytest.raises(InputError, match="field 'rope_theta' stands there twice"):
+    read_config(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(RELEASED_FIELDS), "utf-8-sig")
+  assert read_config(tmp_path).decoder == VideoChatFlashConfig.qwen2_7b_res448().decoder
+
+
 def test_a_misspelt_part_of_our_section_is_named(tmp_path):
   own = {"videochat_flash_jax": {"visoin": {}}}
   assert_refused(tmp_path, RELEASED_FIELDS | own, "'videochat_flash_jax' has no part visoin")

@@ -101,6 +101,126 @@ def test_another_scaling_is_refused(tmp_path, scaling):
   assert_refused(tmp_path, fields, "field 'rope_scaling' is ", "it has to be null, or yarn")
 
 
+def in_new_form(parameters, **others):
+  """The released fields as transformers 5 writes them."""
+  fields = {field: value for field, value in RELEASED_FIELDS.items() if "rope" not in field}
+  fields["dtype"] = fields.pop("torch_dtype")
+  fields |= {"layer_types": ["full_attention"] * 28, "sliding_window": None}
+  return fields | {"transformers_version": "5.3.0", "rope_parameters": parameters} | others
+
+
+YARN_OF_5 = {
+  "rope_type": "yarn",
+  "rope_theta": 5e5,
+  "factor": 4.0,
+  "original_max_position_embeddings": 32768,
+}
+
+
+def test_rotary_positions_of_transformers_5_are_read(tmp_path):
+  decoder = read(tmp_path, in_new_form({"rope_theta": 5e5, "rope_type": "default"})).decoder
+  assert (decoder.rope_theta, decoder.yarn, decoder.max_positions) == (5e5, None, 32768)
+  decoder = read(tmp_path, in_new_form(YARN_OF_5)).decoder
+  assert (decoder.rope_theta, decoder.yarn) == (5e5, YarnConfig(4.0, 32768))
+  assert decoder.max_positions == 131072
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"type": "yarn"},
+    {"beta_fast": 32, "beta_slow": 1.0, "truncate": True, "partial_rotary_factor": 1.0},
+    {"attention_factor": 1.138629436111989, "mscale": None, "beta_fast": None},
+  ],
+)
+def test_options_of_yarn_may_say_what_holds_anyway(tmp_path, options):
+  assert read(tmp_path, in_new_form(YARN_OF_5 | options)).decoder.yarn == YarnConfig(4.0, 32768)
+
+
+@pytest.mark.parametrize(
+  "parameters, words",
+  [
+    (YARN_OF_5 | {"beta_fast": 16}, "beta_fast can only be 32"),
+    (YARN_OF_5 | {"attention_factor": 1.0}, "attention_factor can only be 1.13863"),
+    (YARN_OF_5 | {"truncate": False}, "truncate can only be 1"),
+    (YARN_OF_5 | {"mscale": 0.7}, "no mscale"),
+    (YARN_OF_5 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor can only be 1"),
+    (YARN_OF_5 | {"rope_type": "llama3"}, "'llama3'"),
+    (YARN_OF_5 | {"rope_type": "linear"}, "'linear'"),
+    (YARN_OF_5 | {"type": "default"}, "'rope_parameters.rope_type' ('yarn') contradicts"),
+    ({"rope_theta": 1e6, "factor": 4.0}, "no factor"),
+    ({"rope_theta": 1e6, "rope_type": "default", "beta_fast": 32}, "no beta_fast"),
+    ({"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}, "no full_attention"),
+    (1e6, "it has to be null, or yarn"),
+  ],
+)
+def test_other_rotary_positions_of_transformers_5_are_refused(tmp_path, parameters, words):
+  assert_refused(tmp_path, in_new_form(parameters), "'rope_parameters", words)
+
+
+def test_a_missing_theta_is_named_and_a_wrong_one_by_its_own_field(tmp_path):
+  for parameters in (
+    None,
+    {},
+    {"rope_type": "default"},
+    {"rope_type": "default", "rope_theta": None},
+  ):
+    assert_refused(tmp_path, in_new_form(parameters), "fields missing: rope_theta")
+  assert_refused(tmp_path, in_new_form({"rope_theta": -1}), "'rope_parameters.rope_theta' is -1")
+  assert_refused(
+    tmp_path, in_new_form({"rope_theta": True}), "'rope_parameters.rope_theta' is True"
+  )
+
+
+@pytest.mark.parametrize(
+  "fields, first, second",
+  [
+    ({"rope_theta": 1e4}, "'rope_parameters.rope_theta' (500000.0)", "'rope_theta' (10000.0)"),
+    (
+      {"rope_scaling": {"type": "yarn", "factor": 2}},
+      "'rope_parameters' ({'rope_theta': 500000.0, 'rope_type': 'default'})",
+      "'rope_scaling' ({'type': 'yarn', 'factor': 2})",
+    ),
+    (
+      {"rope_scaling": {"type": "default", "rope_theta": 1e4}},
+      "'rope_parameters.rope_theta' (500000.0)",
+      "'rope_scaling.rope_theta' (10000.0)",
+    ),
+  ],
+)
+def test_old_and_new_fields_that_contradict_each_other_are_named(tmp_path, fields, first, second):
+  fields = in_new_form({"rope_theta": 5e5, "rope_type": "default"}, **fields)
+  assert_refused(tmp_path, fields, f"{first} contradicts {second}; correct one")
+
+
+def test_old_and_new_fields_may_say_the_same(tmp_path):
+  fields = in_new_form(YARN_OF_5, rope_theta=500000, rope_scaling=YARN)
+  assert read(tmp_path, fields).decoder.yarn == YarnConfig(4.0, 32768)
+  assert read(tmp_path, in_new_form(YARN_OF_5, rope_scaling=None)).decoder.yarn is not None
+
+
+@pytest.mark.parametrize("parameters", [YARN_OF_5, {"rope_theta": 5e5, "rope_type": "default"}])
+def test_what_transformers_5_wrote_is_written_as_every_version_reads_it(tmp_path, parameters):
+  config, fields = read(tmp_path, in_new_form(parameters)), in_new_form(parameters)
+  write_config(config, tmp_path, dtype="float16", base=fields)
+  written = json.loads((tmp_path / "config.json").read_text())
+  assert read_config(tmp_path) == config
+  assert written.pop("rope_theta") == 5e5 and written.pop("torch_dtype") == "float16"
+  assert written.pop("rope_scaling") == (YARN if "factor" in parameters else None)
+  del fields["rope_parameters"], fields["dtype"]
+  assert written == fields
+
+
+def test_a_change_of_what_transformers_5_wrote_leaves_nothing_that_contradicts_it(tmp_path):
+  before = read(tmp_path, in_new_form(YARN_OF_5))
+  decoder = dataclasses.replace(
+    before.decoder, yarn=None, rope_theta=1e4, max_positions=512, depth=5
+  )
+  config = dataclasses.replace(before, decoder=decoder)
+  write_config(config, tmp_path, dtype="bfloat16", base=in_new_form(YARN_OF_5))
+  assert read_config(tmp_path) == config
+
+
 @pytest.mark.parametrize(
   "grids, tiling",
   [

@@ -105,6 +105,41 @@ def test_parts_make_the_whole_that_they_were_taken_from(whole, parts, tmp_path):
   assert fields["tokenizer_model_max_length"] == 32768
 
 
+def test_a_language_model_may_be_as_transformers_5_writes_it(whole, parts, tmp_path, caplog):
+  fields = LANGUAGE_MODEL | {"dtype": "float32", "layer_types": ["full_attention"] * 3}
+  fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+  del fields["torch_dtype"]
+  directory = parts["language_model"]
+  (directory / "config.json").write_text(json.dumps(fields))
+  tensors = load_file(directory / "model.safetensors")
+  tensors["model.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+  save_file(tensors, directory / "model.safetensors")
+  write_checkpoint(join_parts(**parts), make_model, tmp_path / "out")
+  assert_same_weights(load_model(make_model, tmp_path / "out"), whole)
+  assert "ignored, since it follows from the config: model.rotary_emb.inv_freq" in caplog.text
+  written = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert written["rope_theta"] == 1e6 and written["torch_dtype"] == "float32"
+  assert not {"rope_parameters", "dtype", "layer_types"} & set(written)
+
+
+@pytest.mark.parametrize(
+  "changed, words",
+  [
+    ({"use_sliding_window": True}, "'use_sliding_window' is True; only false is supported"),
+    ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
+    ({"layer_types": ["sliding_attention"] * 3}, "'layer_types' is ['sliding_attention'"),
+    (
+      {"rope_parameters": {"rope_theta": 1e4}},
+      "'rope_parameters.rope_theta' (10000.0) contradicts",
+    ),
+  ],
+)
+def test_a_language_model_with_another_attention_is_refused(parts, changed, words):
+  path = parts["language_model"] / "config.json"
+  path.write_text(json.dumps(LANGUAGE_MODEL | changed))
+  assert_refused(path, str(path), words, load=lambda path: join_parts(**parts))
+
+
 def test_a_projector_of_a_wrapped_model_is_found_by_its_name(whole, parts, tmp_path):
   tensors = {
     f"module.base_model.{name}": tensor

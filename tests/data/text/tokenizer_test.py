@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 
+from tests.checkpoints.small_checkpoints import with_far_token
 from videochat_flash_jax.data.text.tokenizer import (
   BPETokenizer,
   SentencePieceTokenizer,
+  check_embedded,
   load_tokenizer,
   stream_text,
   train_sentencepiece,
@@ -144,6 +146,15 @@ def test_a_folder_may_have_any_name(bpe_folder, older_files, name):
   assert load_tokenizer(folder).encode(text) == ids
   shutil.copy(bpe_folder / "tokenizer.json", folder)
   assert load_tokenizer(folder).encode(text) == ids
+
+
+def test_the_highest_id_counts_and_not_how_many_there_are(tmp_path):
+  folder = with_far_token(tmp_path / "far", 900)
+  tokenizer = load_tokenizer(folder)
+  assert tokenizer.vocab_size == 901 and tokenizer.token_id("far") == 900
+  check_embedded(tokenizer, 901, folder)
+  with pytest.raises(InputError, match=r"far: the highest id of the tokenizer is 900, .* only 900"):
+    check_embedded(tokenizer, 900, folder)
 
 
 def test_added_tokens_may_come_from_added_tokens_json(bpe_folder, older_files):

@@ -1,12 +1,17 @@
 """A checkpoint of any kind that was opened, but whose tensors were not read yet."""
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from videochat_flash_jax.checkpoints.hub.safetensors_files import StoredTensor
+from videochat_flash_jax.checkpoints.hub.hf_mapping import is_computed
+from videochat_flash_jax.checkpoints.hub.safetensors_files import StoredTensor, fold_layers
 from videochat_flash_jax.models.config import VideoChatFlashConfig
+
+_log = logging.getLogger("videochat_flash_jax")
 
 
 class Checkpoint(NamedTuple):
@@ -39,4 +44,26 @@ def with_head(
     return config
   return dataclasses.replace(
     config, decoder=dataclasses.replace(config.decoder, tied_embeddings=False)
+  )
+
+
+def without_computed(
+  where: Path | str, tensors: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+  """Returns the tensors that are weights, and logs once which of a checkpoint are ignored.
+
+  Args:
+    where: the checkpoint.
+    tensors: its tensors by their names on the hub.
+  """
+  ignored = tuple(sorted(filter(is_computed, tensors)))
+  if ignored:
+    _log_ignored(str(where), ignored)
+  return {name: tensor for name, tensor in tensors.items() if not is_computed(name)}
+
+
+@functools.cache
+def _log_ignored(where: str, names: tuple[str, ...]) -> None:
+  _log.warning(
+    "%s: ignored, since it follows from the config: %s", where, ", ".join(fold_layers(names))
   )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from videochat_flash_jax.checkpoints.hub import hf_options
-from videochat_flash_jax.checkpoints.hub.typed_fields import checked
+from videochat_flash_jax.checkpoints.hub.typed_fields import agreed, checked, unique
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import (
   ConnectorConfig,
@@ -33,13 +33,13 @@ _DECODER_FIELDS = {
   "num_attention_heads": "num_heads",
   "num_key_value_heads": "num_kv_heads",
   "intermediate_size": "mlp_width",
-  "rope_theta": "rope_theta",
   "rms_norm_eps": "norm_eps",
   "tie_word_embeddings": "tied_embeddings",
   "max_position_embeddings": "max_positions",
   "head_dim": "head_size",
 }
 _OPTIONAL = {"tie_word_embeddings", "head_dim"}
+_DTYPES = ("torch_dtype", "dtype")  # the second one is what newer versions of transformers write
 
 # Fields that the original's code also reads, with the values of the released 7B model. They are
 # written if our config was not read from a file. The kind of dropout is only used if dropout is on.
@@ -69,11 +69,13 @@ _UNMODELLED = {
 }
 
 
+# Upstream's fields for which this package supports one value only, with that value.
+_FIXED_OF_DECODER = {"hidden_act": "silu", "use_sliding_window": False, "text_config": None}
+
+
 def _fixed_fields(vision: VisionConfig) -> dict:
-  """Upstream's fields for which this package supports one value only, with that value."""
+  """As `_FIXED_OF_DECODER`, for the other parts."""
   return {
-    "hidden_act": "silu",
-    "use_sliding_window": False,
     "frame_aspect_ratio": "square",
     "image_aspect_ratio": "anyres_nopad",
     "mm_local_num_frames": vision.clip_frames,
@@ -94,7 +96,7 @@ def read_fields(directory: Path) -> dict[str, Any]:
   if not path.is_file():
     raise InputError(f"{path}: no such file; a checkpoint directory needs its config.json")
   try:
-    fields = json.loads(path.read_bytes())
+    fields = json.loads(path.read_bytes(), object_pairs_hook=unique)
   except (ValueError, RecursionError, OSError) as error:
     raise InputError(f"{path}: not valid JSON ({error}); download the checkpoint again") from error
   if not isinstance(fields, dict):
@@ -147,8 +149,9 @@ def parse_config(directory: Path, fields: Mapping[str, Any]) -> VideoChatFlashCo
     tiling=hf_options.read_tiling(path, fields, vision.image_size),
     dropout=hf_options.read_dropout(path, fields, decoder.depth),
   )
-  _check_fixed(path, fields, vision)
+  _check_fixed(path, fields, _fixed_fields(vision))
   _check_multiples(path, config)
+  _check_stated_twice(path, fields, config)
   return config
 
 
@@ -172,15 +175,17 @@ def read_decoder_config(
   Raises:
     InputError: a field is missing, or holds an impossible value.
   """
-  missing = sorted(set(_DECODER_FIELDS) - _OPTIONAL - set(fields))
+  theta_name, theta, yarn = hf_options.read_rope(path, fields)
+  missing = set(_DECODER_FIELDS) - _OPTIONAL - set(fields)
+  missing = sorted(missing | ({theta_name} if theta is None else set()))
   if missing:
     raise InputError(f"{path}: fields missing: {', '.join(missing)}; add them")
   given = {theirs: fields[theirs] for theirs in _DECODER_FIELDS if theirs in fields}
   if given.get("head_dim", 0) is None:  # some files write null for the default
     del given["head_dim"]
   values = {_DECODER_FIELDS[theirs]: value for theirs, value in given.items()}
-  names = {ours: theirs for theirs, ours in _DECODER_FIELDS.items()}
-  values = checked(path, DecoderConfig, values, names)
+  names = {ours: theirs for theirs, ours in _DECODER_FIELDS.items()} | {"rope_theta": theta_name}
+  values = checked(path, DecoderConfig, values | {"rope_theta": theta}, names)
   if "head_dim" not in given:
     if values["width"] % values["num_heads"]:
       raise InputError(
@@ -188,10 +193,12 @@ def read_decoder_config(
         "correct them, or give 'head_dim'"
       )
     values["head_size"] = values["width"] // values["num_heads"]
-  yarn = hf_options.read_yarn(path, fields)
+  _check_fixed(path, fields, _FIXED_OF_DECODER)
+  _check_layer_types(path, fields, values["depth"])
+  stated_dtype(path, fields)
   if own_positions is not None:
-    names = {"max_positions": f"{_OWN}.max_positions"}
-    values |= checked(path, DecoderConfig, {"max_positions": own_positions}, names)
+    own = {"max_position_embeddings": values["max_positions"]}
+    agreed(path, own | {f"{_OWN}.max_positions": own_positions})
   elif yarn is not None:
     extended = int(yarn.factor * yarn.original_positions)
     values["max_positions"] = max(values["max_positions"], extended)
@@ -221,13 +228,50 @@ def _own_part(path, own, section, part):
     ) from error
 
 
-def _check_fixed(path, fields, vision):
-  for field, fixed in _fixed_fields(vision).items():
+def _check_fixed(path, fields, supported):
+  for field, fixed in supported.items():
     value = fields.get(field, fixed)
     if value != fixed and (value or fixed):  # null, false and {} all mean "off"
       raise InputError(
-        f"{path}: field '{field}' is {value!r}; only {json.dumps(fixed)} is supported"
+        f"{path}: field '{field}' is {value!r:.80}; only {json.dumps(fixed)} is supported"
       )
+
+
+def _check_layer_types(path, fields, depth):
+  """Refuses layers whose attention has a window; `use_sliding_window` alone need not tell."""
+  kinds = fields.get("layer_types")
+  if kinds is not None and kinds != ["full_attention"] * depth:
+    raise InputError(
+      f"{path}: field 'layer_types' is {kinds!r:.80}; only full_attention is supported, once for "
+      f"each of the {depth} layers"
+    )
+
+
+def stated_dtype(path: Path, fields: Mapping[str, Any]) -> str | None:
+  """Returns the dtype that a config.json states, such as `bfloat16`; None if it states none.
+
+  Raises:
+    InputError: it states two.
+  """
+  return agreed(path, {name: fields[name] for name in _DTYPES if fields.get(name)})
+
+
+def _check_stated_twice(path, fields, config):
+  """Refuses a file that says one thing here and another thing there."""
+  own = fields.get(_OWN, {})
+  for name, known, part in (
+    ("mm_vision_tower", TOWERS, "vision"),
+    ("mm_projector_type", _PROJECTORS, "connector"),
+  ):
+    if part in own and fields.get(name) in [*known]:  # which may be compared with anything
+      values = {name: known[fields[name]], f"{_OWN}.{part}": getattr(config, part)}
+      agreed(path, values, {name: fields[name], f"{_OWN}.{part}": own[part]})
+  width = fields.get("mm_hidden_size")
+  if width is not None and width != config.vision.width:
+    raise InputError(
+      f"{path}: field 'mm_hidden_size' ({width!r}) contradicts the encoder, whose width is "
+      f"{config.vision.width}; correct it, or remove it"
+    )
 
 
 def _check_multiples(path, config):
@@ -259,12 +303,17 @@ def write_config(
     directory: the directory to write it to.
     dtype: dtype of the weights, such as `bfloat16`.
     base: fields of an earlier config.json. Fields that this package does not know are kept. If they
-      describe the same config as `config`, all of them are kept.
+      describe the same config as `config`, all of them are kept, but for `dtype` and
+      `rope_parameters`: these are written as the fields that every version of transformers reads.
   """
   fields = dict(base or {})
   before = parse_config(directory, fields) if "mm_vision_tower" in fields else None
+  fields.pop("dtype", None)
+  if fields.pop("rope_parameters", None) or "rope_theta" not in fields:
+    fields |= hf_options.rope_fields(config.decoder.rope_theta, config.decoder.yarn)
   if before is None or dataclasses.replace(before, name=config.name) != config:
-    fields = {field: value for field, value in fields.items() if field not in (_OWN, "head_dim")}
+    derived = (_OWN, "head_dim", "layer_types")
+    fields = {field: value for field, value in fields.items() if field not in derived}
     changed = _upstream_fields(config)
     # With sizes that upstream does not know, the original's code cannot be used anyway.
     unmodelled = {} if "own" in changed.values() else _UNMODELLED
@@ -283,10 +332,11 @@ def _upstream_fields(config):
     "architectures": ["VideoChatFlashQwenForCausalLM"],
     "model_type": "videochat_flash_qwen",
     **decoder,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
     **_fixed_fields(config.vision),
-    **hf_options.option_fields(
-      config.dropout, config.decoder.yarn, config.tiling, config.vision.image_size
-    ),
+    **hf_options.rope_fields(config.decoder.rope_theta, config.decoder.yarn),
+    **hf_options.option_fields(config.dropout, config.tiling, config.vision.image_size),
     "max_window_layers": config.decoder.depth,
     "mm_hidden_size": config.vision.width,
     "mm_vision_tower": _known_name(TOWERS, config.vision),

@@ -38,6 +38,9 @@ _BLOCK = _TOWER + r"blocks\.(?P<layer>\d+)"
 _GAMMA = r"(?:gamma|weight)"
 _LAYER = r"model\.layers\.(?P<layer>\d+)"
 
+# Tensors that some versions of transformers store although they are computed from the config.
+_COMPUTED = re.compile(r"(?:.*\.)?(?:rotary_emb\.\w+|position_ids)")
+
 # Name on the hub -> path here. An array with `stacked` in its path holds all layers along its first
 # axis.
 RULES: tuple[tuple[str, str, Conversion], ...] = (
@@ -89,6 +92,11 @@ RULES: tuple[tuple[str, str, Conversion], ...] = (
   (r"model\.norm\.weight", "decoder.norm.scale", SAME),
   (r"lm_head\.weight", "decoder.lm_head.kernel", LINEAR),
 )
+
+
+def is_computed(name: str) -> bool:
+  """Returns whether a tensor on the hub follows from the config, so that no model here has it."""
+  return _COMPUTED.fullmatch(name) is not None
 
 
 class HubTensor(NamedTuple):

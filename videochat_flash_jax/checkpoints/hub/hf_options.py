@@ -1,14 +1,16 @@
-"""Translates the optional parts of `config.json`: video-level dropout, YaRN and image tiling.
+"""Translates parts of `config.json`: rotary positions, video-level dropout and image tiling.
 
 Every function takes the fields of the file, and its path for error messages. An `InputError` names
 the field, its value, and the values that are allowed.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from videochat_flash_jax.checkpoints.hub.typed_fields import agreed
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import (
   DROPOUT_KINDS,
@@ -17,7 +19,12 @@ from videochat_flash_jax.models.config import (
   YarnConfig,
 )
 
-_YARN_FIELDS = {"type", "rope_type", "factor", "original_max_position_embeddings"}
+# Upstream's fields for rotary positions. Newer versions of transformers write the second one, which
+# also holds `rope_theta`; both can be read.
+_ROPE_FIELDS = ("rope_scaling", "rope_parameters")
+# Options of rotary positions for which this package supports one value only, with that value.
+_FIXED_ROPE = {"partial_rotary_factor": 1}
+_FIXED_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 
 
 def read_dropout(path: Path, fields: Mapping[str, Any], depth: int) -> DropoutConfig | None:
@@ -62,26 +69,57 @@ def _falling_ratios(ratios):
   return sorted(ratios, reverse=True) == ratios and ratios[:1] == [1] and ratios[-1] > 0
 
 
-def read_yarn(path: Path, fields: Mapping[str, Any]) -> YarnConfig | None:
-  """Reads YaRN from `rope_scaling`; returns None if it is off.
+def read_rope(path: Path, fields: Mapping[str, Any]) -> tuple[str, Any, YarnConfig | None]:
+  """Reads rotary positions from `rope_theta`, and from `rope_scaling` or `rope_parameters`.
 
-  If the field does not give the original length, `max_position_embeddings` is used.
+  Files of transformers 5 say everything in `rope_parameters`; files of earlier versions have the
+  two other fields. If YaRN is given without the original length, `max_position_embeddings` is used.
+
+  Returns:
+    The name of the field with theta, its value (None if it is missing), and YaRN, or None if it is
+    off.
   """
-  scaling = fields.get("rope_scaling")
-  if not scaling:
-    return None
+  if not _is_near(fields.get("partial_rotary_factor") or 1, 1):
+    _refuse(path, fields, "partial_rotary_factor", "1, or left out")
+  given = {name: fields[name] for name in _ROPE_FIELDS if fields.get(name)}
+  yarn = agreed(path, {name: _read_yarn(path, fields, name) for name in given}, given)
+  thetas = {"rope_theta": fields.get("rope_theta")}
+  thetas |= {f"{name}.rope_theta": value.get("rope_theta") for name, value in given.items()}
+  theta = agreed(path, {name: value for name, value in thetas.items() if value is not None})
+  name = next((name for name, value in thetas.items() if value is not None), "rope_theta")
+  return name, theta, yarn
+
+
+def _read_yarn(path: Path, fields: Mapping[str, Any], name: str) -> YarnConfig | None:
+  """Reads YaRN from one field; returns None if the field describes unscaled positions."""
   wanted = "null, or yarn with a factor of 1 or more and original_max_position_embeddings"
-  if not isinstance(scaling, dict):
-    _refuse(path, fields, "rope_scaling", wanted)
-  kind = scaling.get("rope_type", scaling.get("type"))
-  if kind == "default":
-    return None
-  factor = scaling.get("factor")
-  original = scaling.get("original_max_position_embeddings", fields.get("max_position_embeddings"))
-  usable = type(factor) in (int, float) and 1 <= factor < 1e6 and type(original) is int
-  if kind != "yarn" or set(scaling) - _YARN_FIELDS or not usable or original <= 0:
-    _refuse(path, fields, "rope_scaling", wanted)
-  return YarnConfig(float(factor), original)
+  if not isinstance(fields[name], dict):
+    _refuse(path, fields, name, wanted)
+  scaling = {option: value for option, value in fields[name].items() if value is not None}
+  scaling.pop("rope_theta", None)
+  types = {f"{name}.{key}": scaling.pop(key) for key in ("type", "rope_type") if key in scaling}
+  kind = agreed(path, types) if types else "default" if name == "rope_parameters" else None
+  fixed = _FIXED_ROPE
+  if kind == "yarn":
+    factor = scaling.pop("factor", None)
+    own = fields.get("max_position_embeddings")
+    original = scaling.pop("original_max_position_embeddings", own)
+    if not (type(factor) in (int, float) and 1 <= factor < 1e6):
+      _refuse(path, fields, name, wanted)
+    if type(original) is not int or original <= 0:
+      _refuse(path, fields, name, wanted)
+    fixed = fixed | _FIXED_YARN | {"attention_factor": 0.1 * math.log(factor) + 1}
+  elif kind != "default":
+    _refuse(path, fields, name, wanted)
+  for option, value in scaling.items():
+    if option not in fixed or not _is_near(value, fixed[option]):
+      only = f"; {option} can only be {fixed[option]:g}" if option in fixed else f" and no {option}"
+      _refuse(path, fields, name, wanted + only)
+  return YarnConfig(float(factor), original) if kind == "yarn" else None
+
+
+def _is_near(value, number):
+  return isinstance(value, int | float) and math.isclose(value, number, rel_tol=1e-6)
 
 
 def read_tiling(path: Path, fields: Mapping[str, Any], image_size: int) -> TilingConfig:
@@ -124,28 +162,31 @@ def grid_sizes(tiling: TilingConfig, image_size: int) -> list[list[int]]:
   ]
 
 
+def rope_fields(theta: float, yarn: YarnConfig | None) -> dict[str, Any]:
+  """Returns upstream's fields for rotary positions, in the form that all versions can read."""
+  scaling = yarn and {
+    "type": "yarn",
+    "factor": yarn.factor,
+    "original_max_position_embeddings": yarn.original_positions,
+  }
+  return {"rope_theta": theta, "rope_scaling": scaling}
+
+
 def option_fields(
-  dropout: DropoutConfig | None, yarn: YarnConfig | None, tiling: TilingConfig, image_size: int
+  dropout: DropoutConfig | None, tiling: TilingConfig, image_size: int
 ) -> dict[str, Any]:
-  """Returns upstream's fields for dropout, YaRN and tiling.
+  """Returns upstream's fields for dropout and tiling.
 
   If dropout is off, only the field that switches it off is returned, without the others.
   """
   fields: dict[str, Any] = {
     "mm_llm_compress": dropout is not None,
-    "rope_scaling": None,
     "image_grid_pinpoints": grid_sizes(tiling, image_size),
   }
   if dropout is not None:
     fields["llm_compress_type"] = dropout.kind
     fields["llm_compress_layer_list"] = list(dropout.layers)
     fields["llm_image_token_ratio_list"] = list(dropout.ratios)
-  if yarn is not None:
-    fields["rope_scaling"] = {
-      "type": "yarn",
-      "factor": yarn.factor,
-      "original_max_position_embeddings": yarn.original_positions,
-    }
   return fields
 
 

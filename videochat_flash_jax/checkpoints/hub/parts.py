@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from videochat_flash_jax.checkpoints.hub.checkpoint import Checkpoint, with_head
+from videochat_flash_jax.checkpoints.hub.checkpoint import (
+  Checkpoint,
+  with_head,
+  without_computed,
+)
 from videochat_flash_jax.checkpoints.hub.hf_config import TOWERS, read_decoder_config, read_fields
 from videochat_flash_jax.checkpoints.hub.safetensors_files import (
   StoredTensor,
@@ -81,6 +85,7 @@ def join_parts(
     }
   config = VideoChatFlashConfig(language_model.name, vision, ConnectorConfig(), decoder)
   where = " + ".join(map(str, filter(None, (language_model, encoder, projector))))
+  tensors = without_computed(where, tensors)
   return Checkpoint(where, language_model, with_head(config, tensors), fields, tensors)
 
 

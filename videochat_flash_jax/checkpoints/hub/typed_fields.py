@@ -1,8 +1,8 @@
-"""Checks values of a JSON file against the types that a dataclass declares."""
+"""Checks values of a JSON file: their types, and that none of them contradicts another."""
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +44,40 @@ def checked(
       raise InputError(f"{path}: {found}; it has to be {wanted}")
     typed[field.name] = field.type(values[field.name])
   return typed
+
+
+def agreed(path: Path, values: Mapping[str, Any], written: Mapping[str, Any] | None = None) -> Any:
+  """Returns the value that several fields have in common; None if there are no fields.
+
+  Args:
+    path: the file, for error messages.
+    values: values that mean the same, by the names of their fields.
+    written: the fields as they are in the file, where `values` were made from them.
+
+  Raises:
+    InputError: two of them differ.
+  """
+  if not values:
+    return None
+  first, shown = next(iter(values)), written or values
+  for name, value in values.items():
+    if value != values[first]:
+      raise InputError(
+        f"{path}: field '{name}' ({shown[name]!r:.80}) contradicts '{first}' "
+        f"({shown[first]!r:.80}); correct one of them, or remove it"
+      )
+  return values[first]
+
+
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+  """Makes a JSON object of its pairs: the `object_pairs_hook` of `json.loads`.
+
+  Raises:
+    ValueError: a key stands there twice.
+  """
+  fields = dict(pairs)
+  if len(fields) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise ValueError(f"field {twice!r} stands there twice")
+  return fields

@@ -42,7 +42,8 @@ class Tokenizer(abc.ABC):
   """What the rest of the package needs from a tokenizer and its vocabulary.
 
   Attributes:
-    vocab_size: number of ids, added tokens included. An embedding table may have more rows.
+    vocab_size: one more than the highest id, added tokens included. An embedding table needs as
+      many rows; it may have more.
     im_start_id: id of `<|im_start|>`, which opens a turn.
     im_end_id: id of `<|im_end|>`, which closes a turn.
     pad_id: id of `<|endoftext|>`, which fills the short rows of a batch.
@@ -104,7 +105,7 @@ class BPETokenizer(Tokenizer):
     backend.no_truncation()
     backend.no_padding()
     self._backend = backend
-    self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+    self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     super().__init__(directory)
 
   def encode(self, text: str) -> list[int]:
@@ -173,6 +174,24 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     f"{directory}: no tokenizer here; "
     "put tokenizer.json, vocab.json with merges.txt, or tokenizer.model into this directory"
   )
+
+
+def check_embedded(tokenizer: Tokenizer, num_embedded: int, where: str | Path) -> None:
+  """Checks that a model has an embedding for every id of a tokenizer.
+
+  Args:
+    tokenizer: the tokenizer.
+    num_embedded: rows of the model's embedding table.
+    where: the model, for the error message.
+
+  Raises:
+    InputError: it does not.
+  """
+  if tokenizer.vocab_size > num_embedded:
+    raise InputError(
+      f"{where}: the highest id of the tokenizer is {tokenizer.vocab_size - 1}, but the model "
+      f"embeds only {num_embedded} ids, from 0; take both from one checkpoint"
+    )
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
