@@ -32,9 +32,11 @@ def small(**changes):
 
 
 def as_if_begun(workdir, config):
-  """Writes what a run leaves: its config, and the directories of a complete checkpoint."""
-  for item in ("state", "data", "run"):
-    (workdir / "checkpoints" / "2" / item).mkdir(parents=True)
+  """Writes what a run leaves: its config, and what a whole checkpoint is known by."""
+  for name in ("state/manifest.ocdbt", "data/metadata", "run/metadata"):
+    path = workdir / "checkpoints" / "2" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
   plain = json.loads(config.to_json_best_effort())
   (workdir / "config.json").write_text(json.dumps({"version": "0", "config": plain}))
 

@@ -160,7 +160,7 @@ class CheckpointSettings:
   """Which checkpoints are written and kept."""
 
   every: int = field(500, count(), "Steps between two checkpoints.")
-  keep: int = field(3, count(), "How many of the newest checkpoints are kept.")
+  keep: int = field(3, count(), "How many of the newest whole checkpoints are kept.")
   keep_every: int = field(
     0, count(0), "Checkpoints of steps that are a multiple of this are kept, too. 0: no others."
   )

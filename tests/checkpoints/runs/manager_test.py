@@ -47,6 +47,18 @@ def test_a_checkpoint_reads_back_as_it_was_with_who_wrote_it(tmp_path):
   assert_restores(tmp_path / "run" / "checkpoints", 5, 5.0)
 
 
+@pytest.fixture
+def short_files():
+  """No file may be longer than 100 kB: the system refuses more, as a full disk does."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+
+  yield limit
+  resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize("name", ["run [1]", "a\\b", "c%20d", "what?", "#|*"])
 def test_a_directory_may_have_any_name(tmp_path, name):
   tree = {"trained": {"w": jnp.arange(4.0)}, "frozen": {"w": jnp.ones(2)}}
@@ -66,6 +78,58 @@ def test_the_newest_stay_and_so_do_those_of_every_so_many_steps(tmp_path):
   with RunCheckpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.save(35, state(35), DATA, RUN)
   assert steps(tmp_path) == [35]
+
+
+@pytest.mark.parametrize("lost", ["run", "data/metadata", "state/manifest.ocdbt"])
+def test_only_whole_checkpoints_count_among_those_that_are_kept(tmp_path, lost):
+  with RunCheckpoints(tmp_path, keep=2, keep_every=10) as checkpoints:
+    for step in (10, 15, 20, 25, 27):
+      checkpoints.save(step, state(step), DATA, RUN)
+  assert steps(tmp_path) == [10, 20, 25, 27]
+  for step in (20, 27):
+    (tmp_path / str(step) / lost).rename(tmp_path / f"lost of {step}")
+  with RunCheckpoints(tmp_path, keep=2, keep_every=10) as checkpoints:
+    assert checkpoints.newest_step == 25
+    checkpoints.save(26, state(26), DATA, RUN)
+    checkpoints.wait()
+    for step in (20, 27):
+      (tmp_path / f"lost of {step}").rename(tmp_path.parent / f"{tmp_path.name} lost of {step}")
+    assert steps(tmp_path) == [10, 25, 26, 27]  # 27 is newer than what is kept, and not in the way
+    checkpoints.save(28, state(28), DATA, RUN)
+    checkpoints.save(29, state(29), DATA, RUN)
+  assert steps(tmp_path) == [10, 28, 29]
+
+
+def test_a_checkpoint_that_could_not_be_written_pushes_none_out(tmp_path, short_files):
+  checkpoints = RunCheckpoints(tmp_path, keep=2)
+  for step in (1, 2):
+    checkpoints.save(step, state(step), DATA, RUN)
+  checkpoints.wait()
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  short_files()
+  checkpoints.save(3, {"w": jax.random.normal(jax.random.key(0), (200, 1000))}, DATA, RUN)
+  with pytest.raises(InputError, match="step 3"):
+    checkpoints.wait()
+  assert steps(tmp_path) == [1, 2]
+  resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  checkpoints.save(4, state(4), DATA, RUN)
+  checkpoints.close()
+  assert set(steps(tmp_path)) >= {2, 4}
+  assert_restores(tmp_path, 4, 4)
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_nothing_under_its_name(tmp_path):
+  with RunCheckpoints(tmp_path, keep=1) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, state(step), DATA, RUN)
+    while checkpoints._manager.is_saving_in_progress():  # then it is moved, and not yet removed
+      time.sleep(0.01)
+    assert steps(tmp_path / ".removed") == [1]
+    assert [path.name for path in tmp_path.iterdir() if path.name.isdecimal()] == ["2"]
+  assert steps(tmp_path) == [2]
+  (tmp_path / ".removed" / "1").mkdir(parents=True)  # as a kill leaves it
+  with RunCheckpoints(tmp_path, keep=1):
+    assert steps(tmp_path) == [2]
 
 
 def test_a_step_that_is_there_is_not_saved_again(tmp_path):
@@ -115,18 +179,6 @@ def test_what_is_left_of_one_that_was_being_removed_does_not_count(tmp_path):
   with RunCheckpoints(tmp_path) as checkpoints:
     checkpoints.save(6, state(7.0), DATA, RUN)
   assert_restores(tmp_path, 6, 7.0)
-
-
-@pytest.fixture
-def short_files():
-  """No file may be longer than 100 kB: the system refuses more, as a full disk does."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-  def limit():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-
-  yield limit
-  resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def go_on_training(checkpoints):

@@ -5,17 +5,19 @@
   DIRECTORY/500/data    the state of the batches of all processes (JSON)
   DIRECTORY/500/run     which run wrote it: step, config, versions of this package and JAX (JSON)
 
-Each directory is written under a temporary name, and renamed when it is whole. So an interrupted
-save is never taken for a checkpoint, and the next `RunCheckpoints` removes what it left. The frozen
-weights are on disk before the first checkpoint is started, so no checkpoint is ever without them.
+Each directory is written under a temporary name, and renamed when it is whole; before it is
+removed, it is moved to `DIRECTORY/.removed`. So what an interrupted save or removal leaves is never
+taken for a checkpoint, and the next `RunCheckpoints` removes it. The frozen weights are on disk
+before the first checkpoint is started, so no checkpoint is ever without them.
 """
 
 import contextlib
+import dataclasses
 import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +44,7 @@ from videochat_flash_jax.plain_paths import plain_path
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix for the name of an unfinished directory
 _PROBE = ".probe"
+_REMOVED = ".removed"
 # Stacked matrices are stored layer by layer, so that an export can read a single layer.
 _WHOLE = ocp.SaveArgs(chunk_byte_size=32 * 2**20)
 _BY_LAYER = ocp.SaveArgs(chunk_byte_size=32 * 2**20, shard_axes=(0,))
@@ -74,6 +77,25 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+  """Tells Orbax which checkpoints to keep: enough whole ones, and all that are newer than these.
+
+  Orbax's own rules would also count those of which only a part is there.
+  """
+
+  is_whole: Callable[[int], bool]
+  keep: int
+  keep_every: int
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Returns for each checkpoint, from old to new, whether it is kept."""
+    whole = [info.step for info in checkpoints if self.is_whole(info.step)]
+    oldest = whole[-self.keep] if len(whole) > self.keep else 0
+    extra = {step for step in whole if self.keep_every and step % self.keep_every == 0}
+    return [info.step >= oldest or info.step in extra for info in checkpoints]
+
+
 class RunCheckpoints:
   """Saves and restores the checkpoints of a run; every process of the run has such an object."""
 
@@ -82,8 +104,8 @@ class RunCheckpoints:
 
     Args:
       directory: directory of all checkpoints of the run; all processes must see it.
-      keep: number of the newest checkpoints that are kept.
-      keep_every: checkpoints of steps that are a multiple of this are kept too; 0 for none.
+      keep: number of the newest whole checkpoints that are kept.
+      keep_every: whole checkpoints of steps that are a multiple of this are kept too; 0 for none.
 
     Raises:
       InputError: the directory cannot be written.
@@ -102,9 +124,8 @@ class RunCheckpoints:
     # Orbax would do this too, but during the first save, whose directories have the same names.
     if jax.process_index() == 0:
       self._remove_unfinished()
-    policy = ocp.checkpoint_managers
-    kept = [policy.LatestN(keep), *([policy.EveryNSteps(keep_every)] if keep_every else [])]
-    options = ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(kept))
+    kept = _Kept(self._is_whole, keep, keep_every)
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, todelete_subdir=_REMOVED)
     logging.getLogger("absl").addFilter(_is_not_repeated)
     json_files = ocp.JsonCheckpointHandler
     handlers = {"state": ocp.StandardCheckpointHandler(), "data": json_files(), "run": json_files()}
@@ -177,6 +198,8 @@ class RunCheckpoints:
         self._manager.wait_until_finished()
     finally:
       self._saving = None
+    if jax.process_index() == 0:
+      shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
 
   def restore(
     self, shapes: Any, check_run: Callable[[Path, Mapping[str, Any]], None] | None = None
@@ -239,10 +262,15 @@ class RunCheckpoints:
       self._frozen_id = save_frozen(self._directory, _standard_save(frozen))
     return self._frozen_id
 
+  def _is_whole(self, step: int) -> bool:
+    """Whether a checkpoint is whole, or will be when older ones are removed."""
+    return step == self._saving or is_whole(self._directory / str(step))
+
   def _remove_unfinished(self):
-    """Removes unfinished checkpoints and unfinished frozen weights."""
+    """Removes unfinished checkpoints and frozen weights, and checkpoints that are not kept."""
     for path in self._directory.glob(f"*{_UNFINISHED}*"):
       shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
     for path in self._directory.glob(f"{_PROBE}*"):
       path.unlink(missing_ok=True)
 

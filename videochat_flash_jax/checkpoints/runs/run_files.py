@@ -6,7 +6,7 @@ WORKDIR/checkpoints/500/state  all other weights, and the state of the optimizer
 WORKDIR/checkpoints/500/data   state of the batches
 WORKDIR/checkpoints/500/run    which run wrote the checkpoint: step, config and versions
 
-A checkpoint is called whole if it has all three of `state`, `data` and `run`.
+A checkpoint is called whole if all three of `state`, `data` and `run` are complete.
 """
 
 from pathlib import Path
@@ -14,16 +14,17 @@ from pathlib import Path
 from videochat_flash_jax.errors import InputError
 
 FROZEN = "frozen"  # name of that directory, and first part of the paths of the arrays in it
-_ITEMS = ("state", "data", "run")
+# The file of each item without which it cannot be read.
+_FILES = ("state/manifest.ocdbt", "data/metadata", "run/metadata")
 
 
 def is_whole(checkpoint: Path) -> bool:
   """Returns whether a checkpoint has all of its items.
 
-  A new checkpoint appears with all items at once. But if the program was killed while it removed a
-  checkpoint, some items may remain.
+  A new checkpoint appears with all items at once, and vanishes at once. But copying one may have
+  been interrupted, and earlier versions of this package could be killed while they removed one.
   """
-  return all((checkpoint / item).is_dir() for item in _ITEMS)
+  return all((checkpoint / file).is_file() for file in _FILES)
 
 
 def whole_steps(directory: Path) -> list[int]:
