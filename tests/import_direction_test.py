@@ -22,7 +22,7 @@ MAY_IMPORT = {
   "": {"lazy_names"},
   "lazy_names": set(),
   "errors": set(),
-  "fields": set(),
+  "fields": {"errors"},
   "plain_paths": {"errors"},
   "shapes": set(),
   "parallel": LEAVES,

@@ -1,5 +1,7 @@
 """Fields of a config: what each one takes, its default and its meaning, written down once.
 
+The same rules check the arguments of public functions, see `argument`.
+
 A section of a config is a frozen dataclass whose fields are made by `field`:
 
   @dataclasses.dataclass(frozen=True)
@@ -15,8 +17,11 @@ import dataclasses
 import enum
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from videochat_flash_jax.errors import InputError
 
 REQUIRED = dataclasses.MISSING  # the default of a field that has none
 
@@ -90,7 +95,22 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
   """Whether a value is a finite number; True and False are not."""
-  return (is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+  return (is_integer(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
+
+
+def argument(name: str, value: Any, rule: Rule) -> Any:
+  """Returns an argument of a function if a rule takes it.
+
+  A scalar of NumPy or JAX counts as the number that it holds, which is returned.
+
+  Raises:
+    InputError: the rule does not take it. The message names the argument.
+  """
+  if getattr(value, "shape", None) == ():
+    value = value.item()
+  if not rule.accepts(value):
+    raise InputError(f"{name} is {value!r:.80}: give {rule.remedy}")
+  return value
 
 
 def count(least: int = 1) -> Rule:
@@ -110,6 +130,9 @@ def number(*, above: float | None = None, most: float = math.inf) -> Rule:
     return is_number(value) and (value >= 0 if above is None else value > above) and value <= most
 
   return Rule(accepts, remedy)
+
+
+SEED = Rule(lambda n: is_integer(n) and 0 <= n < 2**32, "an integer below 2**32, from 0")
 
 
 def choice(*words: str) -> Rule:
@@ -148,14 +171,11 @@ def is_pattern(value: Any) -> bool:
     return False
 
 
-def integer(remedy: str = "an integer") -> Rule:
-  """Takes any integer."""
-  return Rule(is_integer, remedy)
-
-
-def sequence() -> Rule:
-  """Takes tuples and lists."""
-  return Rule(is_sequence, "a tuple")
+def sequence(
+  is_element: Callable[[Any], bool] = lambda value: True, remedy: str = "a tuple"
+) -> Rule:
+  """Takes tuples and lists of certain elements."""
+  return Rule(lambda value: is_sequence(value) and all(map(is_element, value)), remedy)
 
 
 def is_sequence(value: Any) -> bool:

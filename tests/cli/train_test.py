@@ -24,6 +24,14 @@ def test_an_override_sets_a_field_to_a_value_of_its_type():
   assert tuple(stages.stage3_long.data.frames) == (4, 8)
 
 
+@pytest.mark.parametrize("path", ["2024", "1e3", "(1, 2)", "[1]", "True", "0x10", "{}", "(" * 9999])
+def test_a_path_may_read_like_a_number(path):
+  config = load_config(TINY.with_name("stage3_long.py"))
+  for field in ("init_from", "data.mixture", "eval.mixture"):
+    apply_override(config, f"--config.{field}={path}")
+  assert config.init_from == config.data.mixture == config.eval.mixture == path
+
+
 def test_a_seed_is_that_of_all_stages():
   config = load_config(TINY)
   apply_override(config, "--config.seed=7")

@@ -9,6 +9,7 @@ from videochat_flash_jax.data.media.video_reader import open_video
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.chat import VideoChat
 from videochat_flash_jax.models.config import DropoutConfig, YarnConfig
+from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.testing.dummy import write_dummy_checkpoint, write_dummy_video
 
 QUESTIONS = ("What colour is the star?", "Where does it go?")
@@ -79,6 +80,23 @@ def test_a_stretched_context_gives_other_answers(checkpoint, chat):
     ({"yarn": 0.5}, "yarn is 0.5"),
     ({"yarn": 1e30}, "yarn is 1e"),
     ({"dropout": "model_card"}, "dropout is 'model_card'"),
+    ({"context": 3.5}, "context is 3.5: give a positive integer"),
+    ({"context": True}, "context is True"),
+    ({"yarn": True}, "yarn is True"),
+    ({"yarn": "4"}, "yarn is '4'"),
+    ({"yarn": YarnConfig(4.0, 0)}, "yarn is YarnConfig"),
+    ({"yarn": YarnConfig(np.nan, 100)}, "yarn is YarnConfig"),
+    ({"yarn": YarnConfig(4.0, 10**400)}, "yarn is YarnConfig"),
+    ({"dropout": DropoutConfig("uniform", (1,), (1.0, np.nan))}, "dropout.ratios is"),
+    ({"dropout": DropoutConfig("uniform", (True,), (1.0, 0.5))}, "dropout.layers is"),
+    ({"dropout": DropoutConfig("", (1,), (1.0, 0.5))}, "dropout.kind is ''"),
+    ({"mesh": 4}, "mesh is 4; give a MeshConfig"),
+    ({"mesh": MeshConfig(tensor=True)}, "mesh.tensor is True"),
+    ({"mesh": MeshConfig(data=1.0)}, "mesh.data is 1.0"),
+    ({"features": 3}, "features is 3: give a path"),
+    ({"dtype": "int8"}, "dtype is 'int8': give float32 or bfloat16 or float16"),
+    ({"dtype": "float"}, "dtype is 'float64'"),
+    ({"dtype": 3}, "dtype is 3"),
     ({"dropout": DropoutConfig.model_card()}, "dropout.layers is"),
   ],
 )
@@ -97,6 +115,46 @@ def test_a_tokenizer_with_ids_that_the_model_does_not_embed_is_refused_before_we
     f"{tmp_path / 'far'}: the highest id of the tokenizer is 768, but the model embeds only 768 "
     "ids, from 0; take both from one checkpoint"
   )
+
+
+@pytest.mark.parametrize("name", [None, 5, True, b"tiny"])
+def test_a_model_that_is_no_name_is_refused(name):
+  with pytest.raises(InputError, match="is no model; give a name or a directory"):
+    VideoChat.from_pretrained(name)
+
+
+@pytest.mark.parametrize("value", [True, 3.5, "3", None, -1, 0, np.nan, np.array([1, 2])])
+@pytest.mark.parametrize("option", ["max_new_tokens", "temperature", "top_p", "seed", "stream"])
+def test_an_option_of_another_type_is_named(chat, option, value):
+  fine = {"temperature": (3.5, 0), "seed": (0,), "stream": (True,)}.get(option, ())
+  if not isinstance(value, np.ndarray) and value in fine:
+    return
+  with pytest.raises(InputError, match=f"^{option} is ") as error:
+    chat.ask("Why?", **{option: value})
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [True, 3.5, "3", -1, 0, np.nan])
+def test_a_number_of_frames_that_is_none_is_refused_before_the_file_is_opened(chat, number):
+  with pytest.raises(InputError, match=r"^max_frames is "):
+    chat.watch("nothing.mp4", number)
+  with pytest.raises(InputError, match=r"^progress is 'no': give True or False"):
+    chat.watch("nothing.mp4", progress="no")
+
+
+def test_numbers_of_numpy_are_options_too(chat, path):
+  video = chat.watch(path, np.int64(8))
+  assert video.num_frames == 8
+  options = {"temperature": np.float32(0.5), "top_p": np.float64(0.9), "seed": np.int32(3)}
+  answer = video.ask("Why?", max_new_tokens=np.int64(5), **options)
+  video.reset()
+  assert answer == video.ask("Why?", max_new_tokens=5, temperature=0.5, top_p=0.9, seed=3)
+
+
+@pytest.mark.parametrize("fps", [0, -1.0, np.nan, np.inf, True, "1", None])
+def test_a_rate_that_is_none_is_refused(chat, path, fps):
+  with pytest.raises(InputError, match=r"^fps is "):
+    chat.watch(path).extend(np.zeros((4, 8, 8, 3), np.uint8), fps)
 
 
 def test_streamed_pieces_join_to_the_answer(chat, path):
@@ -201,6 +259,8 @@ def test_an_extended_video_answers_as_one_watched_whole(chat, path):
     (np.zeros((4, 8, 8, 3), np.float32), "uint8"),
     (np.zeros((4, 8, 8), np.uint8), "uint8"),
     ("a.mp4", "uint8"),
+    ([[1, 2], [3]], "frames are no array"),
+    (np.zeros((4, 0, 8, 3), np.uint8), "with pixels"),
   ],
 )
 def test_frames_of_another_form_are_refused(chat, path, frames, said):

@@ -55,8 +55,18 @@ def test_a_row_draws_the_same_alone_and_in_company():
     Sampling(top_p=1.5),
     Sampling(seed=-1),
     Sampling(seed=1 << 40),
+    Sampling(temperature=True),
+    Sampling(temperature="0"),
+    Sampling(top_p=None),
+    Sampling(seed=1.0),
+    Sampling(seed=True),
   ],
 )
-def test_values_out_of_range_are_refused(bad):
-  with pytest.raises(InputError, match=r"temperature|top_p|seed"):
+def test_values_out_of_range_and_of_another_type_are_refused(bad):
+  with pytest.raises(InputError, match=r"^(temperature|top_p|seed) is .*: give an? "):
     bad.check()
+
+
+def test_numbers_of_numpy_are_numbers():
+  checked = Sampling(np.float32(0.5), np.float64(1), np.int64(7)).check()
+  assert checked == Sampling(0.5, 1.0, 7) and set(map(type, checked)) == {int, float}

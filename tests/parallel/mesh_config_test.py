@@ -28,6 +28,9 @@ def test_an_axis_of_minus_one_gets_the_remaining_devices(sizes, num_devices, sha
     ({"sequence": 3}, "fsdp -1 x sequence 3 .* do not multiply to the 8 devices; change a size$"),
     ({"data": -1}, "data and fsdp are -1: set all but one"),
     ({"tensor": 0}, "mesh.tensor is 0: give a positive number"),
+    ({"tensor": -2}, "mesh.tensor is -2: give a positive number, or -1 for the remaining devices"),
+    ({"sequence": True}, "mesh.sequence is True: give a positive number"),
+    ({"num_slices": 1.0}, "mesh.num_slices is 1.0: give a positive integer"),
     ({"data": 2, "num_slices": 4}, "mesh.num_slices is 4, but mesh.data is 2"),
   ],
 )

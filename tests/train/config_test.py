@@ -120,6 +120,19 @@ def test_dropout_and_synthetic_questions_can_be_asked_for():
     ("data.template=qwen", r"data\.template is 'qwen': give qwen_2 or qwen_1_5 or plain"),
     ("eval.every=0", r"config\.eval\.every is 0: give a positive integer"),
     ("checkpoint.keep=0", r"config\.checkpoint\.keep is 0: give a positive integer"),
+    ("optimizer.learning_rate=True", r"learning_rate=True: the field holds a float; give one"),
+    ("lora.alpha=False", r"lora\.alpha=False: the field holds a float; give one"),
+    ("rows=True", r"rows=True: the field holds a int; give one"),
+    ("rows=2.0", r"rows=2\.0: the field holds a int; give one"),
+    ("zigzag=1", r"zigzag=1: the field holds a bool; give one"),
+    ("optimizer.scales=(('', True),)", r"optimizer\.scales is .*: give pairs of a regular expr"),
+    ("data.frames=(True, 8)", r"data\.frames is \(True, 8\): give the least and the most"),
+    ("dropout.ratios=(1, True)", r"config\.dropout\.ratios is \(1, True\): give a tuple of numb"),
+    ("dropout.layers=(4, True)", r"config\.dropout\.layers is \(4, True\): give a tuple of int"),
+    ("optimizer.learning_rate=1e999", r"optimizer\.learning_rate is inf: give a number above 0"),
+    (f"optimizer.learning_rate={10**400}", r"the field holds a float; give one"),
+    (f"optimizer.scales=(('', {10**400}),)", r"optimizer\.scales is .*: give pairs of a regular"),
+    ("mesh.tensor=0", r"config\.mesh\.tensor is 0: give a positive number, or -1"),
   ],
 )
 def test_a_wrong_field_is_named_with_the_remedy(override, complaint):
@@ -132,6 +145,33 @@ def test_a_config_file_cannot_mistype_a_field():
   config = load_config(CONFIGS / "stage3_long.py")
   with pytest.raises(AttributeError, match="learning_rate"):
     config.optimizer.learning_rat = 1.0
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_config_file_cannot_give_a_bool_for_a_number(value):
+  config = load_config(CONFIGS / "stage3_long.py")
+  said = rf"config\.learning_rate is {value}: give a number"
+  with pytest.raises(InputError, match=said):
+    config.optimizer.learning_rate = value
+  with pytest.raises(InputError, match=said):
+    config.update({"optimizer": {"learning_rate": value}})
+  config.optimizer = ConfigDict(dict(config.optimizer))  # a section of one's own
+  with pytest.raises(InputError, match=said):
+    config.optimizer.learning_rate = value
+  config.optimizer = ConfigDict(dict(config.optimizer) | {"learning_rate": value})
+  with pytest.raises(InputError, match=rf"^config\.optimizer\.{said[8:]}"):
+    train_settings(config)
+  for name in ("rows", "seed"):
+    wrong = load_config(CONFIGS / "stage3_long.py")
+    wrong[name] = value
+    with pytest.raises(InputError, match=f"config.{name} is {value}: give a"):
+      train_settings(wrong)
+
+
+def test_an_integer_is_a_number_too():
+  config = load_config(CONFIGS / "stage3_long.py")
+  config.optimizer.weight_decay = 1
+  assert train_settings(config).optimizer.weight_decay == 1.0
 
 
 @pytest.mark.parametrize(

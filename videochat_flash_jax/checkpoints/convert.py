@@ -150,6 +150,8 @@ def write_checkpoint(
     InputError: the tensors do not fit the config, a tensor holds NaN or infinity, or `out` exists,
       is inside the checkpoint, or cannot be written.
   """
+  if dtype not in (None, *map(str, FLOATING.values())):
+    raise InputError(f"dtype is {dtype!r}; give one of {', '.join(map(str, FLOATING.values()))}")
   if os.path.lexists(out):
     raise InputError(f"{out}: exists already; give another directory, or remove it first")
   if out.resolve().is_relative_to(checkpoint.directory.resolve()):

@@ -99,13 +99,18 @@ def apply_override(config: ConfigDict, override: str):
     raise InputError(f"the config has no field {name!r}: did you mean {' or '.join(near)}?")
   try:
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
     value = text
+  kind = _kind(config, name)
+  if kind is str and value is not None and not isinstance(value, str):
+    value = text  # such as a directory that is called 2024
   try:
+    if isinstance(value, bool) and kind in (int, float):  # which ml_collections takes for 1 or 0
+      raise TypeError
     config.update_from_flattened_dict({name: value})
-  except TypeError:
-    kind = type(_field(config, name)).__name__
-    raise InputError(f"--config.{name}={text}: the field holds a {kind}; give one") from None
+  except (TypeError, OverflowError):
+    message = f"--config.{name}={text}: the field holds a {kind.__name__}; give one"
+    raise InputError(message) from None
 
 
 def _refuse_sections(config, name):
@@ -134,7 +139,9 @@ def _field_names(config, prefix=""):
       yield f"{prefix}{name}"
 
 
-def _field(config, name):
-  for part in name.split("."):
-    config = config[part]
-  return config
+def _kind(config, name):
+  """The type of a field's values, also if it has none yet."""
+  *sections, field = name.split(".")
+  for section in sections:
+    config = config[section]
+  return config.get_type(field)

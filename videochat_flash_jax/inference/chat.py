@@ -1,6 +1,7 @@
 """`VideoChat`: encode a video or images once, then ask questions about them. Start here."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from videochat_flash_jax.data.text.tokenizer import (
   load_tokenizer,
 )
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.fields import Rule, argument, choice, count, flag, is_number, optional
 from videochat_flash_jax.inference.conversation import Conversation, SeenImages, WatchedVideo
 from videochat_flash_jax.inference.engine import Engine
 from videochat_flash_jax.inference.feature_encoding import (
@@ -117,18 +119,19 @@ class VideoChat:
     Raises:
       InputError: there is no such model, its files cannot be used, or a setting is not valid.
     """
-    if context is not None and context < 1:
-      raise InputError(f"context is {context}; give a positive number of tokens")
-    factor = yarn.factor if isinstance(yarn, YarnConfig) else yarn
-    if factor is not None and not (isinstance(factor, int | float) and 1 <= factor < 1e6):
-      raise InputError(f"yarn is {yarn!r}; give a factor of 1 or more, such as 4.0")
+    context = argument("context", context, optional(count()))
+    yarn = argument("yarn", yarn, optional(_YARN))
     if not (dropout is None or dropout is False or isinstance(dropout, DropoutConfig)):
       raise InputError(
         f"dropout is {dropout!r}; give False, or a DropoutConfig such as DropoutConfig.model_card()"
       )
+    features = argument("features", features, optional(_PATH))
+    if not (mesh is None or isinstance(mesh, MeshConfig)):
+      raise InputError(f"mesh is {mesh!r:.80}; give a MeshConfig such as MeshConfig(tensor=4)")
     directory = checkpoint_directory(name)
     if dtype is None:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    argument("dtype", _dtype_name(dtype), choice(*_DTYPES))
     tokenizer = load_tokenizer(hub_files(directory))
     layout = ONE_DEVICE if mesh is None else Layout(make_mesh(mesh), replicate_weights=True)
 
@@ -159,9 +162,11 @@ class VideoChat:
       progress: if True, a terminal shows a progress bar.
 
     Raises:
-      InputError: the file is missing, is no video, or ends early; or another process is writing
-        into the folder of features.
+      InputError: the file is missing, is no video, or ends early; an argument is of another type;
+        or another process is writing into the folder of features.
     """
+    progress = argument("progress", progress, flag())
+    max_frames = argument("max_frames", max_frames, optional(count()))  # before a file is opened
     start, vision = time.perf_counter(), self.config.vision
     quiet = None if progress else True  # None: tqdm shows the bar only on a terminal
 
@@ -232,6 +237,26 @@ class VideoChat:
       **options: the options of `Conversation.ask`.
     """
     return Conversation(self.engine, self.tokenizer).ask(question, **options)
+
+
+def _is_stretch(yarn):
+  """Whether a value says how much a context is stretched; see `VideoChat.from_pretrained`."""
+  if isinstance(yarn, YarnConfig):
+    original = yarn.original_positions
+    return _is_stretch(yarn.factor) and count().accepts(original) and original < 2**31
+  return is_number(yarn) and 1 <= yarn < 1e6
+
+
+_YARN = Rule(_is_stretch, "a factor of 1 or more, such as 4.0, or a YarnConfig with one")
+_PATH = Rule(lambda value: isinstance(value, str | os.PathLike), "a path")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _dtype_name(dtype):
+  try:
+    return jnp.dtype(dtype).name
+  except TypeError:
+    return dtype
 
 
 def _with_settings(

@@ -16,10 +16,12 @@ from videochat_flash_jax.data.text.conversation import (
 from videochat_flash_jax.data.text.tokenizer import Tokenizer, stream_text
 from videochat_flash_jax.data.text.visual_slots import open_slots
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.fields import argument, count, flag, number
 from videochat_flash_jax.inference.engine import Engine, Prompt, Reading
 from videochat_flash_jax.inference.sampler import Sampling
 
 MAX_NEW_TOKENS = 256
+_FRAMES = "give uint8 [frames, height, width, 3]"
 
 
 class Conversation:
@@ -88,8 +90,8 @@ class Conversation:
       InputError: the question is empty or no text, it does not fit into the context, or an option
         is not valid.
     """
-    if max_new_tokens < 1:
-      raise InputError(f"max_new_tokens is {max_new_tokens}; give at least 1")
+    stream = argument("stream", stream, flag())
+    max_new_tokens = argument("max_new_tokens", max_new_tokens, count())
     sampling = Sampling(temperature, top_p, seed).check()
     if not isinstance(question, str):
       raise InputError(f"the question is {question!r}; give a text")
@@ -220,15 +222,17 @@ class WatchedVideo(Conversation):
       InputError: `frames` has another dtype, shape or number of frames, or `fps` is not positive.
     """
     clip_frames = self._engine.config.vision.clip_frames
-    frames = np.asarray(frames)
+    fps = argument("fps", fps, number(above=0))
+    try:
+      frames = np.asarray(frames)
+    except ValueError as error:  # lists of different lengths
+      raise InputError(f"frames are no array ({error}); {_FRAMES}") from error
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-      raise InputError(
-        f"frames are {frames.dtype} {frames.shape}; give uint8 [frames, height, width, 3]"
-      )
+      raise InputError(f"frames are {frames.dtype} {frames.shape}; {_FRAMES}")
     if len(frames) % clip_frames or not len(frames):
       raise InputError(f"{len(frames)} frames were given; give a multiple of {clip_frames}")
-    if not fps > 0:
-      raise InputError(f"fps is {fps}; give a number above 0")
+    if not frames.size:
+      raise InputError(f"frames are {frames.shape}; give pictures with pixels")
     self._turn = None
     frames = resize(frames, self._engine.config.vision.image_size)
     new_tokens = self._engine.encode(frames.reshape(-1, clip_frames, *frames.shape[1:]))

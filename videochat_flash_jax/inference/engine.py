@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.fields import argument, count
 from videochat_flash_jax.inference import programs
 from videochat_flash_jax.inference.cpu_layers import unstack_decoder
 from videochat_flash_jax.inference.limits import check_length, check_mesh
@@ -150,9 +151,10 @@ class Engine:
         continue a reading.
 
     Raises:
-      InputError: prompt and answer do not fit into the model's context, or the prompt is longer
-        than a TPU can read at once.
+      InputError: `max_new_tokens` is no positive integer, prompt and answer do not fit into the
+        model's context, or the prompt is longer than a TPU can read at once.
     """
+    max_new_tokens = argument("max_new_tokens", max_new_tokens, count())
     num_rows = len(prompts)
     prompts = [*prompts, *prompts[-1:] * (-num_rows % self._layout.row_shards)]
     length = np.array([len(prompt.token_ids) for prompt in prompts])
@@ -197,7 +199,8 @@ class Engine:
       The new tokens of each row, with its stop token, and -1 after it; and the reading with these
       tokens.
     """
-    key = jax.random.key(sampling.check().seed)
+    sampling = sampling.check()
+    key = jax.random.key(sampling.seed)
     caches, logits, num_rows = reading
     finished = self._layout.device_put(np.arange(len(logits)) >= num_rows, "batch")
     for start in range(0, max_new_tokens, DECODE_STEPS):

@@ -1,12 +1,11 @@
 """Choosing the next token: the most likely one, or a random one of the likely ones."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.fields import SEED, argument, number
 from videochat_flash_jax.shapes import Array, Float, Int
 
 
@@ -24,18 +23,16 @@ class Sampling(NamedTuple):
   seed: int = 0
 
   def check(self) -> "Sampling":
-    """Checks all values, and returns itself.
+    """Checks all values, and returns them as Python's numbers.
 
     Raises:
-      InputError: a value is out of range.
+      InputError: a value is no number, or is out of range.
     """
-    if not 0 <= self.temperature < math.inf:
-      raise InputError(f"temperature is {self.temperature}; use 0 (greedy) or a positive number")
-    if not 0 < self.top_p <= 1:
-      raise InputError(f"top_p is {self.top_p}; use a value above 0 and at most 1")
-    if not 0 <= self.seed < 2**32:
-      raise InputError(f"seed is {self.seed}; use a whole number from 0 to {2**32 - 1}")
-    return self
+    return Sampling(
+      argument("temperature", self.temperature, number()),
+      argument("top_p", self.top_p, number(above=0, most=1)),
+      argument("seed", self.seed, SEED),
+    )
 
 
 def sample(

@@ -3,7 +3,17 @@
 import dataclasses
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.fields import REQUIRED, choice, count, field, number, pattern, sequence
+from videochat_flash_jax.fields import (
+  REQUIRED,
+  choice,
+  count,
+  field,
+  is_integer,
+  is_number,
+  number,
+  pattern,
+  sequence,
+)
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -97,13 +107,13 @@ class DropoutConfig:
   kind: str = field(REQUIRED, choice("", *DROPOUT_KINDS), "How the kept tokens are chosen.")
   layers: tuple[int, ...] = field(
     REQUIRED,
-    sequence(),
+    sequence(is_integer, "a tuple of integers"),
     "Tokens are dropped before these layers, counted from 0.",
     convert=tuple,
   )
   ratios: tuple[float, ...] = field(
     REQUIRED,
-    sequence(),
+    sequence(is_number, "a tuple of numbers"),
     "The share of the visual tokens that each segment of layers sees; the first is 1.",
     convert=tuple,
   )
@@ -120,13 +130,15 @@ class DropoutConfig:
       InputError: names the first field that cannot be used, and what to give.
     """
     layers, ratios = self.layers, self.ratios
-    _require(self.kind in DROPOUT_KINDS, "kind", self.kind, f"one of {', '.join(DROPOUT_KINDS)}")
+    is_known = isinstance(self.kind, str) and self.kind in DROPOUT_KINDS
+    _require(is_known, "kind", self.kind, f"one of {', '.join(DROPOUT_KINDS)}")
     usable = isinstance(layers, tuple) and len(layers) > 0 and all(type(n) is int for n in layers)
     usable = usable and min(layers) > 0 and max(layers) < depth and _rises(layers)
     _require(usable, "layers", layers, f"a tuple of rising layers from 1 to {depth - 1}")
     usable = isinstance(ratios, tuple) and len(ratios) == len(layers) + 1
     usable = usable and all(type(ratio) in (int, float) for ratio in ratios)
-    usable = usable and ratios[0] == 1 and min(ratios) > 0 and list(ratios) == sorted(ratios)[::-1]
+    usable = usable and ratios[0] == 1 and all(0 < ratio <= 1 for ratio in ratios)
+    usable = usable and list(ratios) == sorted(ratios)[::-1]
     remedy = f"a tuple of {len(layers) + 1} numbers above 0 that start with 1 and never rise"
     _require(usable, "ratios", ratios, remedy)
 

@@ -7,11 +7,14 @@ import dataclasses
 import math
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.fields import count, field, integer
+from videochat_flash_jax.fields import Rule, argument, count, field, is_integer
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 SEQUENCE_PARALLEL = ("none", "all_gather", "ring")
-_SIZES = integer("a positive integer, or -1 for the remaining devices")
+_SIZES = Rule(
+  lambda size: is_integer(size) and (size > 0 or size == -1),
+  "a positive number, or -1 for the remaining devices",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +44,8 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
       devices, or `num_slices` does not divide `data`.
   """
   sizes = [getattr(config, axis) for axis in AXES]
-  for axis, size in zip(AXES, sizes, strict=True):
-    if size != -1 and size < 1:
-      raise InputError(
-        f"mesh.{axis} is {size}: give a positive number, or -1 for the remaining devices"
-      )
+  sizes = [argument(f"mesh.{axis}", size, _SIZES) for axis, size in zip(AXES, sizes, strict=True)]
+  num_slices = argument("mesh.num_slices", config.num_slices, count())
   if sizes.count(-1) > 1:
     raise InputError(
       f"mesh: {' and '.join(_free_axes(sizes))} are -1: set all but one of them to a number"
@@ -57,9 +57,9 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
     shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     remedy = "change a size" if -1 in sizes else "change a size, or set one axis to -1"
     raise InputError(f"mesh: {shape} do not multiply to the {num_devices} devices; {remedy}")
-  if config.num_slices < 1 or sizes[0] % config.num_slices:
+  if sizes[0] % num_slices:
     raise InputError(
-      f"mesh.num_slices is {config.num_slices}, but mesh.data is {sizes[0]}: "
+      f"mesh.num_slices is {num_slices}, but mesh.data is {sizes[0]}: "
       "set mesh.data to a multiple of mesh.num_slices"
     )
   return tuple(sizes)

@@ -37,6 +37,17 @@ def require(usable: bool, name: str, value: Any, remedy: str):
     raise InputError(f"config.{name} {state}: give {remedy}")
 
 
+class _Config(ConfigDict):
+  """A ConfigDict that takes no bool for a number: the library would make 1.0 of True."""
+
+  def __setitem__(self, key: str, value: Any):
+    if isinstance(value, bool) and key in self and self.get_type(key) is float:
+      require(False, key, value, "a number")
+    if type(value) is ConfigDict:  # a section of the user's
+      value = _Config(value)
+    super().__setitem__(key, value)
+
+
 def default_config() -> ConfigDict:
   """The config of a run with every field at its default, locked: a mistyped field is an error."""
   return _config_of(TrainSettings()).lock()
@@ -44,13 +55,13 @@ def default_config() -> ConfigDict:
 
 def _config_of(section: Any) -> ConfigDict:
   """A section's values as a ConfigDict."""
-  config = ConfigDict()
+  config = _Config()
   for field in dataclasses.fields(section):
     value = getattr(section, field.name)
     if _is_section(field):
       value = _config_of(value)
     elif isinstance(value, dict):
-      value = ConfigDict(value)
+      value = _Config(value)
     config[field.name] = placeholder(str) if value is None else value
   return config
 

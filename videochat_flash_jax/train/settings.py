@@ -12,6 +12,7 @@ import dataclasses
 
 from videochat_flash_jax.data.batches.data_config import ReadingConfig
 from videochat_flash_jax.fields import (
+  SEED,
   OnResume,
   Rule,
   choice,
@@ -44,7 +45,6 @@ MODELS = tuple(
 
 _MAY_CHANGE = OnResume.MAY_CHANGE
 _BY_WEIGHTS = OnResume.FIXED_BY_WEIGHTS
-_SEEDS = Rule(lambda n: is_integer(n) and 0 <= n < 2**32, "an integer below 2**32, from 0")
 _SCALES = Rule(
   lambda value: is_sequence(value) and len(value) > 0 and all(map(_is_scale, value)),
   'pairs of a regular expression and a factor from 0, such as (("vision", 0.2), ("", 1.0))',
@@ -175,7 +175,7 @@ class TrainSettings:
   """
 
   seed: int = field(
-    0, _SEEDS, "The seed of the order of examples, and of weights that are drawn at random."
+    0, SEED, "The seed of the order of examples, and of weights that are drawn at random."
   )
   objective: str = field(
     "answers",

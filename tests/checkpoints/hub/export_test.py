@@ -87,6 +87,13 @@ def test_the_dtype_that_transformers_5_states_is_written_as_before(checkpoint, t
     assert written.pop("torch_dtype") == (dtype or "float32") and "dtype" not in written
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "half", 3])
+def test_a_dtype_that_no_weight_has_is_refused(checkpoint, tmp_path, dtype):
+  out = tmp_path / "out"
+  assert_refused(checkpoint, f"dtype is {dtype!r}", load=lambda path: rewrite(path, out, dtype))
+  assert not out.exists()
+
+
 def test_a_stored_head_is_noted_in_the_config(checkpoint, tmp_path):
   fields = json.loads((checkpoint / "config.json").read_text())
   (checkpoint / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))

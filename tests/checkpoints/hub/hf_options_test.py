@@ -54,6 +54,8 @@ def test_dropout_that_is_off_may_say_anything_else(tmp_path, off):
     ("llm_image_token_ratio_list", [0.9, 0.75, 0.25]),
     ("llm_image_token_ratio_list", [1, 0.75, 0]),
     ("llm_image_token_ratio_list", [1, 0.75, "0.25"]),
+    ("llm_image_token_ratio_list", [1, True, 0.25]),
+    ("llm_image_token_ratio_list", [1, float("inf"), float("nan")]),
   ],
 )
 def test_a_dropout_that_cannot_be_is_refused(tmp_path, field, value):

@@ -34,6 +34,8 @@ def checkpoint_directory(name: str | Path) -> Path:
     InputError: there is no such model (the message suggests similar names), or it could not be
       downloaded.
   """
+  if not isinstance(name, str | os.PathLike):
+    raise InputError(f"{name!r:.80} is no model; give a name or a directory")
   if name == TINY:
     return Path(str(resources.files("videochat_flash_jax"))) / "assets" / TINY
   if os.path.isdir(name):  # Path.is_dir raises if the name is too long, and treats "" like "."

@@ -66,7 +66,8 @@ def _rising_layers(layers, depth):
 def _falling_ratios(ratios):
   if not isinstance(ratios, list) or not all(type(ratio) in (int, float) for ratio in ratios):
     return False
-  return sorted(ratios, reverse=True) == ratios and ratios[:1] == [1] and ratios[-1] > 0
+  usable = ratios[:1] == [1] and all(0 < ratio <= 1 for ratio in ratios)
+  return usable and sorted(ratios, reverse=True) == ratios
 
 
 def read_rope(path: Path, fields: Mapping[str, Any]) -> tuple[str, Any, YarnConfig | None]:
