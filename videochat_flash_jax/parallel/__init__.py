@@ -11,4 +11,5 @@
 | `chips`       | published speeds of TPU chips, and the slices that exist |
 | `processes`   | starts and ends runs on several hosts |
 | `agreement`   | what processes tell each other, so that all continue or all stop |
+| `exchange`    | short texts that some processes tell each other, from any thread |
 """

@@ -12,8 +12,10 @@ import numpy as np
 from videochat_flash_jax.data.batches.data_config import DataConfig
 from videochat_flash_jax.data.batches.examples import Example, skipped_positions
 from videochat_flash_jax.data.batches.replacement import Drawn
+from videochat_flash_jax.data.batches.shared_stream import Sharing
 from videochat_flash_jax.data.batches.train_batches import TrainBatches, vocabulary_digest
 from videochat_flash_jax.data.media.frame_sampling import CLIP_FRAMES
+from videochat_flash_jax.data.mixture.broken import BrokenRow
 from videochat_flash_jax.data.text.tokenizer import Tokenizer
 from videochat_flash_jax.data.text.tokenizer_of_process import TokenizerOfProcess
 from videochat_flash_jax.errors import InputError
@@ -31,6 +33,7 @@ def synthetic_batches(
   make_tokenizer: Callable[[], Tokenizer],
   questions: Mapping[str, float],
   streams: Sequence[int] | None = None,
+  sharing: Sharing | None = None,
 ) -> TrainBatches:
   """Returns batches of conversations about the synthetic world.
 
@@ -41,13 +44,14 @@ def synthetic_batches(
     make_tokenizer: returns the tokenizer; called once in each worker.
     questions: how often each kind out of `synthetic.QUESTION_KINDS` is asked.
     streams: see `TrainBatches`.
+    sharing: see `TrainBatches`.
 
   Raises:
     InputError: a kind of question is unknown, or the longest video does not fit into a row.
   """
   reader = SyntheticReader(config, model, make_tokenizer, questions)
   facts = {"questions": dict(questions), "tokenizer": vocabulary_digest(reader.tokenizer)}
-  return TrainBatches(config, reader, facts, streams)
+  return TrainBatches(config, reader, facts, streams, sharing=sharing)
 
 
 class SyntheticReader(TokenizerOfProcess):
@@ -66,12 +70,17 @@ class SyntheticReader(TokenizerOfProcess):
     _check_questions(self._questions)
     _check_room(config)
 
-  def read(self, stream: int, number: int) -> Drawn:
+  def read(
+    self, stream: int, number: int, unusable: Mapping[int, BrokenRow] | None = None
+  ) -> Drawn:
     """Draws example `number` of a stream.
 
     Raises:
-      InputError: it needs more than `clips_per_shard` clips in one part of a row.
+      InputError: it needs more than `clips_per_shard` clips in one part of a row; or it is
+        `unusable`, since no other one is drawn.
     """
+    if unusable:
+      raise InputError(f"example {number} of the synthetic world {unusable[number]}")
     config, row_shape = self._config.example, self._config.row_shape
     rng = np.random.default_rng([self._config.seed, stream, number])
     drawn = draw_conversation(
@@ -94,10 +103,15 @@ class SyntheticReader(TokenizerOfProcess):
       )
     return Drawn(example, number)
 
-  def read_again(self, stream: int, number: int, row: int) -> Drawn:
-    """Draws example `number` again, the same as before."""
-    del row  # always equal to `number`
+  def read_row(self, stream: int, number: int, row: int) -> Drawn:
+    """Draws example `number`, which is always equal to `row`."""
     return self.read(stream, number)
+
+  def read_again(
+    self, stream: int, number: int, row: int, unusable: Mapping[int, BrokenRow] | None = None
+  ) -> Drawn:
+    """Draws example `number` again, the same as before."""
+    return self.read(stream, number, unusable)
 
 
 def _check_questions(questions):

@@ -33,10 +33,12 @@ from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.synthetic.examples import synthetic_batches
 from videochat_flash_jax.train.config import data_config
 from videochat_flash_jax.train.device_batches import (
+  StreamExchanges,
   device_batches,
   own_rows,
   own_streams,
   row_groups,
+  stream_readers,
 )
 from videochat_flash_jax.train.dropout_plans import with_plan
 from videochat_flash_jax.train.settings import TrainSettings
@@ -51,17 +53,19 @@ class RunBatches:
     dataset: this process's part of each batch, as numpy arrays.
     shardings: of each field of the whole batch.
     num_rows: first axis of the whole batch.
+    exchanges: with the processes that read the same streams; None if each process reads its own.
     rows: the annotation rows that examples are read from; None where examples are drawn.
   """
 
   dataset: grain.IterDataset
   shardings: Mapping[str, Any]
   num_rows: int
+  exchanges: StreamExchanges | None = None
   rows: Rows | None = None
 
   def begin(self) -> grain.DatasetIterator:
     """Returns an iterator over batches on the devices; close it after use."""
-    return device_batches(self.dataset, self.shardings, self.num_rows)
+    return device_batches(self.dataset, self.shardings, self.num_rows, self.exchanges)
 
   def names(self, state: Mapping[str, Any]) -> list[list[str]]:
     """Names the examples in each row of this process's last batch, by source and row.
@@ -168,6 +172,7 @@ def run_batches(
   hub: Path,
   features: FeatureStore | None = None,
   num_streams: int = 0,
+  unit: str = "step",
 ) -> RunBatches:
   """The batches that a run is trained on.
 
@@ -177,6 +182,7 @@ def run_batches(
     hub: directory of the tokenizer.
     features: of `open_features`.
     num_streams: the streams of a run that resumes; 0: as many as the settings say.
+    unit: what a batch is for, in errors.
 
   Raises:
     InputError: a file is missing or cannot be used.
@@ -186,20 +192,23 @@ def run_batches(
   streams = num_streams or settings.data.streams or len(row_groups(sharding, shape))
   config = data_config(settings, program.layout.sequence_shards, streams)
   read_streams, kept_rows = (choose(sharding, shape, streams) for choose in (own_streams, own_rows))
+  exchanges = StreamExchanges(stream_readers(sharding, shape, streams), unit)
   make_tokenizer = functools.partial(_tokenizer_of_model, hub, settings.model.decoder.vocab_size)
   rows = None
   if settings.data.synthetic:
     questions = dict(settings.data.synthetic)
-    dataset = synthetic_batches(config, settings.model, make_tokenizer, questions, read_streams)
+    dataset = synthetic_batches(
+      config, settings.model, make_tokenizer, questions, read_streams, exchanges
+    )
   else:
     mixture = read_mixture(settings.data.mixture)
     rows = open_rows(mixture, max_frames=settings.data.frames[1])
     check_roots(rows)
-    dataset = mixture_batches(config, rows, make_tokenizer, read_streams, features)
+    dataset = mixture_batches(config, rows, make_tokenizer, read_streams, features, exchanges)
   dataset = dataset.map(lambda batch: {name: array[kept_rows] for name, array in batch.items()})
   if settings.dropout is not None:
     dataset = dataset.map(lambda batch: with_plan(batch, settings.dropout, program.layout))
-  return RunBatches(dataset, shardings, settings.rows, rows)
+  return RunBatches(dataset, shardings, settings.rows, exchanges, rows)
 
 
 def _tokenizer_of_model(hub, num_embedded):
@@ -228,7 +237,8 @@ def held_out_batches(
     return None
   data = dataclasses.replace(data, workers=min(data.workers, 1))
   settings = dataclasses.replace(settings, data=data, seed=seed)
-  return run_batches(settings, program, hub, features, num_streams=settings.rows)
+  unit = "evaluation batch"
+  return run_batches(settings, program, hub, features, num_streams=settings.rows, unit=unit)
 
 
 def held_out_seed(seed: int) -> int:

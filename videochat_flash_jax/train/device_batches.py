@@ -1,11 +1,13 @@
 """Copies batches from the host to the devices of a mesh, one batch ahead of the step.
 
 Every process reads the rows that its own devices hold. If the tokens of a row are split over
-devices of several processes, each of these processes reads the whole row.
+devices of several processes, each of these processes reads the whole row; `StreamExchanges` let
+them agree on what it holds.
 """
 
+import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -14,7 +16,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel.exchange import CoordinationStore, Exchange
 
+_NUMBERS = itertools.count()  # of objects that are made in the same order by all processes
 _BATCHES_WAITING = 1  # on the host; the thread holds one more
 
 
@@ -56,6 +60,20 @@ def own_streams(sharding: NamedSharding, shape: tuple[int, int], num_streams: in
   return sorted({row // rows_each for row in _rows_here(sharding, shape)})
 
 
+def stream_readers(
+  sharding: NamedSharding, shape: tuple[int, int], num_streams: int
+) -> dict[int, list[int]]:
+  """The processes that read each stream: those that have rows of it on their devices.
+
+  Arguments are those of `own_streams`.
+  """
+  rows_each, readers = shape[0] // num_streams, {}
+  for device, (rows, *_) in sharding.devices_indices_map(shape).items():
+    for row in range(shape[0])[rows]:
+      readers.setdefault(row // rows_each, set()).add(device.process_index)
+  return {stream: sorted(readers[stream]) for stream in sorted(readers)}
+
+
 def own_rows(sharding: NamedSharding, shape: tuple[int, int], num_streams: int) -> list[int]:
   """Which of the rows that this process reads are on its devices, as indices into what it reads.
 
@@ -81,8 +99,53 @@ def _rows_here(sharding, shape):
   return {row for (rows, *_) in devices.values() for row in range(shape[0])[rows]}
 
 
+class StreamExchanges:
+  """Exchanges with the processes that read the same streams as this one.
+
+  It is a `shared_stream.Sharing`: see there for `unit`.
+  """
+
+  def __init__(self, readers: Mapping[int, Sequence[int]], unit: str):
+    """Starts no exchange yet. All processes must make these objects in the same order.
+
+    Args:
+      readers: of `stream_readers`.
+      unit: what a batch is for.
+    """
+    self.unit, here = unit, jax.process_index()
+    self._readers = {
+      stream: processes
+      for stream, processes in readers.items()
+      if here in processes and len(processes) > 1
+    }
+    self._here, self._name, self._begun = here, f"batches/{next(_NUMBERS)}", 0
+    self._exchanges: dict[int, Exchange] = {}
+
+  def begin(self) -> dict[int, Exchange]:
+    """Ends the last exchanges; returns new ones, by the streams that other processes read, too."""
+    self.interrupt()
+    for exchange in self._exchanges.values():
+      exchange.forget()
+    self._begun += 1
+    self._exchanges = {
+      stream: Exchange(
+        f"{self._name}/{self._begun}/{stream}", processes, self._here, CoordinationStore()
+      )
+      for stream, processes in self._readers.items()
+    }
+    return self._exchanges
+
+  def interrupt(self):
+    """Ends the waiting for other processes: no more batches are read from these exchanges."""
+    for exchange in self._exchanges.values():
+      exchange.interrupt()
+
+
 def device_batches(
-  batches: grain.IterDataset, shardings: Mapping[str, Any], num_rows: int
+  batches: grain.IterDataset,
+  shardings: Mapping[str, Any],
+  num_rows: int,
+  exchanges: StreamExchanges | None = None,
 ) -> grain.DatasetIterator:
   """Copies each batch to the devices when it is asked for; a thread reads the next ones.
 
@@ -93,6 +156,7 @@ def device_batches(
     batches: this process's rows of each batch, as `TrainBatches` gives them; a field may be a tree.
     shardings: of each field of the whole batch: `NamedSharding`s, or trees of them.
     num_rows: B of the batch of all processes.
+    exchanges: those that `batches` were given, if they were given any.
 
   Returns:
     An iterator over dictionaries of global arrays. Its state is that of `batches` after the last
@@ -109,16 +173,45 @@ def device_batches(
     """A batch of global arrays."""
     return {name: jax.tree.map(put_array, shardings[name], field) for name, field in batch.items()}
 
-  return iter(_ReadAhead(batches, prefetch_buffer_size=_BATCHES_WAITING).map(put))
+  read_ahead = grain.experimental.ThreadPrefetchIterDataset(
+    batches, prefetch_buffer_size=_BATCHES_WAITING
+  )
+  return _DeviceBatches(iter(read_ahead), put, exchanges)
 
 
-class _ReadAhead(grain.experimental.ThreadPrefetchIterDataset):
-  """Reads the next batches in a thread, which ends with the program."""
+class _DeviceBatches(grain.DatasetIterator):
+  """Puts each batch on the devices when it is asked for; the thread of its parent reads ahead."""
 
-  def __iter__(self) -> grain.DatasetIterator:
-    iterator = super().__iter__()
-    weakref.finalize(iterator, _close_at_exit, weakref.ref(iterator))
-    return iterator
+  def __init__(
+    self,
+    parent: grain.DatasetIterator,
+    put: Callable[[dict[str, Any]], dict[str, Any]],
+    exchanges: StreamExchanges | None,
+  ):
+    super().__init__(parent)
+    self.read_ahead, self._put, self._exchanges = parent, put, exchanges
+    weakref.finalize(self, _close_at_exit, weakref.ref(self))
+
+  def __next__(self) -> dict[str, Any]:
+    return self._put(next(self.read_ahead))
+
+  def get_state(self) -> dict[str, Any]:
+    return self.read_ahead.get_state()
+
+  def set_state(self, state: dict[str, Any]):
+    self._stop_waiting()
+    self.read_ahead.set_state(state)
+
+  def close(self):
+    """Ends the thread, and the workers."""
+    if not self._closed:
+      self._stop_waiting()
+    super().close()
+
+  def _stop_waiting(self):
+    """Lets the thread end even if it waits for a process that reads no more batches."""
+    if self._exchanges is not None:
+      self._exchanges.interrupt()
 
 
 def _close_at_exit(reference: weakref.ref):
@@ -126,4 +219,5 @@ def _close_at_exit(reference: weakref.ref):
   iterator = reference()
   if iterator is not None:
     iterator.close()
-    iterator.close = lambda: None  # Grain calls it again, after its modules are unloaded
+    # Grain calls it again, after its modules are unloaded.
+    iterator.read_ahead.close = lambda: None

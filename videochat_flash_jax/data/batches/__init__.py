@@ -15,5 +15,6 @@ restores it continues exactly.
 | `broken_share`  | stops the run when too many rows cannot be read                          |
 | `row_packer`    | packs examples into rows of T tokens, C clips and some image tiles       |
 | `packed_stream` | reads one stream of examples ahead and packs it                          |
+| `shared_stream` | makes all processes that read a stream take the same examples            |
 | `sharded_rows`  | arranges rows for a mesh that splits their tokens                        |
 """

@@ -20,15 +20,16 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 from absl import flags
 
 from videochat_flash_jax.data.batches.broken_share import BrokenShare
 from videochat_flash_jax.data.batches.data_config import DataConfig
-from videochat_flash_jax.data.batches.replacement import Drawn
+from videochat_flash_jax.data.batches.replacement import Drawn, Reader
 from videochat_flash_jax.data.batches.row_packer import Packed, RowPacker
+from videochat_flash_jax.data.batches.shared_stream import Peers, SharedStream, with_digest
 from videochat_flash_jax.errors import InputError
 
 _ENDLESS = 1 << 40
@@ -38,26 +39,25 @@ _MIN_SHARED_BYTES = 1 << 16  # larger arrays go through shared memory, smaller o
 _PROGRAM_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Reader(Protocol):
-  """Reads the n-th example of a stream: a `ReplacingReader` or a `SyntheticReader`."""
-
-  def read(self, stream: int, number: int) -> Drawn:
-    """Reads example `number` of a stream."""
-
-  def read_again(self, stream: int, number: int, row: int) -> Drawn:
-    """Reads example `number` again, from the `row` that was read for it before."""
-
-
 class PackedStream:
-  """An endless iterator over packed rows."""
+  """An endless iterator over packed rows.
+
+  Attributes:
+    shared: what `share` was given; None if only this process reads the stream.
+  """
 
   def __init__(self, reader: Reader, stream: int, config: DataConfig):
     """Prepares stream number `stream`; nothing is read yet."""
     self._reader, self._stream, self._config = reader, stream, config
     self._examples: grain.DatasetIterator | None = None
     self._packer: RowPacker | None = None
+    self.shared: SharedStream | None = None
     self._has_started = False
     self._next, self._unfinished, self._repack = 0, [], False
+
+  def share(self, peers: Peers):
+    """Makes the stream the same as that of other processes; before `start`."""
+    self.shared = SharedStream(self._reader, self._stream, peers)
 
   def state(self) -> dict[str, Any]:
     """Returns the state as JSON values; see the example of the module."""
@@ -80,7 +80,12 @@ class PackedStream:
     if self._examples is None:
       self._has_started, again = False, [pair for row in self._unfinished for pair in row]
       self._examples = _read_ahead(
-        self._reader, self._stream, self._config.workers, again, self._next
+        self._reader,
+        self._stream,
+        self._config.workers,
+        again,
+        self._next,
+        is_shared=self.shared is not None,
       )
 
   def stop(self):
@@ -99,13 +104,14 @@ class PackedStream:
 
     Raises:
       InputError: too many rows cannot be read, a row that must be read again cannot be read, or a
-        worker died. After the error only `set_state` may be called.
+        worker died; here, or in another process that reads the stream. After the error only
+        `set_state` may be called.
     """
     if self._packer is None:
       self._packer = self._restored_packer()
     full = None
     while full is None:
-      drawn = self._draw()
+      drawn = self._agreed(self._next)
       share.count(drawn, self._stream)
       full = self._packer.add(Packed(self._next, drawn.row, drawn.example))
       self._next += 1
@@ -118,7 +124,7 @@ class PackedStream:
     """
     packer = RowPacker(self._config.row_shape)
     for row in self._unfinished:
-      items = [Packed(number, source_row, self._draw().example) for number, source_row in row]
+      items = [Packed(*pair, self._agreed(*pair).example) for pair in row]
       if not self._repack:
         packer.begin_row(items)
         continue
@@ -126,7 +132,21 @@ class PackedStream:
         packer.put(item)
     return packer
 
+  def _agreed(self, number: int, row: int | None = None) -> Drawn:
+    """The next example, which has this number; it is read again if its `row` is given.
+
+    All processes that read the stream get the same one.
+    """
+    if self.shared is None:
+      return self._draw()
+    if row is None:
+      other = functools.partial(self._reader.read, self._stream, number)
+    else:
+      other = functools.partial(self._reader.read_again, self._stream, number, row)
+    return self.shared.take(number, self._draw, other)
+
   def _draw(self) -> Drawn:
+    """The next example that was read ahead."""
     try:
       if self._has_started:
         return next(self._examples)
@@ -185,15 +205,21 @@ def _read_ahead(
   workers: int,
   again: Sequence[Sequence[int]],
   first: int,
+  is_shared: bool,
 ) -> grain.DatasetIterator:
-  """Yields the examples `again` (pairs of number and row), then all from number `first` on."""
+  """Yields the examples `again` (pairs of number and row), then all from number `first` on.
+
+  If the stream `is_shared`, they have digests.
+  """
 
   def draw(index: int) -> Drawn:
     """Reads the example with this index in the iterator."""
     _end_with_program()
     if index < len(again):
-      return reader.read_again(stream, *again[index])
-    return reader.read(stream, first + index - len(again))
+      drawn = reader.read_again(stream, *again[index])
+    else:
+      drawn = reader.read(stream, first + index - len(again))
+    return with_digest(drawn) if is_shared else drawn
 
   # Each worker reads one example at a time: its output has a buffer of its own.
   read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

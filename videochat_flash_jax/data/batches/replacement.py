@@ -12,8 +12,8 @@ resumed run reads the same row again, here 87, even if row 204 was repaired in t
 
 import errno
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -63,12 +63,31 @@ class Drawn(NamedTuple):
     skipped: the rows that were tried before this one and could not be used: first the row drawn
       for this example, then its replacements. Empty if the drawn row itself was read.
     damaged: source and name of the row, if its video is damaged but could be read.
+    digest: of the example, where several processes read the stream; see `shared_stream`.
   """
 
   example: Example
   row: int
   skipped: tuple[SkippedRow, ...] = ()
   damaged: str | None = None
+  digest: str = ""
+
+
+class Reader(Protocol):
+  """Reads the n-th example of a stream: a `ReplacingReader` or a `SyntheticReader`."""
+
+  def read(
+    self, stream: int, number: int, unusable: Mapping[int, BrokenRow] | None = None
+  ) -> Drawn:
+    """Reads example `number` of a stream, but none of the rows in `unusable`."""
+
+  def read_row(self, stream: int, number: int, row: int) -> Drawn:
+    """Reads example `number` from this row; raises `BrokenRow` if that is not possible."""
+
+  def read_again(
+    self, stream: int, number: int, row: int, unusable: Mapping[int, BrokenRow] | None = None
+  ) -> Drawn:
+    """Reads example `number` again, from the `row` that was read for it before."""
 
 
 class ReplacingReader:
@@ -85,8 +104,15 @@ class ReplacingReader:
     """
     self._rows, self._reader, self._order, self._seed = rows, reader, order, seed
 
-  def read(self, stream: int, number: int) -> Drawn:
+  def read(
+    self, stream: int, number: int, unusable: Mapping[int, BrokenRow] | None = None
+  ) -> Drawn:
     """Reads example `number` of a stream, or its replacement.
+
+    Args:
+      stream: the stream.
+      number: of the example.
+      unusable: rows that are skipped although they could be read here, and the reasons.
 
     Raises:
       InputError: neither the row nor any of a hundred other rows of its kind can be read.
@@ -96,7 +122,9 @@ class ReplacingReader:
       if not broken_media.isdisjoint(self._rows.media(row) if broken_media else ()):
         continue
       try:
-        return self._drawn(stream, number, row, tuple(skipped))
+        if unusable and row in unusable:
+          raise unusable[row]
+        return self.read_row(stream, number, row)._replace(skipped=tuple(skipped))
       except BrokenRow as error:
         names = one_line(self._rows.source(row)), self._rows.label(row)
         skipped.append(SkippedRow(row, *names, error.reason, str(error)))
@@ -115,27 +143,36 @@ class ReplacingReader:
     others = self._rows.draw_of_kind(self._rows.kind(row), 1 + _MAX_REPLACEMENTS, rng)
     yield from (other for other in others if other != row)
 
-  def read_again(self, stream: int, number: int, row: int) -> Drawn:
+  def read_again(
+    self, stream: int, number: int, row: int, unusable: Mapping[int, BrokenRow] | None = None
+  ) -> Drawn:
     """Reads example `number` of a stream again, from the row that was read for it before.
 
     Raises:
-      InputError: that row cannot be read any more.
+      InputError: that row cannot be read any more, or is in `unusable`.
     """
     try:
-      return self._drawn(stream, number, row)
+      if unusable and row in unusable:
+        raise unusable[row]
+      return self.read_row(stream, number, row)
     except BrokenRow as error:
       raise InputError(
         f"{self._rows.source(row)}, {self._rows.label(row)} was read before the run was saved, but "
         f"cannot be read now: {error}; restore it, or start without the state of the batches"
       ) from error
 
-  def _drawn(self, stream, number, row, skipped=()) -> Drawn:
+  def read_row(self, stream: int, number: int, row: int) -> Drawn:
+    """Reads example `number` of a stream from this row.
+
+    Raises:
+      BrokenRow: that row cannot be read.
+    """
     rng = np.random.default_rng([self._seed, stream, number])
     example = self._read_with_retries(row, rng)
     name = (
       f"{one_line(self._rows.source(row))}, {self._rows.label(row)}" if example.is_damaged else None
     )
-    return Drawn(example, row, skipped, name)
+    return Drawn(example, row, damaged=name)
 
   def _read_with_retries(self, row, rng) -> Example:
     """Reads a row; tries again after an error that may be temporary."""

@@ -25,10 +25,11 @@ from videochat_flash_jax.data.batches.broken_share import BrokenShare
 from videochat_flash_jax.data.batches.data_config import DataConfig
 from videochat_flash_jax.data.batches.example_order import ExampleOrder
 from videochat_flash_jax.data.batches.examples import ExampleReader, media_shapes
-from videochat_flash_jax.data.batches.packed_stream import PackedStream, Reader, stop_all
-from videochat_flash_jax.data.batches.replacement import ReplacingReader
+from videochat_flash_jax.data.batches.packed_stream import PackedStream, stop_all
+from videochat_flash_jax.data.batches.replacement import Reader, ReplacingReader
 from videochat_flash_jax.data.batches.row_packer import write_row
-from videochat_flash_jax.data.batches.sharded_rows import STORED_FEATURES, empty_rows
+from videochat_flash_jax.data.batches.sharded_rows import PER_TOKEN, STORED_FEATURES, empty_rows
+from videochat_flash_jax.data.batches.shared_stream import Sharing, digest
 from videochat_flash_jax.data.features.feature_store import FeatureStore
 from videochat_flash_jax.data.text.tokenizer import Tokenizer
 from videochat_flash_jax.errors import InputError
@@ -53,6 +54,7 @@ def mixture_batches(
   make_tokenizer: Callable[[], Tokenizer],
   streams: Sequence[int] | None = None,
   features: FeatureStore | None = None,
+  sharing: Sharing | None = None,
 ) -> "TrainBatches":
   """Returns the batches of a mixture; of all files only the tokenizer is opened.
 
@@ -64,6 +66,7 @@ def mixture_batches(
     streams: see `TrainBatches`.
     features: features to use instead of frames. Batches then have `features [B, C, V, E]` instead
       of `frames`, and `tile_features [B, I, V, E]` instead of `tiles`, both bfloat16.
+    sharing: see `TrainBatches`.
 
   Raises:
     InputError: the rows hold images, but `tiles_per_shard` is 0.
@@ -81,7 +84,7 @@ def mixture_batches(
     "tokenizer": vocabulary_digest(reader.tokenizer),
   }
   reader = ReplacingReader(rows, reader, order, config.seed)
-  return TrainBatches(config, reader, facts, streams, features)
+  return TrainBatches(config, reader, facts, streams, features, sharing)
 
 
 class TrainBatches(grain.IterDataset):
@@ -94,6 +97,7 @@ class TrainBatches(grain.IterDataset):
     facts: Mapping[str, Any],
     streams: Sequence[int] | None = None,
     features: FeatureStore | None = None,
+    sharing: Sharing | None = None,
   ):
     """Stores the settings; nothing is read yet.
 
@@ -105,15 +109,18 @@ class TrainBatches(grain.IterDataset):
       streams: which of the config's streams this process reads; by default all. Its batches only
         have the rows of these streams.
       features: the store whose features the reader returns instead of frames.
+      sharing: which of the streams other processes read, too; None for none. These processes read
+        them together, each of them in its own iterator.
     """
     super().__init__()
-    self._config, self._reader, self._features = config, reader, features
+    self._config, self._reader = config, reader
+    self._features, self._sharing = features, sharing
     self._streams = range(config.streams) if streams is None else streams
     self._facts = config.facts() | facts
 
   def __iter__(self) -> "TrainBatchesIterator":
     return TrainBatchesIterator(
-      self._config, self._reader, self._streams, self._facts, self._features
+      self._config, self._reader, self._streams, self._facts, self._features, self._sharing
     )
 
 
@@ -132,16 +139,24 @@ class TrainBatchesIterator(grain.DatasetIterator):
     streams: Sequence[int],
     facts: dict[str, Any],
     features: FeatureStore | None,
+    sharing: Sharing | None,
   ):
     """Is called by `TrainBatches`; a saved state must agree with `facts`."""
     super().__init__()
-    self._config, self._facts, self._features = config, facts, features
+    self._config, self._facts = config, facts
+    self._features, self._sharing = features, sharing
     # Those of the restored state, until the first batch after it is packed.
     self._saved_facts = facts
     self._streams = {stream: PackedStream(reader, stream, config) for stream in streams}
     weakref.finalize(self, _close_at_exit, weakref.ref(self), list(self._streams.values()))
     self._share = BrokenShare(config.max_broken_share)
     self._packed = {stream: {"last": []} | dict.fromkeys(_PACKED, 0) for stream in streams}
+    self._begin_sharing()
+
+  def _begin_sharing(self):
+    if self._sharing is not None:
+      for stream, peers in self._sharing.begin().items():
+        self._streams[stream].share(peers)
 
   def __next__(self) -> dict[str, np.ndarray]:
     state = self.get_state()
@@ -158,11 +173,19 @@ class TrainBatchesIterator(grain.DatasetIterator):
     num_rows = len(self._streams) * stream_rows
     batch = empty_rows(row_shape, num_rows, *media_shapes(self._config.example, self._features))
     for index, (name, stream) in enumerate(self._streams.items()):
-      self._packed[name]["last"] = []
-      for number in range(index * stream_rows, (index + 1) * stream_rows):
+      counts, rows = self._packed[name], slice(index * stream_rows, (index + 1) * stream_rows)
+      if stream.shared:
+        place = 1 + counts["places"] // (stream_rows * row_shape.tokens)
+        stream.shared.begin_batch(f"{self._sharing.unit} {place}")
+      counts["last"], numbers = [], []
+      for number in range(rows.start, rows.stop):
         packed = stream.next_row(self._share)
         write_row(packed, row_shape, batch, number)
-        self._count(packed, self._packed[name])
+        self._count(packed, counts)
+        numbers += [item.number for item in packed]
+      if stream.shared:
+        # The numbers stand for clips and tiles: each example was compared when it was read.
+        stream.shared.check_rows(digest(numbers, *(batch[field][rows] for field in PER_TOKEN)))
     self._saved_facts = self._facts
     if self._features is None:
       return batch
@@ -197,6 +220,7 @@ class TrainBatchesIterator(grain.DatasetIterator):
     """
     self._check_state(state)
     self._restore(state)
+    self._begin_sharing()
     if changed := self._changed_mesh_facts(state):
       _log.info("rows are packed again, no example is lost: %s", ", ".join(changed))
 

@@ -22,6 +22,7 @@ REASONS = (
   "no frames",  # the header of the video can be read, but no frame follows it
   "no features",  # the feature store has no features of the row's video or image
   "too long",  # the tokens of the training row have no room for an answer
+  "differs between hosts",  # processes that share a training row read other frames or tokens
 )
 
 
