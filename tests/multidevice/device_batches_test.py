@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -23,16 +24,20 @@ from tests.data.batches.small_mixture import (
 )
 from tests.fake_devices import fake_devices
 from tests.multidevice.two_processes_test import free_port
+from tests.parallel.exchange_test import MemoryStore
 from videochat_flash_jax.data.batches.train_batches import mixture_batches
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import make_mesh
 from videochat_flash_jax.parallel.mesh_config import MeshConfig
+from videochat_flash_jax.train import device_batches as module
 from videochat_flash_jax.train.device_batches import (
+  StreamExchanges,
   device_batches,
   own_rows,
   own_streams,
   row_groups,
+  stream_readers,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -106,8 +111,38 @@ def test_devices_hold_the_batch_of_the_host_and_the_state_is_that_of_the_last_re
   batches.close()
 
 
+@pytest.fixture
+def waiting(mixture, monkeypatch):
+  """Batches that wait for another process, which never reads any."""
+  store = MemoryStore()
+  monkeypatch.setattr(module, "CoordinationStore", lambda: store)
+  exchanges = StreamExchanges({0: [0, 1], 1: [0]}, "step")
+  assert list(exchanges.begin()) == [0]  # the streams that are shared
+  batches = mixture_batches(data(BY_ROWS), read_rows(mixture), make_tokenizer, sharing=exchanges)
+  batches = device_batches(batches, shardings(BY_ROWS), NUM_ROWS, exchanges)
+  batches.start_prefetch()
+  return batches
+
+
+def test_batches_that_wait_for_another_process_can_be_closed(waiting):
+  begun = time.monotonic()
+  waiting.close()
+  assert time.monotonic() - begun < 20
+  with pytest.raises(ValueError, match="closed"):
+    next(waiting)
+
+
+def test_batches_that_wait_for_another_process_can_begin_again(waiting, mixture):
+  state = host_batches(BY_ROWS, mixture).get_state()
+  begun = time.monotonic()
+  waiting.set_state(state)
+  assert waiting.get_state() == state and time.monotonic() - begun < 20
+  waiting.close()
+
+
 FAILING = f"""
 import sys
+import time
 from pathlib import Path
 from tests.data.batches.small_mixture import make_tokenizer, read_rows
 from tests.multidevice.{Path(__file__).stem} import BY_ROWS, NUM_ROWS, data, shardings
@@ -183,12 +218,16 @@ def test_processes_that_share_rows_are_one_group():
   assert row_groups(sharding, (8, 16)) == [(0, 1, 2, 3), (4, 5, 6, 7)]
   assert own_streams(sharding, (8, 16), 2) == [0] and own_streams(sharding, (8, 16), 4) == [0, 1]
   assert own_rows(sharding, (8, 16), 2) == own_rows(sharding, (8, 16), 4) == [0, 1, 2, 3]
+  assert stream_readers(sharding, (8, 16), 2) == {0: [0, 1], 1: [2, 3]}
+  assert stream_readers(sharding, (8, 16), 4) == {0: [0, 1], 1: [0, 1], 2: [2, 3], 3: [2, 3]}
+  assert stream_readers(sharding, (8, 16), 1) == {0: [0, 1, 2, 3]}
 
 
 def test_two_processes_that_read_the_same_stream_keep_their_own_rows():
   first, second = FakeSharding([(0, 4)], [(4, 8)]), FakeSharding([(4, 8)], [(0, 4)])
   for sharding, rows in ((first, [0, 1, 2, 3]), (second, [4, 5, 6, 7])):
     assert own_streams(sharding, (8, 16), 1) == [0] and own_rows(sharding, (8, 16), 1) == rows
+    assert stream_readers(sharding, (8, 16), 1) == {0: [0, 1]}
 
 
 def test_processes_with_overlapping_rows_are_refused():
