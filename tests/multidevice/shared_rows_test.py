@@ -1,6 +1,6 @@
 """Two processes share each row of a batch: both hold the same rows, also if one cannot read a file.
 
-Everything is seen through one pair of processes, which read three times from the beginning.
+All but the training is seen through one pair of processes, which read three times from the start.
 """
 
 import functools
@@ -19,6 +19,7 @@ from tests.data.batches.small_mixture import config, make_tokenizer, read_rows, 
 from tests.fake_devices import fake_devices
 from tests.multidevice.device_batches_test import shardings
 from tests.multidevice.two_processes_test import free_port
+from tests.train.small_runs import records
 from videochat_flash_jax.data.batches import examples, train_batches
 from videochat_flash_jax.data.batches.train_batches import mixture_batches
 from videochat_flash_jax.errors import InputError
@@ -147,3 +148,65 @@ def test_a_row_that_was_packed_otherwise_stops_both_before_its_step(rounds):
   first, second = rounds[2]
   assert first == second and "\n" not in first
   assert first.startswith("step 2: process 1 has packed other rows, unlike process 0, which ")
+
+
+TRAINING = """
+import sys
+from pathlib import Path
+from videochat_flash_jax.parallel.processes import join_processes
+address, num_processes, number, mixture, workdir = sys.argv[1:]
+if num_processes == "2":
+  join_processes(address, 2, int(number))
+from videochat_flash_jax.data.batches import examples
+from videochat_flash_jax.train.loop import train
+from tests.train.mixture_run_test import run_config
+read, seen = examples.read_row_video, set()
+
+def failing(row, *args):
+  if row["video"] not in seen and row["video"].endswith(("1.mp4", "3.mp4")):
+    seen.add(row["video"])
+    raise FileNotFoundError(row["video"])
+  return read(row, *args)
+
+if number == "1":
+  examples.read_row_video = failing
+changes = {"mesh__sequence": 2, "sequence_parallel": "ring", "log_every": 1, "num_steps": 6}
+changes |= {"eval__mixture": mixture, "eval__every": 2}
+train(run_config(mixture, **changes), Path(workdir))
+"""
+
+
+@pytest.mark.slow
+def test_training_and_evaluation_go_on_though_files_fail_once_in_one_process(
+  tmp_path, tmp_path_factory
+):
+  mixture = write_mixture(tmp_path_factory.mktemp("videos"), num_videos=4, num_images=0)
+  read_rows(mixture)
+  address, logs = f"localhost:{free_port()}", []
+  for num_processes in (1, 2):
+    workdir = tmp_path / str(num_processes)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment |= fake_devices(2 // num_processes, num_processes)
+    given = [address, str(num_processes)], [str(mixture), str(workdir)]
+    command = [sys.executable, "-c", TRAINING, *given[0]]
+    processes = [
+      subprocess.Popen([*command, str(number), *given[1]], env=environment, stderr=subprocess.PIPE)
+      for number in range(num_processes)
+    ]
+    try:
+      errors = [process.communicate(timeout=500)[1].decode() for process in processes]
+    finally:
+      for process in processes:
+        process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(
+      e[-3000:] for e in errors
+    )
+    logs.append(
+      [record for record in records(workdir) if "loss" in record or "eval/loss" in record]
+    )
+  assert errors[1].count("process 1 tries") == 2
+  assert len(logs[0]) == len(logs[1]) == 9
+  for one, two in zip(*logs, strict=True):
+    for name in {"step", "loss", "eval/loss", "grad_norm", "examples_per_step"} & {*one, *two}:
+      assert two[name] == pytest.approx(one[name], rel=1e-5)
+    assert not any(name.startswith("data/broken/") for name in two)
