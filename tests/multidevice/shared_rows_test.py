@@ -147,7 +147,7 @@ def test_a_stand_in_that_the_first_process_takes_is_that_of_both(mixture, rounds
 def test_a_row_that_was_packed_otherwise_stops_both_before_its_step(rounds):
   first, second = rounds[2]
   assert first == second and "\n" not in first
-  assert first.startswith("step 2: process 1 has packed other rows, unlike process 0, which ")
+  assert first.startswith("step 2: processes 0 and 1 share rows, but have packed different ones; ")
 
 
 TRAINING = """

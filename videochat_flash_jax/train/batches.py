@@ -53,7 +53,7 @@ class RunBatches:
     dataset: this process's part of each batch, as numpy arrays.
     shardings: of each field of the whole batch.
     num_rows: first axis of the whole batch.
-    exchanges: with the processes that read the same streams; None if each process reads its own.
+    exchanges: with processes that read the same streams; None if no other process reads any.
     rows: the annotation rows that examples are read from; None where examples are drawn.
   """
 

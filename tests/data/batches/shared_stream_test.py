@@ -367,7 +367,7 @@ def test_packed_rows_that_differ_stop_all_and_the_step_and_the_processes_are_nam
   monkeypatch.setattr(train_batches, "write_row", spoil)
   (said,) = {str(error) for error in together(read, *trio)}
   assert said.startswith(
-    "step 3: process 1 has packed other rows, unlike process 0, which shares them; start all "
+    "step 3: processes 0 and 1 share rows, but have packed different ones; start all processes "
   )
   first, *others = [iterator.get_state() for iterator in trio]
   assert others == [first, first]
@@ -386,7 +386,8 @@ def test_a_process_that_packs_otherwise_stops_all(monkeypatch):
 
   monkeypatch.setattr(RowPacker, "add", late)
   (said,) = {str(error) for error in together(read, *pair)}
-  assert said.startswith("step 2: process 1 is not at its packed rows, unlike process 0, which ")
+  found = r"are at different places \(example \d+, packed rows\)"
+  assert re.match(f"step 2: processes 0 and 1 share rows, but {found}; start all", said)
 
 
 def test_processes_that_are_at_different_examples_stop():
@@ -395,7 +396,18 @@ def test_processes_that_are_at_different_examples_stop():
   for iterator, state in zip(pair, (pair[0].get_state(), ahead.get_state()), strict=True):
     iterator.set_state(state)
   for error in together(read, *pair):
-    assert re.match(r"step [12]: process 1 is not at example \d+, unlike process 0", str(error))
+    said = r"step [12]: processes 0 and 1 share rows, but are at different places \(example .*\); "
+    assert re.match(said, str(error))
+
+
+def test_a_process_reads_streams_of_its_own_beside_shared_ones(undisturbed):
+  store = MemoryStore()
+  shared = [InMemory(store, (0, 1), here, streams=[1]) for here in range(2)]
+  reader = ReplacingReader(FakeRows(), Reader(healthy, False), FakeOrder(), CONFIG.seed)
+  both = iter(TrainBatches(CONFIG, reader, {}, sharing=shared[0]))
+  one = iter(TrainBatches(CONFIG, reader, {}, streams=[1], sharing=shared[1]))
+  (digests, streams), (_, second) = together(read, both, one)
+  assert (digests, streams) == undisturbed and second == {"1": streams["1"]}
 
 
 def test_what_is_not_shared_has_no_digests_and_tells_nothing(monkeypatch):

@@ -136,9 +136,8 @@ class SharedStream:
     Raises:
       InputError: they differ.
     """
-    digests = self._tell("its packed rows", digest)
-    if others := self._others(digests):
-      raise self._differ(f"{others} has packed other rows")
+    digests = self._tell("packed rows", digest)
+    self._check_equal(digests, "have packed different ones")
 
   def _try(self, draw):
     """Returns what `draw` returns, or None if it fails, and what is to be told about it."""
@@ -166,20 +165,16 @@ class SharedStream:
     """Tells a value; returns those of all processes, which must be at the same place."""
     texts = self._peers.tell(json.dumps([place, value]))
     places, values = zip(*map(json.loads, texts), strict=True)
-    if others := self._others(places):
-      raise self._differ(f"{others} is not at {places[0]}")
+    self._check_equal(places, f"are at different places ({', '.join(sorted(set(places)))})")
     return list(values)
 
-  def _others(self, values) -> str:
-    """Names the processes whose value is not that of the first one; "" if there is none."""
+  def _check_equal(self, values, found):
+    """Raises an `InputError` with what was `found`, unless all processes have the same value."""
     pairs = zip(self._peers.processes, values, strict=True)
-    return ", ".join(f"process {process}" for process, value in pairs if value != values[0])
-
-  def _differ(self, found):
-    first = self._peers.processes[0]
-    return InputError(
-      f"{self._batch}: {found}, unlike process {first}, which shares them; {_REMEDY}"
-    )
+    others = [str(process) for process, value in pairs if value != values[0]]
+    if others:
+      names = " and ".join([str(self._peers.processes[0]), ", ".join(others)])
+      raise InputError(f"{self._batch}: processes {names} share rows, but {found}; {_REMEDY}")
 
   def _why_unusable(self, readings) -> BrokenRow:
     """Why not all processes can use the row that the first one has read."""

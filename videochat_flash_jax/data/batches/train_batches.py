@@ -175,8 +175,8 @@ class TrainBatchesIterator(grain.DatasetIterator):
     for index, (name, stream) in enumerate(self._streams.items()):
       counts, rows = self._packed[name], slice(index * stream_rows, (index + 1) * stream_rows)
       if stream.shared:
-        place = 1 + counts["places"] // (stream_rows * row_shape.tokens)
-        stream.shared.begin_batch(f"{self._sharing.unit} {place}")
+        batch_number = 1 + counts["places"] // (stream_rows * row_shape.tokens)
+        stream.shared.begin_batch(f"{self._sharing.unit} {batch_number}")
       counts["last"], numbers = [], []
       for number in range(rows.start, rows.stop):
         packed = stream.next_row(self._share)
