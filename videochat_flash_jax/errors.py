@@ -1,4 +1,6 @@
-"""The error for bad input, which the user can correct."""
+"""The error for bad input, which the user can correct, and how texts of users are shown."""
+
+import logging
 
 
 class InputError(ValueError):
@@ -13,5 +15,34 @@ class InputError(ValueError):
 
 
 def one_line(text: object) -> str:
-  r"""The text with each line break written as `\n`; names of files may contain line breaks."""
-  return str(text).replace("\r", "\\r").replace("\n", "\\n")
+  r"""The text on one line that any terminal and any file can take.
+
+  Line breaks and other characters that cannot be printed are written as in a Python string: `\n`,
+  `\x1b`, `\udce9`. Names of files may hold them; those in another encoding have halves of surrogate
+  pairs.
+  """
+  text = str(text)
+  if text.isprintable():
+    return text
+  return "".join(
+    letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+  )
+
+
+def is_unicode(text: str) -> bool:
+  """Whether a text has no half of a surrogate pair: only then can UTF-8 and tokenizers hold it."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def _log_one_line(record: logging.LogRecord) -> bool:
+  """Makes the message of a log record one line; every record is kept."""
+  record.msg, record.args = one_line(record.getMessage()), None
+  return True
+
+
+# All modules log here, so no message has to care about the texts of users that it holds.
+logging.getLogger("videochat_flash_jax").addFilter(_log_one_line)

@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 import types
@@ -46,6 +47,28 @@ def test_bad_input_is_one_line_and_code_2(fake_verb, capsys):
   fake_verb.run = lambda args: _raise(InputError("no file 'a.mp4': check the path"))
   assert main.main(["fake"]) == 2
   assert capsys.readouterr().err == "vcflash: no file 'a.mp4': check the path\n"
+
+
+def test_what_the_encoding_of_the_terminal_lacks_is_escaped(fake_verb, monkeypatch):
+  shown = io.BytesIO()
+  monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+  fake_verb.run = lambda args: print("caf\xe9 caf\udce9 \ud83d", flush=True)
+  assert main.main(["fake"]) == 0
+  assert shown.getvalue() == b"caf\\xe9 caf\\udce9 \\ud83d\n"
+
+
+def test_what_is_typed_in_another_encoding_is_read(fake_verb, monkeypatch):
+  typed = []
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+  fake_verb.run = lambda args: typed.append(input())
+  assert main.main(["fake"]) == 0
+  assert typed == ["caf\udce9"]
+
+
+def test_an_error_about_an_odd_name_is_one_line_that_can_be_printed(fake_verb, capsys):
+  fake_verb.run = lambda args: _raise(InputError("a\u2028b\x85\x1b[2J\udce9.mp4: check the path"))
+  assert main.main(["fake"]) == 2
+  assert capsys.readouterr().err == r"vcflash: a\u2028b\x85\x1b[2J\udce9.mp4: check the path" "\n"
 
 
 def test_an_interrupt_is_code_130(fake_verb):

@@ -3,7 +3,7 @@
 import argparse
 import logging
 
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 EXAMPLE = 'vcflash chat --model tiny --video match.mp4 --question "What colour is the star?"'
 
@@ -91,10 +91,10 @@ def run(args: argparse.Namespace) -> None:
   )
   if args.image:
     seen = chat.look(args.image)
-    print(f"{', '.join(args.image)}: {seen.num_tiles} tiles seen")
+    print(one_line(f"{', '.join(args.image)}: {seen.num_tiles} tiles seen"))
   else:
     seen = chat.watch(args.video, args.max_frames)
-    print(f"{args.video}: {seen.seconds:.1f} s, {seen.num_frames} frames seen")
+    print(one_line(f"{args.video}: {seen.seconds:.1f} s, {seen.num_frames} frames seen"))
 
   def answer(question):
     """Prints the answer piece by piece."""

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from videochat_flash_jax.cli.config_file import add_config_argument, read_config
+from videochat_flash_jax.errors import one_line
 
 EXAMPLE = "vcflash compile --config configs/stage3_long.py --topology v5e:8x8 --config.rows=16"
 TAKES_OVERRIDES = True
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
   runs = {stage: train_settings(run) for stage, run in run_configs(config).items()}
   ahead_of_time.prepare()
-  name = " ".join([args.config.name, *args.overrides])
+  name = one_line(" ".join([args.config.name, *args.overrides]))
   if args.program != "train":
     name += f" --program {args.program}"
   slices = {settings.mesh.num_slices for settings in runs.values()}

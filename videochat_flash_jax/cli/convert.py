@@ -5,7 +5,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 EXAMPLE = "vcflash convert --model tiny --to hf --out tiny-hf --dtype bfloat16"
 
@@ -71,4 +71,4 @@ def run(args: argparse.Namespace) -> None:
     args.out,
     args.dtype,
   )
-  print(f"{args.out}: {len(checkpoint.tensors)} tensors, {num_bytes:,} bytes")
+  print(one_line(f"{args.out}: {len(checkpoint.tensors)} tensors, {num_bytes:,} bytes"))

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from videochat_flash_jax.data.batches.data_config import SAMPLINGS, ReadingConfig
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 EXAMPLE = "vcflash data check mixture.yaml --all"
 
@@ -87,7 +87,7 @@ def _check(args) -> int:
 def _convert(args) -> None:
   from videochat_flash_jax.data.mixture.row_conversion import convert_rows
 
-  print(f"{args.out}: {convert_rows(args.rows, args.out):,} row(s) written")
+  print(one_line(f"{args.out}: {convert_rows(args.rows, args.out):,} row(s) written"))
 
 
 def _index(args) -> int:
@@ -104,8 +104,9 @@ def _index(args) -> int:
     print(f"skipped: {problem}")
   if rows:
     print(
-      f"{args.mixture}: {len(rows):,} row(s) of {len(rows.sources)} file(s) are ready after "
-      f"{time.perf_counter() - start:.1f} s; the indices take {rows.index_bytes() / 1e6:,.1f} MB"
+      f"{one_line(args.mixture)}: {len(rows):,} row(s) of {len(rows.sources)} file(s) are ready "
+      f"after {time.perf_counter() - start:.1f} s; the indices take "
+      f"{rows.index_bytes() / 1e6:,.1f} MB"
     )
   return int(bool(problems))
 
@@ -131,7 +132,7 @@ def _encode(args) -> int:
     for line in broken_lines(source):
       print(line)
   print(
-    f"{args.out}: {report.rows:,} row(s) read, {report.clips:,} new clip(s) and tile(s), "
+    f"{one_line(args.out)}: {report.rows:,} row(s) read, {report.clips:,} new clip(s) and tile(s), "
     f"{report.damaged:,} damaged video(s) among them, {report.broken:,} row(s) skipped; "
     f"{len(chat.features):,} entries in the folder"
   )

@@ -18,6 +18,7 @@ other failure is a bug of this package and keeps its traceback.
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -66,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   # The cache keeps compiled programs for the next command; JAX reads these when it is imported.
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "vcflash"))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+  _take_any_text()
   try:
     return _run_verb(list(sys.argv[1:] if argv is None else argv))
   except InputError as error:
-    print(f"vcflash: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    print(f"vcflash: {error}", file=sys.stderr)
     return 2
   except BrokenPipeError:  # the reader of our output has ended, as in `vcflash ... | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,6 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print("vcflash: interrupted", file=sys.stderr)
     return 130
+
+
+def _take_any_text():
+  """Lets the terminal show what its encoding lacks, and read what is not in its encoding."""
+  for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+    if isinstance(stream, io.TextIOWrapper):  # a program that calls `main` may have another object
+      stream.reconfigure(errors=errors)
 
 
 def _run_verb(argv: list[str]) -> int:

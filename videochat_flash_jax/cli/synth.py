@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 from videochat_flash_jax.synthetic import world as synthetic
 
 EXAMPLE = "vcflash synth --out /tmp/synth --videos 4 --frames 8:64 --seed 7"
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace):
     tuple(args.questions.split(",")),
     args.questions_per_video,
   )
-  print(f"{args.out}: {args.videos} video(s) and {num_rows} question(s) written")
+  print(one_line(f"{args.out}: {args.videos} video(s) and {num_rows} question(s) written"))
 
 
 def _frame_range(text: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from videochat_flash_jax.cli.config_file import add_config_argument, read_config
+from videochat_flash_jax.errors import one_line
 
 EXAMPLE = "vcflash train --config configs/tiny.py --config.seed=1 --workdir /tmp/tiny"
 TAKES_OVERRIDES = True
@@ -65,5 +66,6 @@ def run(args: argparse.Namespace):
   with exit_if_peer_fails():
     workdir = train(config, args.workdir)
   if is_first and workdir is not None:
-    print(f"the checkpoint is in {workdir / 'checkpoints'}; to write it as models on the hub are:")
-    print(f"vcflash convert --model {shlex.quote(str(workdir))} --out DIR --dtype bfloat16")
+    run = one_line(workdir)
+    print(f"the checkpoint is in {run}/checkpoints; to write it as models on the hub are:")
+    print(f"vcflash convert --model {shlex.quote(run)} --out DIR --dtype bfloat16")

@@ -95,8 +95,6 @@ class Conversation:
     sampling = Sampling(temperature, top_p, seed).check()
     if not isinstance(question, str):
       raise InputError(f"the question is {question!r}; give a text")
-    if any("\ud800" <= letter <= "\udfff" for letter in question):
-      raise InputError("the question is not valid UTF-8 text; write it again")
     ids = inference_prompt(question, self._tokenizer, self._opening(), self.history)
     self._turn = turn = object()
     pieces = self._answer(turn, question, ids, max_new_tokens, sampling)

@@ -116,7 +116,7 @@ def _dialog(rng, scene, tokenizer, max_tokens, question_weights) -> TokenizedTex
     text = encode_dialog(turns, tokenizer, label_style="clean")
     if len(text.ids) - 1 <= max_tokens:
       break
-  return TokenizedText(text.ids, _add_early_labels(text.ids, text.labels, tokenizer))
+  return text._replace(labels=_add_early_labels(text.ids, text.labels, tokenizer))
 
 
 def _add_early_labels(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -146,9 +146,10 @@ class RunLog:
     for number, suffix in enumerate((".jsonl", ".txt")):
       path = self._workdir / f"train_log{suffix}"
       partial = path.with_suffix(f"{suffix}.partial")
-      partial.write_text("".join(_lines(fields)[number] for fields in records))
+      lines = "".join(_lines(fields)[number] for fields in records)
+      partial.write_text(lines, "utf-8", "backslashreplace")
       partial.replace(path)
-      files.append(path.open("a", buffering=1))  # line by line, so that a run can be followed
+      files.append(path.open("a", 1, "utf-8", "backslashreplace"))  # line by line, to be followed
     return files
 
 

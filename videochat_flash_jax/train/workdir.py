@@ -25,7 +25,7 @@ from videochat_flash_jax import __version__
 from videochat_flash_jax.checkpoints.hub.hf_config import write_config
 from videochat_flash_jax.checkpoints.runs.run_files import stages_in, whole_steps
 from videochat_flash_jax.data.text.tokenizer import train_sentencepiece
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, is_unicode
 from videochat_flash_jax.fields import OnResume
 from videochat_flash_jax.parallel.agreement import allgather_text, raise_on_all_processes
 from videochat_flash_jax.synthetic.training import vocabulary_lines
@@ -46,10 +46,16 @@ def check_writable(workdir: Path):
   """Makes the directory if it is missing, and tries to write a file there.
 
   Raises:
-    InputError: the directory cannot be written, or it is the address of a bucket.
+    InputError: the directory cannot be written, its path is not valid UTF-8, or it is the address
+      of a bucket.
   """
   if address := re.match(r"([a-z][a-z0-9]+):/+(.*)", str(workdir)):
     raise InputError(f"--workdir {address[1]}://{address[2]} is not a directory: give {_SHARED}")
+  if not is_unicode(str(workdir.absolute())):
+    raise InputError(
+      f"--workdir {workdir.absolute()}: checkpoints cannot be written where the name of a folder "
+      "is not valid UTF-8; give another directory"
+    )
   with _writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=workdir, prefix=".probe"):

@@ -14,7 +14,8 @@ def row(number, kind="video", **fields):
 
 
 def write_jsonl(path, rows):
-  path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+  text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+  path.write_text(text, "utf-8", "backslashreplace")  # half of a surrogate pair becomes "\ud83d"
   return path
 
 

@@ -127,6 +127,9 @@ def test_every_broken_row_says_why_and_every_healthy_one_is_read(tmp_path):
     ({"start": int("9" * 400), "end": 5}, "bad times"),
     ({"conversations": [{"from": "gpt", "value": "<image>"}]}, "bad conversations"),
     ({"conversations": turns("<image>?", " \n", "Well?", "")}, "bad conversations"),
+    ({"conversations": turns("<image>?", "half an emoji \ud83d")}, "bad conversations"),
+    ({"conversations": turns("caf\udce9 <image>?", "!")}, "bad conversations"),
+    ({"conversations": turns("What?", "<image>")}, "bad conversations"),
   ],
 )
 def test_a_row_is_checked_when_it_is_read(tmp_path, fields, reason):

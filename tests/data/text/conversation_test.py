@@ -13,6 +13,7 @@ from videochat_flash_jax.errors import InputError
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 LASTS = "The video lasts for 2.00 seconds, and 4 frames are uniformly sampled"
 OPENING = conversation.video_opening(4, 2.0)
+NOISE = "QA_GT_caption_based_noisy"
 ROW = {
   "id": "row-7",
   "video": "a.mp4",
@@ -100,6 +101,16 @@ def test_ids_and_labels_are_int32(tokenizer):
   assert tokens.ids.shape == tokens.labels.shape
 
 
+@pytest.mark.parametrize("style", ["qwen", "clean"])
+def test_the_words_of_answers_are_marked(tokenizer, style):
+  tokens = conversation.encode_row(ROW, tokenizer, label_style=style)
+  assert text_of(tokens.ids[tokens.is_answer], tokenizer) == "Red.Blue."
+  assert (tokens.labels[tokens.is_answer] != IGNORE_LABEL).all()
+  row = row_with(conversations=said("<image>\nSay it.", "A star."))
+  tokens = conversation.encode_row(row, tokenizer, template="plain")
+  assert text_of(tokens.ids[tokens.is_answer], tokenizer) == "A star."
+
+
 @pytest.mark.parametrize("template", ["qwen_2", "plain"])
 def test_a_row_is_not_edited_and_gives_the_same_twice(tokenizer, template):
   row = row_with(conversations=said("Say <image> QA_GT_caption_based_noisy", "A star."))
@@ -152,7 +163,12 @@ def test_an_answer_that_starts_with_line_breaks_keeps_them_in_clean_labels(token
     ),
     ({"conversations": [{"from": "human"}]}, r"conversations\[0\]: field 'value' is not a text"),
     ({"conversations": said("<image>", 3)}, r"conversations\[1\]: field 'value' is not a text"),
+    ({"conversations": said("<image> \ud83d", "I.")}, r"\[0\]: field 'value' is not valid UTF-8"),
+    ({"conversations": said("<image>", "I\udce9")}, r"\[1\]: field 'value' is not valid UTF-8"),
     ({"conversations": said("<image>")}, "has no question with an answer"),
+    ({"conversations": said("Who?", "<image> <|im_end|>\n")}, "has no question with an answer"),
+    ({"conversations": said("<image>", NOISE)}, "has no question with an answer"),
+    ({"conversations": [*said("", "I.")[1:] * 2, *said("<image>")]}, "has no question with an ans"),
     ({"conversations": [{"from": "gpt", "value": "I."}]}, "has no question with an answer"),
     ({"conversations": said("Who?", "I.")}, "has 0 <image> for 1 videos or images"),
     ({"conversations": said("<image><image>", "I.")}, "has 2 <image> for 1 videos or images"),

@@ -29,7 +29,6 @@ from videochat_flash_jax.data.media.image_tiling import sequence_order
 from videochat_flash_jax.data.mixture.annotations import media_paths
 from videochat_flash_jax.data.mixture.broken import BrokenRow, because
 from videochat_flash_jax.data.text.conversation import (
-  ANSWER_HEADER,
   IGNORE_LABEL,
   TokenizedText,
   encode_row,
@@ -54,6 +53,7 @@ class Example(NamedTuple):
     positions: int32 `[T]`, rotary positions.
     is_damaged: whether some frames of the video could not be read, so that other frames replace
       them.
+    is_cut: whether words of an answer are missing, because the row is too long for a training row.
   """
 
   frames: np.ndarray
@@ -63,6 +63,7 @@ class Example(NamedTuple):
   visual_index: np.ndarray
   positions: np.ndarray
   is_damaged: bool = False
+  is_cut: bool = False
 
 
 class RowMedia(NamedTuple):
@@ -121,14 +122,17 @@ class ExampleReader(TokenizerOfProcess):
     text = self._encode(row, media.message)
     token_ids, visual_index = open_slots(text.ids, media.counts)
     labels = np.full(len(token_ids), IGNORE_LABEL, np.int32)
-    labels[visual_index < 0] = text.labels[text.ids >= 0]
+    is_answer = np.zeros(len(token_ids), bool)
+    for whole, of_text in ((labels, text.labels), (is_answer, text.is_answer)):
+      whole[visual_index < 0] = of_text[text.ids >= 0]
     if media.order is not None:
       visual_index[visual_index >= 0] = media.order
     length = self._row_shape.tokens
     per_token = [values[:length] for values in (token_ids, labels, visual_index)]
     positions = skipped_positions(len(per_token[0]), self._config.position_skip, rng)
-    example = Example(media.frames, media.tiles, *per_token, positions, media.is_damaged)
-    self._check_fits(example, len(token_ids))
+    is_cut = bool(is_answer[length:].any())
+    example = Example(media.frames, media.tiles, *per_token, positions, media.is_damaged, is_cut)
+    self._check_fits(example, len(token_ids), is_answer[:length].any())
     return example
 
   def _read_media(self, row) -> RowMedia:
@@ -171,29 +175,13 @@ class ExampleReader(TokenizerOfProcess):
   def _encode(self, row, message) -> TokenizedText:
     template, style = self._config.template, self._config.label_style
     with because("bad conversations"):
-      try:
-        return encode_row(row, self.tokenizer, template, message, style)
-      except (TypeError, UnicodeError) as error:  # JSON may hold half of a surrogate pair
-        raise BrokenRow("bad conversations", "a text is not valid UTF-8; correct it") from error
+      return encode_row(row, self.tokenizer, template, message, style)
 
-  def _has_answer(self, example) -> bool:
-    """Whether the loss is computed on any token of an answer.
-
-    Special tokens and the header of the answer's turn do not count.
-    """
-    tokenizer = self.tokenizer
-    special_ids = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id
-    is_answer = (example.labels != IGNORE_LABEL) & ~np.isin(example.labels, special_ids)
-    header_length = len(tokenizer.encode(ANSWER_HEADER))
-    for start in np.flatnonzero(example.token_ids == tokenizer.im_start_id):
-      is_answer[start : start + header_length] = False
-    return bool(is_answer.any())
-
-  def _check_fits(self, example, num_tokens):
+  def _check_fits(self, example, num_tokens, has_answer):
     """Raises `BrokenRow` if the cut to the row's length removed visual tokens or all answers."""
     num_clips, capacity = len(example.frames), self._row_shape.capacity
     num_visual = (num_clips + len(example.tiles)) * self._row_shape.clip_tokens
-    if (example.visual_index >= 0).sum() < num_visual or not self._has_answer(example):
+    if (example.visual_index >= 0).sum() < num_visual or not has_answer:
       raise BrokenRow(
         "too long",
         f"{num_tokens} tokens, {num_visual} of them visual, but a row has "

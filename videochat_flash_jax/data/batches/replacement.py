@@ -20,7 +20,7 @@ import numpy as np
 from videochat_flash_jax.data.batches.example_order import ExampleOrder
 from videochat_flash_jax.data.batches.examples import Example, ExampleReader
 from videochat_flash_jax.data.mixture.broken import BrokenRow
-from videochat_flash_jax.errors import InputError, one_line
+from videochat_flash_jax.errors import InputError
 
 _MAX_REPLACEMENTS = 100
 _MEDIA_REASONS = {"missing file", "unreadable video", "unreadable image", "no frames"}
@@ -126,7 +126,7 @@ class ReplacingReader:
           raise unusable[row]
         return self.read_row(stream, number, row)._replace(skipped=tuple(skipped))
       except BrokenRow as error:
-        names = one_line(self._rows.source(row)), self._rows.label(row)
+        names = self._rows.source(row), self._rows.label(row)
         skipped.append(SkippedRow(row, *names, error.reason, str(error)))
         if error.reason in _MEDIA_REASONS:
           broken_media.update(self._rows.media(row))
@@ -169,9 +169,7 @@ class ReplacingReader:
     """
     rng = np.random.default_rng([self._seed, stream, number])
     example = self._read_with_retries(row, rng)
-    name = (
-      f"{one_line(self._rows.source(row))}, {self._rows.label(row)}" if example.is_damaged else None
-    )
+    name = f"{self._rows.source(row)}, {self._rows.label(row)}" if example.is_damaged else None
     return Drawn(example, row, damaged=name)
 
   def _read_with_retries(self, row, rng) -> Example:

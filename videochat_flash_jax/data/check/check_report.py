@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from videochat_flash_jax.data.check.media_check import SourceReport
 from videochat_flash_jax.data.mixture.broken import REASONS
+from videochat_flash_jax.errors import one_line
 
 _HEADER = "rows", "video", "image", "text", "words", "opened", "frames", "seconds", "broken", "file"
 
@@ -28,7 +29,7 @@ def as_table(reports: Sequence[SourceReport]) -> str:
 
   For each source and each reason it gives the number of broken rows and a few of their names.
   """
-  lines = [_cells(report, report.source) for report in reports]
+  lines = [_cells(report, one_line(report.source)) for report in reports]
   if len(reports) > 1:
     total = SourceReport("all")
     for report in reports:
@@ -42,10 +43,11 @@ def as_table(reports: Sequence[SourceReport]) -> str:
     for line in (_HEADER, *lines)
   ]
   for report in reports:
+    source = one_line(report.source)
     if report.damaged:
-      text += ["", f"{report.damaged:,} damaged videos in {report.source}; a run uses them"]
+      text += ["", f"{report.damaged:,} damaged videos in {source}; a run uses them"]
     if report.half_clips:
-      found = f"{report.half_clips:,} rows with only one of start and end in {report.source}"
+      found = f"{report.half_clips:,} rows with only one of start and end in {source}"
       text += ["", f"{found}; a run takes the whole video"]
     text += broken_lines(report)
   if not any(map(is_broken, reports)):
@@ -63,11 +65,12 @@ def broken_lines(report: SourceReport) -> list[str]:
 
   There is an empty line before each reason.
   """
-  text = ["", f"nothing of {report.source}", f"  {report.problem}"] if report.problem else []
+  source = one_line(report.source)
+  text = ["", f"nothing of {source}", f"  {report.problem}"] if report.problem else []
   for reason in REASONS:
     if count := report.broken[reason]:
       messages = report.offenders[reason]
-      text += ["", f"{count:,} x {reason} in {report.source}"]
+      text += ["", f"{count:,} x {reason} in {source}"]
       text += [f"  {message}" for message in messages]
       text += [f"  and {count - len(messages):,} more"] if count > len(messages) else []
   return text

@@ -35,7 +35,7 @@ from videochat_flash_jax import __version__
 from videochat_flash_jax.data.features.feature_key import FeatureKey, file_digest
 from videochat_flash_jax.data.features.record_file import RecordFile
 from videochat_flash_jax.data.media.video_reader import VideoInfo
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, is_unicode
 from videochat_flash_jax.plain_paths import plain_path
 
 FORMAT = 2
@@ -69,6 +69,11 @@ class FeatureStore:
       InputError: there is no such store, another encoder made it, or it cannot be read.
     """
     store = cls(Path(path), key)
+    if not is_unicode(str(store.path.absolute())):
+      raise InputError(
+        f"{store.path.absolute()}: features cannot be kept where the name of a folder is not valid "
+        "UTF-8; give another folder"
+      )
     with _named_errors(store.path):
       if create and not store._key_file.exists():
         store._create()

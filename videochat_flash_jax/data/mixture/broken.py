@@ -7,11 +7,12 @@ import contextlib
 from collections.abc import Iterator
 
 from videochat_flash_jax.data.media.video_timeline import NoFrames
+from videochat_flash_jax.data.text.conversation import WrongPlaceholders
 from videochat_flash_jax.errors import InputError, one_line
 
 REASONS = (
   "bad json",  # the line is not a JSON object
-  "bad conversations",  # missing, empty, no question with an answer, or turns of another form
+  "bad conversations",  # missing, no question with an answer, turns of another form, no UTF-8
   "placeholders",  # the number of `<image>` is not that of videos and images
   "bad media field",  # the medium of the file's kind is missing, or is not a path or list of paths
   "bad times",  # start and end are not times, negative, in the wrong order, or outside the video
@@ -51,8 +52,9 @@ def because(reason: str) -> Iterator[None]:
 
       with because("unreadable video"), open_video(path) as video: ...
 
-  If a file was not found, the reason becomes "missing file"; if a video has no frames, it becomes
-  "no frames". Other errors of the operating system are not changed, because they may be temporary.
+  If a file was not found, the reason becomes "missing file"; if a video has no frames, "no frames";
+  and if a row has a wrong number of placeholders, "placeholders". Other errors of the operating
+  system are not changed, because they may be temporary.
   """
   try:
     yield
@@ -61,6 +63,8 @@ def because(reason: str) -> Iterator[None]:
   except (InputError, FileNotFoundError) as error:
     if isinstance(error, NoFrames):
       reason = "no frames"
+    elif isinstance(error, WrongPlaceholders):
+      reason = "placeholders"
     elif any(isinstance(e, FileNotFoundError) for e in (error, error.__cause__)):
       reason = "missing file"
     raise BrokenRow(reason, str(error)) from error

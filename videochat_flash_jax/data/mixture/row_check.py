@@ -10,7 +10,7 @@ from videochat_flash_jax.data.mixture.annotations import (
 )
 from videochat_flash_jax.data.mixture.broken import BrokenRow, because
 from videochat_flash_jax.data.mixture.mixture import VIDEO_READ_TYPES
-from videochat_flash_jax.data.text.conversation import PLACEHOLDER, has_answer, turns_of_row
+from videochat_flash_jax.data.text.conversation import placed_turns
 
 
 def check_row(row: object) -> None:
@@ -21,7 +21,8 @@ def check_row(row: object) -> None:
   """
   check_object(row)
   kind = kind_of(row)
-  num_media = 0 if kind == "text" else len(media_paths(row, kind))
+  if kind != "text":
+    media_paths(row, kind)
   if row.get("image") is not None and row.get("video") is not None:
     raise BrokenRow("bad media field", "fields 'image' and 'video'; give one of them")
   word = row.get("video_read_type")
@@ -29,14 +30,7 @@ def check_row(row: object) -> None:
     hint = nearest(str(word), VIDEO_READ_TYPES)
     raise BrokenRow("bad media field", f"field 'video_read_type' is {word!r:.100}; {hint}")
   with because("bad conversations"):
-    turns = turns_of_row(row)
-  kept = turns[turns[0].role == "gpt" :]
-  if not has_answer(kept):
-    raise BrokenRow("bad conversations", "no question with an answer; add a question and an answer")
-  num_placeholders = sum(turn.text.count(PLACEHOLDER) for turn in kept)
-  if num_placeholders != num_media:
-    found = f"{num_placeholders} {PLACEHOLDER} for {num_media} videos or images"
-    raise BrokenRow("placeholders", f"{found}; write one {PLACEHOLDER} for each")
+    placed_turns(row)
   with because("bad times"):
     clip = annotated_clip(row)
   if clip and clip[0] < 0:

@@ -18,13 +18,14 @@ over a row adds the message twice). A row with a wrong number of placeholders is
 fails later, or the model is trained on nonsense).
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from videochat_flash_jax.data.text.tokenizer import IM_END, IM_START, Tokenizer
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, is_unicode
 
 VISUAL_SLOT = -200
 IGNORE_LABEL = -100
@@ -37,6 +38,11 @@ TEMPLATES = ("qwen_2", "qwen_1_5", "plain")
 _SYSTEM = f"{IM_START}system\nYou are a helpful assistant.{IM_END}\n"
 _CHATML_ROLES = {"human": "user", "gpt": "assistant"}
 _MARKER_WORD = "QA_GT_caption_based_noisy"  # The authors of some public rows left it in the texts.
+_NO_WORDS = re.compile("|".join(map(re.escape, (PLACEHOLDER, IM_START, IM_END))))
+
+
+class WrongPlaceholders(InputError):
+  """The number of placeholders in a row is not that of its videos and images."""
 
 
 class Turn(NamedTuple):
@@ -47,10 +53,18 @@ class Turn(NamedTuple):
 
 
 class TokenizedText(NamedTuple):
-  """Token ids `[length]` and their training labels `[length]`, both int32."""
+  """A tokenized conversation or caption.
+
+  Attributes:
+    ids: int32 `[length]`, token ids; `VISUAL_SLOT` for each video or image.
+    labels: int32 `[length]`, training labels.
+    is_answer: bool `[length]`, whether a token is one of an answer. Headers, turn markers and
+      single line breaks are none; all others have labels.
+  """
 
   ids: np.ndarray
   labels: np.ndarray
+  is_answer: np.ndarray
 
 
 def time_message(mode: str | None, seconds: float, frame_seconds: Sequence[float]) -> str:
@@ -126,7 +140,7 @@ def inference_prompt(
     history: earlier (question, answer) pairs, the oldest first.
 
   Raises:
-    InputError: a question is empty or holds the placeholder.
+    InputError: a question is empty, holds the placeholder, or is not valid UTF-8.
   """
   ids = tokenizer.encode(_SYSTEM)
   for past_question, answer in history:
@@ -169,21 +183,23 @@ def encode_dialog(
   if label_style not in ("qwen", "clean"):
     raise InputError(f"label style {label_style!r} is unknown; use 'qwen' or 'clean'")
   ids = tokenizer.encode(_SYSTEM)
-  in_loss = [False] * len(ids)
+  in_loss, in_answer = [False] * len(ids), [False] * len(ids)
   header_length = len(tokenizer.encode(ANSWER_HEADER))
   for turn in _without_opening_answer(turns):
     text = _chatml_turn(turn.role, turn.text)
     turn_ids = tokenize_prompt(text, tokenizer) if has_media else tokenizer.encode(text)
     turn_in_loss = [turn.role == "gpt"] * len(turn_ids)
+    in_answer += [turn.role == "gpt" and index >= header_length for index in range(len(turn_ids))]
     if label_style == "clean":
       turn_in_loss[:header_length] = [False] * header_length
       turn_in_loss[-1] = False  # The line break between turns.
     ids += turn_ids
     in_loss += turn_in_loss
+  markers = tokenizer.newline_id, tokenizer.im_start_id, tokenizer.im_end_id
+  is_marker = np.isin(ids, markers)
   if label_style == "qwen":
-    markers = {tokenizer.newline_id, tokenizer.im_start_id, tokenizer.im_end_id}
-    in_loss = [counts or token in markers for counts, token in zip(in_loss, ids, strict=True)]
-  return _with_labels(ids, in_loss)
+    in_loss |= is_marker
+  return _with_labels(ids, in_loss, in_answer & ~is_marker)
 
 
 def encode_caption(turns: Sequence[Turn], tokenizer: Tokenizer) -> TokenizedText:
@@ -193,15 +209,16 @@ def encode_caption(turns: Sequence[Turn], tokenizer: Tokenizer) -> TokenizedText
   gpt "A cat.") becomes "<image>A cat.\n".
   """
   ids = tokenize_prompt(f"{PLACEHOLDER}{turns[1].text}\n", tokenizer)
-  return _with_labels(ids, [True] * len(ids))
+  markers = tokenizer.newline_id, tokenizer.im_start_id, tokenizer.im_end_id
+  return _with_labels(ids, np.ones(len(ids), bool), ~np.isin(ids, markers))
 
 
 def turns_of_row(row: Mapping) -> list[Turn]:
   """Checks the `conversations` of a LLaVA row and returns its turns; the row is not changed.
 
   Raises:
-    InputError: `conversations` is missing or empty, or a turn is not of the form {"from": "human"
-      or "gpt", "value": text}.
+    InputError: `conversations` is missing or empty, a turn is not of the form {"from": "human" or
+      "gpt", "value": text}, or a text is not valid UTF-8.
   """
   conversations = row.get("conversations")
   if not isinstance(conversations, list) or not conversations:
@@ -214,13 +231,57 @@ def turns_of_row(row: Mapping) -> list[Turn]:
       raise _row_error(row, f"{found}; use 'human' or 'gpt'")
     if not isinstance(turn.get("value"), str):
       raise _row_error(row, f"conversations[{index}]: field 'value' is not a text; give a string")
+    if not is_unicode(turn["value"]):  # JSON may hold half of a surrogate pair
+      raise _row_error(
+        row,
+        f"conversations[{index}]: field 'value' is not valid UTF-8, as half of an emoji is; "
+        "write the text again",
+      )
     turns.append(Turn(turn["from"], turn["value"]))
   return turns
 
 
-def has_answer(turns: Iterable[Turn]) -> bool:
-  """Returns whether there is an answer with more than white space."""
-  return any(turn.role == "gpt" and turn.text.strip() for turn in turns)
+def placed_turns(row: Mapping, message: str = "") -> list[Turn]:
+  """Checks the `conversations` of a LLaVA row, and places its media as `place_media` does.
+
+  Args:
+    row: with `conversations`, and either `video` or `image` (a path or a list of paths) or neither.
+    message: what `time_message` gives for the sampled frames.
+
+  Raises:
+    WrongPlaceholders: the number of placeholders is not that of videos and images.
+    InputError: as in `turns_of_row`, or no question has an answer with more than white space.
+  """
+  turns = turns_of_row(row)
+  num_media = _num_media(row)
+  if num_media:
+    turns = place_media(turns, message)
+  kept = _without_opening_answer(turns)
+  if not _has_answer(kept):
+    raise _row_error(
+      row, "field 'conversations' has no question with an answer; add a question and an answer"
+    )
+  num_placeholders = sum(turn.text.count(PLACEHOLDER) for turn in kept)
+  if num_placeholders != num_media:
+    found = f"{num_placeholders} {PLACEHOLDER} for {num_media} videos or images"
+    problem = f"field 'conversations' has {found}; write one {PLACEHOLDER} for each"
+    raise _row_error(row, problem, WrongPlaceholders)
+  return turns
+
+
+def _num_media(row):
+  media = [row.get("video") or (), row.get("image") or ()]
+  return sum(1 if isinstance(paths, str) else len(paths) for paths in media)
+
+
+def _has_answer(turns):
+  """Whether an answer with a word follows a question."""
+  is_asked = False
+  for turn in turns:
+    is_asked |= turn.role == "human"
+    if is_asked and turn.role == "gpt" and _NO_WORDS.sub("", turn.text).strip():
+      return True
+  return False
 
 
 def encode_row(
@@ -233,33 +294,21 @@ def encode_row(
   """Checks one LLaVA row and returns its ids and labels; see the module's example.
 
   Args:
-    row: with `conversations`, and either `video` or `image` (a path or a list of paths) or neither.
+    row: as in `placed_turns`.
     tokenizer: gives the ids.
     template: one of `TEMPLATES`.
-    message: what `time_message` gives for the sampled frames.
+    message: as in `placed_turns`.
     label_style: as in `encode_dialog`; with template `plain`, the loss counts the whole caption.
 
   Raises:
     InputError: the row cannot be used; names the row and the field.
   """
   _check_template(template)
-  turns = turns_of_row(row)
-  media = [row.get("video") or (), row.get("image") or ()]
-  num_media = sum(1 if isinstance(paths, str) else len(paths) for paths in media)
-  if num_media:
-    turns = place_media(turns, message)
-  kept = _without_opening_answer(turns)
-  if not has_answer(kept):
-    raise _row_error(
-      row, "field 'conversations' has no question with an answer; add a question and an answer"
-    )
-  num_placeholders = sum(turn.text.count(PLACEHOLDER) for turn in kept)
-  if num_placeholders != num_media:
-    found = f"{num_placeholders} {PLACEHOLDER} for {num_media} videos or images"
-    raise _row_error(row, f"field 'conversations' has {found}; write one {PLACEHOLDER} for each")
+  turns, num_media = placed_turns(row, message), _num_media(row)
   if template != "plain":
     return encode_dialog(turns, tokenizer, num_media > 0, label_style)
-  if num_media != 1 or len(turns) != 2 or len(kept) != 2 or PLACEHOLDER in turns[1].text:
+  is_caption = len(turns) == 2 and turns[0].role == "human"
+  if num_media != 1 or not is_caption or PLACEHOLDER in turns[1].text:
     raise _row_error(row, "template 'plain' needs one <image>, then one answer; or use 'qwen_2'")
   return encode_caption(turns, tokenizer)
 
@@ -282,6 +331,8 @@ def _chatml_turn(role: str, text: str | None) -> str:
 def _question_ids(question: str, opening: str, tokenizer: Tokenizer) -> list[int]:
   if not question.strip():
     raise InputError("the question is empty; give a question")
+  if not is_unicode(question):
+    raise InputError("the question is not valid UTF-8 text; write it again")
   if PLACEHOLDER in question:
     raise InputError(
       f"the question holds {PLACEHOLDER}, which stands for the video or image; remove it"
@@ -301,12 +352,13 @@ def _without_opening_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
   return turns[1:] if turns[0].role == "gpt" else turns
 
 
-def _with_labels(ids: list[int], in_loss: list[bool]) -> TokenizedText:
+def _with_labels(ids: list[int], in_loss: np.ndarray, in_answer: np.ndarray) -> TokenizedText:
   array = np.array(ids, np.int32)
-  has_label = np.array(in_loss) & (array != VISUAL_SLOT)
-  return TokenizedText(array, np.where(has_label, array, np.int32(IGNORE_LABEL)))
+  is_text = array != VISUAL_SLOT
+  labels = np.where(in_loss & is_text, array, np.int32(IGNORE_LABEL))
+  return TokenizedText(array, labels, in_answer & is_text)
 
 
-def _row_error(row: Mapping, problem: str) -> InputError:
+def _row_error(row: Mapping, problem: str, kind: type[InputError] = InputError) -> InputError:
   name = row.get("id", row.get("video", row.get("image", "without id")))
-  return InputError(f"row {name!r}: {problem}")
+  return kind(f"row {name!r:.100}: {problem}")
