@@ -133,6 +133,15 @@ def test_rows_are_converted_from_lists_too(tmp_path, capsys):
   assert json.loads(line) == json.loads((tmp_path / "rows.json").read_text())[0]
 
 
+def test_names_in_another_encoding_are_converted(tmp_path, capsys):
+  row = {"id": "\ud83d", "video": "caf\udce9.mp4", "conversations": turns("<image>Später?", "!")}
+  (tmp_path / "a.json").write_text(json.dumps([row]))
+  code, _, _ = data(capsys, "convert", tmp_path / "a.json", "--out", tmp_path / "rows.jsonl")
+  assert code == 0
+  text = (tmp_path / "rows.jsonl").read_text("utf-8")
+  assert "Später" in text and json.loads(text) == row
+
+
 @pytest.mark.parametrize(
   "name, text, message",
   [
@@ -141,7 +150,9 @@ def test_rows_are_converted_from_lists_too(tmp_path, capsys):
     ("a.csv", "video,question,answer,end\na.mp4,Q?,A,2\n", "a.csv line 2: bad times: only one"),
     ("a.csv", "video,question,answer\na.mp4,Q?,A,more\n", "a.csv line 2: bad json"),
     ("a.csv", "video,qestion,answer\n", "unknown column 'qestion'; did you mean question"),
+    ("a.csv", "video,question,question,answer\n", "a.csv line 1: column 'question' stands twice"),
     ("a.csv", "", "holds no row"),
+    ("a.jsonl", '\n{"id": 1,\t"id": 2}', "a.jsonl line 2: bad json: key 'id' stands twice"),
     ("a.jsonl", '\n{"id": 1}\n{"id": 2}\n\nx', "a.jsonl line 2 and 2 more rows: bad conv"),
     ("a.json", "[\n\n 3]", "a.json line 3: bad json"),
     ("a.json", "[", "broken JSON"),

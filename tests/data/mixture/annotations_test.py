@@ -59,6 +59,7 @@ def test_random_rows_differ_by_seed_and_keep_their_order():
     ("first:", "'' is not a whole number"),
     ("first:2.5%", "'2.5%' is not a whole number"),
     ("first:2:3", "'2:3' is not a whole number"),
+    (f"first:{'9' * 5000}", "is not a whole number"),
     ("first:0", "keeps no row of 7"),
     ("first2:7", "keeps no row of 7"),
     ("random:0", "keeps no row of 7"),

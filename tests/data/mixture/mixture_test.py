@@ -80,6 +80,21 @@ def test_annotations_are_a_mixture_of_one(tmp_path, name):
     ("datasets: [{json_path: a.json, seed: -1}]", "field 'seed' is -1"),
     ("datasets: [{json_path: a.json, folder: b}]", "unknown field 'folder'"),
     ("datasets:\n  - a: b\n c: [", "not valid YAML .line"),
+    ("datasets:\n  - json_path: a.json\n    json_path: b.json",
+     "line 3: key 'json_path' stands twice, first in line 2"),
+    ("datasets: [{json_path: a.json}]\n'datasets': [{json_path: b.json}]",
+     "line 2: key 'datasets' stands twice, first in line 1"),
+    ('{"datasets": [{"json_path": "a.json", "weight": 1,\n "weight": 2}]}',
+     "line 2: key 'weight' stands twice, first in line 1"),
+    ("x: &x {a: {b: 1, b: 2}}\ndatasets: [{json_path: a.json}]", "line 1: key 'b' stands twice"),
+    ("datasets: [{json_path: a.json, weight: 1e19}]", "a number above 0, 1,000,000 at most"),
+    (f"datasets: [{{json_path: a.json, weight: {10**400}}}]", "give a number above 0"),
+    ("datasets: [{json_path: a.json, weight: 1e999}]", "field 'weight' is inf"),
+    ("datasets: [{json_path: a.json, weight: 1e}]", "field 'weight' is '1e'; give a number"),
+    ("datasets: [{json_path: a.json, weight: !!int ''}]", "not valid YAML"),
+    ("datasets: [{json_path: a.json, weight: !!bool maybe}]", "not valid YAML"),
+    ("datasets: [{json_path: !!timestamp now}]", "not valid YAML"),
+    ("datasets: [{json_path: a.json}]\n---\ndatasets: [{json_path: b.json}]", "not valid YAML"),
     ("datasets: !!python/object/apply:os.system [ls]", "not valid YAML"),
     ("a\0b", "not valid YAML"),
   ],
@@ -90,6 +105,32 @@ def test_a_mistake_is_named_in_one_line_with_its_place(tmp_path, text, said):
     read_mixture(path)
   assert str(error.value).startswith(str(path))
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "text, weight",
+  [("1e0", 1), ("1E3", 1000), ("2.5e-1", 0.25), ("1.e+1", 10), (".5", 0.5), ("+.5e1", 5), ("2", 2)],
+)
+def test_numbers_may_have_an_exponent_without_a_point_or_sign(tmp_path, text, weight):
+  mixture = write(tmp_path / "m.yaml", f"datasets: [{{json_path: a.json, weight: {text}}}]")
+  assert read_mixture(mixture).sources[0].weight == weight
+
+
+def test_texts_that_resemble_numbers_stay_texts(tmp_path):
+  text = "datasets: [{json_path: 1e3.json, data_root: 3e4f, sampling_strategy: first:1}]"
+  (source,) = read_mixture(write(tmp_path / "m.yaml", text)).sources
+  assert source.data_root == str(tmp_path / "3e4f")
+
+
+def test_fields_may_be_merged_in_and_changed(tmp_path):
+  text = """datasets:
+  - &first {json_path: a.json, weight: 2}
+  - &second {<<: *first, json_path: b.json}
+  - {<<: *second, weight: 3}
+"""
+  sources = read_mixture(write(tmp_path / "m.yaml", text)).sources
+  named = [(source.json_path.removeprefix(f"{tmp_path}/"), source.weight) for source in sources]
+  assert named == [("a.json", 2), ("b.json", 2), ("b.json", 3)]
 
 
 def test_a_file_that_is_no_mixture_is_refused(tmp_path):

@@ -84,6 +84,47 @@ def test_a_number_of_thousands_of_digits_breaks_its_row_only(tmp_path):
     rows[1]
 
 
+@pytest.mark.parametrize("form", ["lines", "list"])
+@pytest.mark.parametrize(
+  "broken, said",
+  [
+    (b'{"id": 1, "video": "a.mp4", "video": "b.mp4"}', "key 'video' stands twice; remove one"),
+    (b'{"id": 1, "x": [{"a": {"b": 1, "c": [], "b": 1}}]}', "key 'b' stands twice"),
+    (b'{"id": 1, "caf\xc3\xa9": 1, "caf\xc3\xa9": 1}', "key 'caf\xe9' stands twice"),
+    (b'{"id": 1, "video": "caf\xe9.mp4"}', "not valid UTF-8; save the file as UTF-8"),
+    (b'{"id": 1, "video": "\xed\xa0\xbd"}', "not valid UTF-8"),
+    (b"7", "not a JSON object"),
+  ],
+)
+def test_a_row_that_is_no_json_says_why(tmp_path, monkeypatch, form, broken, said):
+  monkeypatch.setattr(row_text, "_PIECE_BYTES", 40)  # a key stands twice before a piece's end
+  parts = [json.dumps(row(0, "text")).encode(), broken, json.dumps(row(2, "text")).encode()]
+  path = tmp_path / "a.json"
+  path.write_bytes(b"[%s]" % b",\n".join(parts) if form == "list" else b"\n".join(parts))
+  rows = open_all(path)
+  assert (len(rows), rows[0]["id"], rows[2]["id"]) == (3, 0, 2)
+  with pytest.raises(BrokenRow, match=rf"^bad json: .*a\.json row 2: {said}"):
+    rows[1]
+  assert rows.kind(1) == "text" and rows.label(1) == "row 2"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_a_file_in_utf_16_is_refused_by_name(tmp_path, encoding, form):
+  mark = "" if encoding == "utf-16" else "\ufeff"
+  path = tmp_path / "a.json"
+  path.write_text(mark + FORMS[form]([row(0, "text")]), encoding)
+  with pytest.raises(InputError, match=r"a\.json: the text is UTF-16; save it as UTF-8"):
+    open_all(path)
+
+
+def test_files_with_byte_order_marks_may_be_joined(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text("".join(f"\ufeff{json.dumps(row(i, 'text'))}\n" for i in range(3)))
+  rows = open_all(path)
+  assert [rows[i]["id"] for i in range(3)] == [0, 1, 2]
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
   with pytest.raises(InputError, match=r"cannot be read .No such file"):
     open_all(tmp_path / "a.json")

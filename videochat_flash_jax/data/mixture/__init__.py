@@ -12,6 +12,7 @@ when it is needed.
 | `row_text`       | reads the rows of a file of any size, one at a time                 |
 | `annotations`    | rules for rows: which ones, which media, which frames               |
 | `row_check`      | finds what is wrong with a row without opening its media            |
+| `yaml_text`      | parses YAML; a key that stands twice is an error                    |
 | `row_conversion` | turns other tables and lists into checked rows                      |
 | `broken`         | the reasons why a row cannot be used                                |
 """

@@ -29,7 +29,7 @@ from videochat_flash_jax.errors import InputError
 
 _BLOCKS = {"first": 0, "first2": 1, "first3": 2, "first4": 3}
 _STRATEGIES = ("all", *_BLOCKS, "end", "random")
-_NUMBER = re.compile(r"\s*([+-]?\d+)\s*(%?)\s*")
+_NUMBER = re.compile(r"\s*([+-]?\d{1,18})\s*(%?)\s*")
 _FEWEST_FRAMES = 8
 
 

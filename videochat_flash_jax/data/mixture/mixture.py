@@ -17,15 +17,13 @@ directory). Every path may be an address such as `gs://bucket/longvid.jsonl`.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
-from videochat_flash_jax.data.media.files import is_address, open_media
+from videochat_flash_jax.data.media.files import check_regular, is_address, open_media
 from videochat_flash_jax.data.mixture.annotations import nearest, strategy_parts
+from videochat_flash_jax.data.mixture.yaml_text import parse_yaml
 from videochat_flash_jax.errors import InputError
 
 ANNOTATION_SUFFIXES = (".json", ".jsonl")
@@ -33,6 +31,7 @@ _MEDIA_TYPES = ("image", "video", "text", "mix")
 # The first four name decoders of the original; here all of them are read in the same way. The last
 # two stand for folders of pictures.
 VIDEO_READ_TYPES = ("decord", "av", "gif", "lazy", "img", "frame")
+_MAX_WEIGHT = 1_000_000  # so that the rows of an epoch can be counted
 _WORDS = {"media_type": _MEDIA_TYPES, "video_read_type": VIDEO_READ_TYPES}
 
 
@@ -90,17 +89,18 @@ def read_mixture(path: str | os.PathLike) -> Mixture:
 
 
 def _read_yaml(path):
+  check_regular(path)
   try:
     opened = open_media(path)
     with open(opened, "rb") if isinstance(opened, str) else opened as file:
-      return yaml.safe_load(file.read())
+      text = file.read()
   except OSError as error:
     problem = error.strerror or error
     raise InputError(f"{path}: cannot be read ({problem}); check the path") from error
-  except (yaml.YAMLError, ValueError, RecursionError) as error:
-    mark = getattr(error, "problem_mark", None)
-    where = f"line {mark.line + 1}: {error.problem}" if mark else str(error).splitlines()[0]
-    raise InputError(f"{path}: not valid YAML ({where}); correct it") from error
+  try:
+    return parse_yaml(text)
+  except ValueError as error:
+    raise InputError(f"{path}: not valid YAML ({error}); correct it") from error
 
 
 def _source(where, mixture_path, entry) -> Source:
@@ -126,8 +126,9 @@ def _check_value(where, field, value):
   """Raises an `InputError` for a value that a field cannot have."""
   if field == "weight":
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-      raise InputError(f"{where} is {value!r}; give a number above 0")
+    if not number or not 0 < value <= _MAX_WEIGHT:
+      found = f"{where} is {value!r:.100}"
+      raise InputError(f"{found}; give a number above 0, {_MAX_WEIGHT:,} at most")
   elif field == "seed":
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
       raise InputError(f"{where} is {value!r}; give a whole number, 0 or more")

@@ -38,6 +38,8 @@ def check_row(row: object) -> None:
 
 
 def check_object(row: object) -> None:
-  """Raises a `BrokenRow` if a row is not a JSON object."""
+  """Raises a `BrokenRow` if a row is one, as `parse_row` returns it, or not a JSON object."""
+  if isinstance(row, BrokenRow):
+    raise row
   if not isinstance(row, Mapping):
     raise BrokenRow("bad json", "not a JSON object; correct or remove the line")

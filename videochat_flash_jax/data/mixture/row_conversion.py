@@ -41,7 +41,8 @@ def convert_rows(source: Path, out: Path) -> int:
   rows = _table_rows if source.suffix.lower() == ".csv" else _json_rows
   partial = out.with_name(out.name + ".partial")
   try:
-    with open(partial, "w", encoding="utf-8") as file:
+    # Half of a surrogate pair, as in the name of a file in another encoding, becomes "\udce9".
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
       num_rows = _write_rows(rows(source), source, file)
     partial.rename(out)
   except OSError as error:
@@ -85,9 +86,12 @@ def _table_rows(source) -> Iterator[tuple[int, dict[str, Any]]]:
   with open(source, encoding="utf-8-sig", newline="") as file:
     table = csv.DictReader(file, strict=True)
     try:
-      for column in table.fieldnames or ():
+      columns = table.fieldnames or ()
+      for column in columns:
         if column not in _COLUMNS:
           raise InputError(f"{source}: unknown column {column!r}; {nearest(column, _COLUMNS)}")
+        if columns.count(column) > 1:
+          raise InputError(f"{source} line 1: column {column!r} stands twice; remove one of them")
       line = table.line_num + 1
       for cells in table:
         yield line, _row_of_cells(cells)

@@ -30,7 +30,7 @@ from videochat_flash_jax.data.mixture.row_text import rows_of_file
 from videochat_flash_jax.errors import InputError
 
 KINDS = ("text", "image", "video")
-_VERSION = 1
+_VERSION = 2
 _SCRATCH = "building-"
 _DAY_SECONDS = 24 * 3600
 _RECORD = np.dtype([("start", "<i8"), ("length", "<i4"), ("words", "<i4"), ("kind", "i1")])

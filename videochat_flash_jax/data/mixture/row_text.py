@@ -1,27 +1,47 @@
 """Reads the rows of an annotation file of any size sequentially, each with its byte offset."""
 
+import codecs
 import json
 import math
 import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from videochat_flash_jax.data.mixture.broken import BrokenRow
 from videochat_flash_jax.errors import InputError
 
 _PIECE_BYTES = 1 << 20
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
 _LONGEST_ESCAPE = 16
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 # Python converts no integer with more digits. It must not fail here, so that the end of the row is
 # found.
 _MOST_DIGITS = 4300
-_decoder = json.JSONDecoder(
-  parse_int=lambda digits: int(digits) if len(digits) <= _MOST_DIGITS else math.inf
-)
+
+
+class _KeyTwice(Exception):
+  """An object of a row holds a key twice."""
+
+
+def _object(pairs):
+  """Makes the dict of a JSON object."""
+  made = dict(pairs)
+  if len(made) < len(pairs):
+    keys = [key for key, _ in pairs]
+    raise _KeyTwice(next(key for key in keys if keys.count(key) > 1))
+  return made
+
+
+def _parse_int(digits):
+  return int(digits) if len(digits) <= _MOST_DIGITS else math.inf
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object)
+_end_decoder = json.JSONDecoder(parse_int=_parse_int)
 
 
 class RowText(NamedTuple):
-  """One row: the byte where it starts, its text, and its parsed JSON (None if it is not JSON)."""
+  """One row: the byte where it starts, its text, and what `parse_row` returns for it."""
 
   start: int
   text: bytes
@@ -29,11 +49,16 @@ class RowText(NamedTuple):
 
 
 def parse_row(text: bytes) -> object:
-  """Parses a row's JSON; returns None if it is not JSON."""
+  """Parses a row's JSON; if it cannot be used, returns a `BrokenRow` that says why."""
   try:
-    return json.loads(text)
-  except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-    return None
+    return _decoder.decode(text.decode("utf-8-sig"))
+  except _KeyTwice as error:
+    problem = f"key {error.args[0]!r:.100} stands twice; remove one of them"
+  except UnicodeDecodeError:
+    problem = "not valid UTF-8; save the file as UTF-8, or remove the line"
+  except (ValueError, RecursionError):
+    problem = "not a JSON object; correct or remove the line"
+  return BrokenRow("bad json", problem)
 
 
 def rows_of_file(file: BinaryIO, name: str) -> Iterator[RowText]:
@@ -46,10 +71,12 @@ def rows_of_file(file: BinaryIO, name: str) -> Iterator[RowText]:
 
   Raises:
     InputError: the JSON of a list is broken, so that the start of the next row is unknown, or
-      something follows the list.
+      something follows the list; or the file is UTF-16.
   """
-  mark = file.read(len(_BYTE_ORDER_MARK))
-  start = len(mark) if mark == _BYTE_ORDER_MARK else 0
+  mark = file.read(len(codecs.BOM_UTF8))
+  if mark.startswith(_UTF16_MARKS):
+    raise InputError(f"{name}: the text is UTF-16; save it as UTF-8")
+  start = len(mark) if mark == codecs.BOM_UTF8 else 0
   file.seek(start)
   is_list = file.read(_PIECE_BYTES).lstrip()[:1] == b"["
   file.seek(start)
@@ -63,7 +90,8 @@ def _is_row_among_rows(file):
   line = file.readline(_PIECE_BYTES)
   while line.isspace():
     line = file.readline(_PIECE_BYTES)
-  return line.endswith(b"\n") and parse_row(line) is not None and not _is_rest_whitespace(file)
+  is_json = line.endswith(b"\n") and not isinstance(parse_row(line), BrokenRow)
+  return is_json and not _is_rest_whitespace(file)
 
 
 def _is_rest_whitespace(file):
@@ -82,8 +110,8 @@ def _list_elements(file, name, start):
   """Yields the elements of a list, and parses piece by piece.
 
   A piece is decoded as Latin-1, where each character is one byte: an offset in the text is an
-  offset in the file. All characters that structure JSON are ASCII. An element with other characters
-  is decoded again, as UTF-8.
+  offset in the file. All characters that structure JSON are ASCII, so the end of an element can be
+  found; then its bytes are parsed.
   """
   text, base = file.read(_PIECE_BYTES).decode("latin-1"), start
   offset = text.index("[") + 1
@@ -93,7 +121,7 @@ def _list_elements(file, name, start):
     if text[offset : offset + 1] == "]":
       break
     try:
-      value, end = _decoder.raw_decode(text, offset)
+      _, end = _end_decoder.raw_decode(text, offset)
       after = _WHITESPACE.match(text, end).end()
       follower = text[after : after + 1]
     except (json.JSONDecodeError, RecursionError) as error:
@@ -101,7 +129,7 @@ def _list_elements(file, name, start):
       follower = ""
     if follower and follower in ",]":
       raw = text[offset:end].encode("latin-1")
-      yield RowText(base + offset, raw, value if raw.isascii() else parse_row(raw))
+      yield RowText(base + offset, raw, parse_row(raw))
       num_read += 1
       if follower == "]":
         offset = after
