@@ -36,7 +36,7 @@ from videochat_flash_jax.data.features.feature_store import (
   FeatureWriter,
 )
 from videochat_flash_jax.data.media.video_reader import VideoInfo, open_video
-from videochat_flash_jax.data.mixture.broken import BrokenRow
+from videochat_flash_jax.data.mixture.broken import BrokenRow, any_error_breaks
 from videochat_flash_jax.data.mixture.rows import Rows
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.engine import Engine
@@ -215,15 +215,11 @@ class _RowMedia:
   def read(self, number: int) -> _ReadRow:
     """Reads the media of one row; errors are reported in `_ReadRow.broken`."""
     try:
-      row = self._rows[number]
-      return self._read_images(row) if row.get("video") is None else self._read_video(row)
-    except BrokenRow as error:
-      broken = BrokenRow(
-        error.reason, error.detail
-      )  # the traceback of `error` would keep the file open
-    except OSError as error:
-      broken = BrokenRow(f"unreadable {self._rows.kind(number)}", str(error))
-    return _ReadRow(broken=broken)
+      with any_error_breaks(self._rows.kind(number)):
+        row = self._rows[number]
+        return self._read_images(row) if row.get("video") is None else self._read_video(row)
+    except BrokenRow as error:  # its traceback would keep the file open
+      return _ReadRow(broken=BrokenRow(error.reason, error.detail))
 
   @contextlib.contextmanager
   def _once(self, entry: bytes) -> Iterator[bool]:

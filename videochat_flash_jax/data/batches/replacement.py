@@ -19,14 +19,13 @@ import numpy as np
 
 from videochat_flash_jax.data.batches.example_order import ExampleOrder
 from videochat_flash_jax.data.batches.examples import Example, ExampleReader
-from videochat_flash_jax.data.mixture.broken import BrokenRow
+from videochat_flash_jax.data.mixture.broken import BrokenRow, any_error_breaks
 from videochat_flash_jax.errors import InputError
 
 _MAX_REPLACEMENTS = 100
 _MEDIA_REASONS = {"missing file", "unreadable video", "unreadable image", "no frames"}
 _REPLACEMENT_SEED = 1  # so that these draws differ from those for the example itself
 _RETRY_SECONDS = 0.2, 1.0
-_REASONS = {"video": "unreadable video", "image": "unreadable image", "text": "bad conversations"}
 _TEMPORARY = {  # errors of a network or a busy machine, which may be gone at the next try
   getattr(errno, name)
   for name in (
@@ -176,19 +175,13 @@ class ReplacingReader:
     """Reads a row; tries again after an error that may be temporary."""
     for seconds in (*_RETRY_SECONDS, None):
       try:
-        return self._reader.read(self._rows[row], rng)
-      except (InputError, OSError) as error:
+        with any_error_breaks(self._rows.kind(row)):
+          return self._reader.read(self._rows[row], rng)
+      except InputError as error:
         if seconds is None or not may_pass(error):
-          if isinstance(error, InputError):  # a `BrokenRow`, or an error that no single row causes
-            raise
-          raise self._as_broken(row, error) from error
-      except Exception as error:  # nobody knows in advance which errors a row can cause
-        raise self._as_broken(row, error) from error
+          raise
       time.sleep(seconds)
     raise AssertionError("unreachable")
-
-  def _as_broken(self, row, error):
-    return BrokenRow(_REASONS[self._rows.kind(row)], f"{type(error).__name__}: {error}")
 
 
 def may_pass(error: BaseException | None) -> bool:

@@ -7,7 +7,7 @@ the frames of such a part count from its start.
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from videochat_flash_jax.data.media.files import exists, is_address, server_fail
 from videochat_flash_jax.data.media.frame_sampling import (
   CLIP_FRAMES,
   clip_indices,
+  clip_range,
   training_indices,
 )
 from videochat_flash_jax.data.media.image_reader import read_image
@@ -56,6 +57,22 @@ class RowVideo(NamedTuple):
   seconds: float
   frame_seconds: np.ndarray
   is_damaged: bool = False
+
+
+class VideoPart(NamedTuple):
+  """The part of a video that a row is about: from `start` to `end`, or all.
+
+  Attributes:
+    start: its first second.
+    end: the second at which it ends.
+    frames: of the video, inside this part.
+    fps: frames a second, as the row counts them.
+  """
+
+  start: float
+  end: float
+  frames: range
+  fps: float
 
 
 class FrameChoice(NamedTuple):
@@ -108,20 +125,69 @@ def row_video_path(row: Mapping[str, Any]) -> str:
   return path
 
 
-@contextlib.contextmanager
-def open_row_video(row: Mapping[str, Any]) -> Iterator[VideoReader]:
+class _RowVideo(VideoReader):
+  """A video of which any fault that shows in reading is a `BrokenRow`."""
+
+  def __init__(self, reader: VideoReader):
+    self.path, self.info, self._reader = reader.path, reader.info, reader
+
+  @property
+  def damaged(self) -> bool:
+    return self._reader.damaged
+
+  def frames(self, indices: Iterable[int], image_size=None) -> Iterator[np.ndarray]:
+    with _reading("unreadable video", str(self.path)):
+      yield from self._reader.frames(indices, image_size)
+
+  def close(self) -> None:
+    self._reader.close()
+
+
+def open_row_video(
+  row: Mapping[str, Any], num_threads: int | None = 1, logs_damage: bool = False
+) -> VideoReader:
   """Opens the video of a row.
 
-  Opening it, and reading from it inside the `with` block, raise the errors of `read_row_video`.
+  Args:
+    row: a row with full paths.
+    num_threads: as in `open_video`.
+    logs_damage: as in `open_video`; of a run's damaged videos, `BrokenShare` writes the log.
+
+  Raises:
+    BrokenRow: there is no such video, or it cannot be read; reading its frames raises it, too.
+    OSError: the video cannot be read now, but may be readable later; the same holds.
   """
   path = row_video_path(row)
   if row.get("video_read_type") == "img" and is_address(path):
     found = f"{path}: folders of pictures can only be read from this machine"
     raise BrokenRow("unreadable video", f"{found}; copy it here, or make it a video")
   picture_fps = _TVQA_FPS if "tvqa" in path.lower() else 1.0
-  options = {"num_threads": 1, "logs_damage": False}  # `BrokenShare` logs damaged videos
-  with _reading("unreadable video", path), open_video(path, picture_fps, **options) as video:
-    yield video
+  with _reading("unreadable video", path):
+    return _RowVideo(open_video(path, picture_fps, num_threads, logs_damage))
+
+
+def row_part(row: Mapping[str, Any], info: VideoInfo) -> VideoPart:
+  """Finds the part of a video that a row is about.
+
+  Raises:
+    BrokenRow: the row's times do not fit the video.
+  """
+  read_type = row.get("video_read_type")
+  fps = 1.0 if read_type == "gif" else info.fps
+  seconds = info.num_frames / fps
+  with because("bad times"):
+    clip = annotated_clip(row)
+    if clip is None:
+      return VideoPart(0.0, seconds, range(info.num_frames), fps)
+    start, end = clip
+    if read_type == "img":
+      end = min(end, seconds)
+    elif end > seconds + max(_BEYOND_SECONDS, _BEYOND_SHARE * seconds):
+      raise InputError(
+        f"clip from {start:g} s to {end:g} s ends long after a video of {seconds:.2f} s; correct "
+        "its end"
+      )
+    return VideoPart(start, end, clip_range(info.num_frames, fps, start, end), fps)
 
 
 def choose_frames(row: Mapping[str, Any], info: VideoInfo, config: ExampleConfig) -> FrameChoice:
@@ -130,9 +196,21 @@ def choose_frames(row: Mapping[str, Any], info: VideoInfo, config: ExampleConfig
   Raises:
     BrokenRow: the row's times do not fit the video.
   """
-  is_folder, read_type = os.path.isdir(row_video_path(row)), row.get("video_read_type")
+  (min_frames, max_frames), sample, num_frames = config.frames, config.sampling, info.num_frames
+  bounds = {"min_frames": min_frames, "max_frames": max_frames, "local_frames": CLIP_FRAMES}
+  start, end, _, fps = row_part(row, info)
   with because("bad times"):
-    return FrameChoice(*_sample(info, is_folder, read_type, annotated_clip(row), config))
+    if annotated_clip(row) is None:
+      # Each picture of a folder counts as one second, whatever its rate.
+      rate = 1.0 if os.path.isdir(row_video_path(row)) else fps
+      indices = training_indices(sample, num_frames, rate, num_picks=max_frames, **bounds)
+    elif row.get("video_read_type") == "img":
+      times = fps, start, end
+      indices = picture_indices(sample, num_frames, *times, num_picks=max_frames, **bounds)
+    else:
+      num_picks = num_clip_frames(end - start, sample, **bounds)
+      indices = clip_indices(num_frames, fps, start, end, num_picks)
+  return FrameChoice(indices, end - start, indices / fps - start)
 
 
 def read_clips(video: VideoReader, choice: FrameChoice, config: ExampleConfig) -> np.ndarray:
@@ -207,37 +285,3 @@ def _reading(reason: str, path: str) -> Iterator[None]:
     except Exception as error:
       found = f"{path}: {type(error).__name__}: {error}"
       raise BrokenRow(reason, found) from server_failure(error)
-
-
-def _sample(
-  info: VideoInfo,
-  is_folder: bool,
-  read_type: str | None,
-  clip: tuple[float, float] | None,
-  config: ExampleConfig,
-) -> tuple[np.ndarray, float, np.ndarray]:
-  """The indices of the frames, the length in seconds, and the times of the frames."""
-  min_frames, max_frames = config.frames
-  bounds = {"min_frames": min_frames, "max_frames": max_frames, "local_frames": CLIP_FRAMES}
-  fps = 1.0 if read_type == "gif" else info.fps
-  seconds = info.num_frames / fps
-  if clip is None:
-    rate = 1.0 if is_folder else fps  # each picture counts as one second, whatever its rate
-    indices = training_indices(
-      config.sampling, info.num_frames, rate, num_picks=max_frames, **bounds
-    )
-    return indices, seconds, indices / fps
-  start, end = clip
-  if read_type != "img" and end > seconds + max(_BEYOND_SECONDS, _BEYOND_SHARE * seconds):
-    raise InputError(
-      f"clip from {start:g} s to {end:g} s ends long after a video of {seconds:.2f} s; correct its "
-      "end"
-    )
-  if read_type == "img":
-    frames = config.sampling, info.num_frames, fps
-    indices = picture_indices(*frames, start, end, num_picks=max_frames, **bounds)
-    end = min(end, seconds)
-  else:
-    num_picks = num_clip_frames(end - start, config.sampling, **bounds)
-    indices = clip_indices(info.num_frames, fps, start, end, num_picks)
-  return indices, end - start, indices / fps - start

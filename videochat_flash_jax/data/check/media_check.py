@@ -28,7 +28,7 @@ from videochat_flash_jax.data.batches.row_media import (
 )
 from videochat_flash_jax.data.media.video_reader import VideoInfo
 from videochat_flash_jax.data.mixture.annotations import check_media, has_half_clip, media_paths
-from videochat_flash_jax.data.mixture.broken import BrokenRow
+from videochat_flash_jax.data.mixture.broken import BrokenRow, any_error_breaks
 from videochat_flash_jax.data.mixture.mixture import Mixture
 from videochat_flash_jax.data.mixture.rows import Rows, open_usable_rows
 from videochat_flash_jax.errors import InputError
@@ -198,19 +198,43 @@ def _check_kept_rows(checked: range, opened: frozenset[int]) -> SourceReport:
 
 def _check_rows(rows: Rows, checked: range, opened: frozenset[int]) -> SourceReport:
   """Checks the rows `checked`, and opens the media of those in `opened`."""
-  report = SourceReport(rows.source(checked.start), rows=len(checked))
-  report.words = int(rows.words(checked).sum())
+  report = SourceReport(rows.source(checked.start))
   for index in checked:
-    kind = rows.kind(index)
-    report.kinds[kind] += 1
-    try:
+    check_row_and_media(rows, index, report, index in opened)
+  return report
+
+
+def check_row_and_media(
+  rows: Rows, index: int, report: SourceReport, is_opened: bool = True
+) -> dict | None:
+  """Checks a row, and counts in the report of its source what is found.
+
+  Args:
+    rows: rows of a mixture.
+    index: which of them is checked.
+    report: of the row's source.
+    is_opened: whether the row's media are opened.
+
+  Returns:
+    The row, or None if it cannot be used.
+
+  Raises:
+    InputError: the annotation file is missing or has changed.
+  """
+  kind = rows.kind(index)
+  report.rows += 1
+  report.kinds[kind] += 1
+  report.words += rows.words(index)
+  try:
+    with any_error_breaks(kind):
       row = rows[index]
       report.half_clips += has_half_clip(row)
-      if index in opened and kind != "text":
+      if is_opened and kind != "text":
         _open_media(row, kind, report)
-    except BrokenRow as error:
-      report.add_broken(rows.label(index), error)
-  return report
+      return row
+  except BrokenRow as error:
+    report.add_broken(rows.label(index), error)
+    return None
 
 
 def _with_name(label, message):
@@ -250,14 +274,13 @@ class _Found(NamedTuple):
 def _open_file(kind: str, path: str, read_type: str | None) -> _Found:
   """Decodes as much of a file as is needed to see whether it is complete."""
   try:
-    if kind == "image":
-      read_row_images({"image": path})
-      return _Found()
-    with open_row_video({"video": path, "video_read_type": read_type}) as video:
-      for _ in video.frames([0, video.info.num_frames - 1], _CONFIG.image_size):
-        pass
-      return _Found(video.info, video.damaged)
+    with any_error_breaks(kind):
+      if kind == "image":
+        read_row_images({"image": path})
+        return _Found()
+      with open_row_video({"video": path, "video_read_type": read_type}) as video:
+        for _ in video.frames([0, video.info.num_frames - 1], _CONFIG.image_size):
+          pass
+        return _Found(video.info, video.damaged)
   except BrokenRow as error:
     return _Found(problem=(error.reason, error.detail))
-  except OSError as error:  # a run would try again
-    return _Found(problem=(f"unreadable {kind}", f"{path}: {error.strerror or error}"))

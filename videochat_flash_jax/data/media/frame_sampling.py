@@ -171,6 +171,21 @@ def evenly_spaced_indices(num_frames: int, num_picks: int) -> np.ndarray:
   return int(spacing / 2) + np.round(spacing * np.arange(num_picks)).astype(np.int64)
 
 
+def clip_range(num_frames: int, fps: float, start_seconds: float, end_seconds: float) -> range:
+  """Returns the frames of a video between two times: 5 s to 9 s at 30 fps are frames 150 to 269.
+
+  Raises:
+    InputError: the clip ends before it starts, or lies outside the video.
+  """
+  frames = range(max(0, int(start_seconds * fps)), min(num_frames, int(end_seconds * fps)))
+  if not frames:
+    raise InputError(
+      f"clip from {start_seconds:g} s to {end_seconds:g} s holds no frame of a video of "
+      f"{num_frames / fps:.2f} s: correct its start and end"
+    )
+  return frames
+
+
 def clip_indices(
   num_frames: int, fps: float, start_seconds: float, end_seconds: float, num_picks: int
 ) -> np.ndarray:
@@ -184,13 +199,7 @@ def clip_indices(
     int64 `[num_picks]`.
 
   Raises:
-    InputError: the clip ends before it starts, or lies outside the video.
+    InputError: as in `clip_range`.
   """
-  first = max(0, int(start_seconds * fps))
-  last = min(num_frames, int(end_seconds * fps))
-  if first >= last:
-    raise InputError(
-      f"clip from {start_seconds:g} s to {end_seconds:g} s holds no frame of a video of "
-      f"{num_frames / fps:.2f} s: correct its start and end"
-    )
-  return first + evenly_spaced_indices(last - first, num_picks)
+  frames = clip_range(num_frames, fps, start_seconds, end_seconds)
+  return frames.start + evenly_spaced_indices(len(frames), num_picks)

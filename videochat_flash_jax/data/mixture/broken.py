@@ -27,6 +27,11 @@ REASONS = (
 )
 
 
+_REASONS_OF_KINDS = {
+  "video": "unreadable video", "image": "unreadable image", "text": "bad conversations"
+}  # fmt: skip
+
+
 class BrokenRow(InputError):
   """The error of a row that cannot be used. Other rows can be, so a training run need not stop.
 
@@ -68,3 +73,21 @@ def because(reason: str) -> Iterator[None]:
     elif any(isinstance(e, FileNotFoundError) for e in (error, error.__cause__)):
       reason = "missing file"
     raise BrokenRow(reason, str(error)) from error
+
+
+@contextlib.contextmanager
+def any_error_breaks(kind: str) -> Iterator[None]:
+  """Turns an error inside the block into a `BrokenRow`, because nobody knows which ones may come.
+
+  An `InputError` is not changed: it is a `BrokenRow` already, or no single row causes it.
+
+  Args:
+    kind: what the row shows: "video", "image" or "text".
+  """
+  try:
+    yield
+  except InputError:
+    raise
+  except Exception as error:
+    problem = f"{type(error).__name__}: {error}"
+    raise BrokenRow(_REASONS_OF_KINDS[kind], problem) from error

@@ -235,10 +235,10 @@ class Rows:
     extra = np.array([media_length(kind, self.max_frames) for kind in KINDS], np.int32)
     return np.concatenate([part.column("words") + extra[part.kinds()] for part in self._parts])
 
-  def words(self, indices: range) -> np.ndarray:
-    """Returns how many words the conversations of consecutive rows of one source have."""
-    part = self._part(indices.start)
-    return part.column("words")[indices.start - part.rows.start :][: len(indices)]
+  def words(self, index: int) -> int:
+    """Returns how many words the conversations of a row have."""
+    part = self._part(index)
+    return int(part.table["words"][part.number(index)])
 
   def index_bytes(self) -> int:
     """Returns how many bytes the indices take on the disk."""
