@@ -28,8 +28,9 @@ def row(video):
 @pytest.mark.parametrize(
   "text, complaint",
   [
-    ("{}", "has no list of rows"),
-    ("not JSON", "not valid JSON"),
+    ("{}", "not written by `vcflash demo`"),
+    ("not JSON", "holds no row"),
+    (json.dumps([row("a.mp4") | {"video": None}]), "not written by `vcflash demo`"),
     (json.dumps([row("a.mp4"), row("b.mp4")]), "not written by `vcflash demo`"),
   ],
 )

@@ -2,12 +2,18 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.checkpoints.small_checkpoints import with_far_token
+from tests.data.media.video_files import pictures
 from videochat_flash_jax.checkpoints import convert
+from videochat_flash_jax.data.media.frame_sampling import inference_indices
 from videochat_flash_jax.data.media.video_reader import open_video
+from videochat_flash_jax.data.mixture.broken import BrokenRow
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.chat import VideoChat
+from videochat_flash_jax.inference.conversation import SeenImages
+from videochat_flash_jax.inference.feature_encoding import group_clips
 from videochat_flash_jax.models.config import DropoutConfig, YarnConfig
 from videochat_flash_jax.parallel.mesh_config import MeshConfig
 from videochat_flash_jax.testing.dummy import write_dummy_checkpoint, write_dummy_video
@@ -38,6 +44,79 @@ def test_a_second_is_one_frame(chat, path):
   video = chat.watch(path)
   assert (video.seconds, video.num_frames) == (24.0, 24)
   assert chat.watch(path, max_frames=8).num_frames == 8
+
+
+def visual_tokens(conversation):
+  return np.asarray(conversation._visual_tokens)
+
+
+def write_pictures(folder, numbers):
+  folder.mkdir()
+  for number in numbers:
+    Image.fromarray(pictures(12)[number]).save(folder / f"{number}.png")
+  return str(folder)
+
+
+def test_of_a_row_only_its_part_of_the_video_is_seen(chat, path):
+  seen = chat.see_row({"video": str(path), "start": 4, "end": 14})
+  indices = 8 + inference_indices(20, 2.0, chat.config.sampling)
+  assert (seen.seconds, seen.num_frames, len(indices)) == (10.0, 8, 8)
+  with open_video(path) as video:
+    frames = video.frames(indices, chat.config.vision.image_size)
+    expected = chat.engine.encode(group_clips(frames, 4))
+  np.testing.assert_array_equal(visual_tokens(seen), expected)
+  assert chat.see_row({"video": str(path), "start": 4, "end": 14}, max_frames=4).num_frames == 4
+  whole = chat.see_row({"video": str(path)})
+  np.testing.assert_array_equal(visual_tokens(whole), visual_tokens(chat.watch(path)))
+
+
+def test_a_part_of_a_folder_is_seen_as_a_folder_of_these_pictures(chat, tmp_path):
+  row = {"video": write_pictures(tmp_path / "all", range(12)), "video_read_type": "img"}
+  seen = chat.see_row(row | {"start": 4, "end": 8})
+  alone = chat.watch(write_pictures(tmp_path / "part", range(4, 8)))
+  assert (seen.num_frames, seen.seconds) == (alone.num_frames, alone.seconds) == (4, 4.0)
+  np.testing.assert_array_equal(visual_tokens(seen), visual_tokens(alone))
+
+
+def test_rates_of_rows_are_those_of_training(chat, path, tmp_path):
+  folder = write_pictures(tmp_path / "TVQA", range(12))
+  assert chat.see_row({"video": folder, "video_read_type": "img"}).seconds == 4.0
+  assert chat.see_row({"video": str(path), "video_read_type": "gif"}).seconds == 48.0
+
+
+def test_rows_of_images_and_of_text_are_seen(chat, tmp_path):
+  folder = write_pictures(tmp_path / "all", range(2))
+  images = [f"{folder}/0.png", f"{folder}/1.png"]
+  seen = chat.see_row({"image": images})
+  assert isinstance(seen, SeenImages) and seen.num_images == 2
+  np.testing.assert_array_equal(visual_tokens(seen), visual_tokens(chat.look(images)))
+  assert visual_tokens(chat.see_row({})).shape[0] == 0
+
+
+@pytest.mark.parametrize(
+  "row, reason",
+  [
+    ({"video": "gone.mp4"}, "missing file"),
+    ({"image": ["gone.png"]}, "missing file"),
+    ({"video": __file__}, "unreadable video"),
+    ({"image": __file__}, "unreadable image"),
+    ({"video": "a.mp4", "start": 50, "end": 60}, "bad times"),
+  ],
+)
+def test_what_a_row_cannot_show_has_its_reason(chat, path, row, reason):
+  row = {name: str(path) if value == "a.mp4" else value for name, value in row.items()}
+  with pytest.raises(BrokenRow) as error:
+    chat.see_row(row)
+  assert error.value.reason == reason
+
+
+def test_a_fault_of_the_model_does_not_break_a_row(chat, path, monkeypatch):
+  def fail(clips):
+    raise RuntimeError("out of memory")
+
+  monkeypatch.setattr(chat.engine, "encode", fail)
+  with pytest.raises(RuntimeError, match="out of memory"):
+    chat.see_row({"video": str(path)})
 
 
 def test_the_same_video_and_question_give_the_same_answer(chat, checkpoint, path):

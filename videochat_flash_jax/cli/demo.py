@@ -7,8 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from videochat_flash_jax.data.text.conversation import PLACEHOLDER, turns_of_row
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 EXAMPLE = "vcflash demo"
 
@@ -28,7 +27,6 @@ def run(args: argparse.Namespace) -> int:
   Returns:
     The exit code: 1 if an answer is wrong.
   """
-  from videochat_flash_jax.evals.exact_match import read_rows
   from videochat_flash_jax.inference.chat import VideoChat
   from videochat_flash_jax.synthetic.world import write_dataset
 
@@ -37,32 +35,42 @@ def run(args: argparse.Namespace) -> int:
   annotations = args.out / "annotations.json"
   if not os.path.exists(annotations):
     write_dataset(args.out, 1, (_SECONDS, _SECONDS), _SEED, questions_per_video=_QUESTIONS + 1)
-  rows = read_rows(annotations)
-  if len({row["video"] for row in rows}) > 1:
-    raise InputError(f"{annotations}: was not written by `vcflash demo`; give another --out")
-  path, asked = args.out / rows[0]["video"], rows[:_QUESTIONS]
+  path, questions = _questions(annotations)
+  asked = questions[:_QUESTIONS]
 
   print("Times include compilation, where it is announced.")
   video = VideoChat.from_pretrained("tiny").watch(path)
   print(
-    f"\n{path}: {video.seconds:.0f} s, {video.num_frames} frames, "
+    f"\n{one_line(path)}: {video.seconds:.0f} s, {video.num_frames} frames, "
     f"watched in {video.watch_seconds:.1f} s"
   )
   num_right = 0
-  for row in asked:
-    question, truth = _question_and_answer(row)
+  for question, truth in asked:
     answer = video.ask(question)
     num_right += answer == truth
     print(f"\n  question  {question}\n  answer    {answer}\n  truth     {truth}")
     prefill, decoding = 1000 * video.prefill_seconds, 1000 * video.decode_seconds
     print(f"  prefill {prefill:.0f} ms, decoding {decoding:.0f} ms")
   print(f"\n{num_right} of {len(asked)} right. Ask it yourself:")
-  question, _ = _question_and_answer(rows[-1])
-  quoted = shlex.quote(str(path))
-  print(f'  {sys.argv[0]} chat --model tiny --video {quoted} --question "{question}"')
+  chat = f"{sys.argv[0]} chat --model tiny --video {shlex.quote(one_line(path))}"
+  print(f'  {chat} --question "{questions[-1][0]}"')
   return 0 if num_right == len(asked) else 1
 
 
-def _question_and_answer(row):
-  question, truth = (turn.text for turn in turns_of_row(row))
-  return question.replace(PLACEHOLDER, "").strip(), truth
+def _questions(annotations):
+  """Reads a file that this verb has written: its one video, and questions with their answers."""
+  from videochat_flash_jax.data.mixture.broken import BrokenRow
+  from videochat_flash_jax.data.mixture.mixture import read_mixture
+  from videochat_flash_jax.data.mixture.rows import open_rows
+  from videochat_flash_jax.evals.exact_match import questions_of_row
+
+  opened = open_rows(read_mixture(annotations))
+  try:
+    rows = [opened[number] for number in range(len(opened))]
+  except BrokenRow:
+    rows = []
+  video = rows[0].get("video") if rows else None
+  if not isinstance(video, str) or any(row.get("video") != video for row in rows):
+    raise InputError(f"{annotations}: was not written by `vcflash demo`; give another --out")
+  below = os.path.relpath(video, os.path.abspath(annotations.parent))
+  return annotations.parent / below, [pair for row in rows for pair in questions_of_row(row)]

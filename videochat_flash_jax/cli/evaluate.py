@@ -1,8 +1,10 @@
 """`vcflash evaluate`: counts how many questions of an annotation file a model answers right."""
 
 import argparse
+import dataclasses
 import json
-from pathlib import Path
+
+from videochat_flash_jax.errors import InputError, one_line
 
 EXAMPLE = "vcflash evaluate --model tiny --annotations synth/annotations.json --json"
 
@@ -13,18 +15,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--model", default="tiny", help="'tiny', a checkpoint directory, or a released model's name"
   )
   parser.add_argument(
-    "--annotations", type=Path, required=True, help="LLaVA rows: a .json list, or .jsonl"
+    "--annotations",
+    required=True,
+    help="one annotation file (.json, .jsonl), or a mixture (.yaml) of them",
   )
   parser.add_argument("--max-frames", type=int, help="the most frames to encode of a video")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(args: argparse.Namespace) -> None:
-  """Answers the question of every row and prints the scores."""
-  from videochat_flash_jax.evals.exact_match import evaluate, read_rows
+def run(args: argparse.Namespace) -> int:
+  """Answers the questions of every row and prints the scores, then the rows that cannot be used.
+
+  Returns:
+    The exit code: 1 if a row cannot be used.
+  """
+  if args.max_frames is not None and args.max_frames < 1:
+    raise InputError(f"--max-frames is {args.max_frames}; give at least 1")
+  from videochat_flash_jax.data.check.check_report import as_json, broken_lines
+  from videochat_flash_jax.data.mixture.mixture import read_mixture
+  from videochat_flash_jax.data.mixture.rows import open_rows
+  from videochat_flash_jax.evals.exact_match import evaluate
   from videochat_flash_jax.inference.chat import VideoChat
 
-  rows = read_rows(args.annotations)  # a bad file is reported before the model is loaded
   wrong = []
 
   def note_wrong(row, question, answer, truth, right):
@@ -32,15 +44,20 @@ def run(args: argparse.Namespace) -> None:
     if not right:
       wrong.append({"id": row.get("id"), "question": question, "answer": answer, "truth": truth})
 
-  chat = VideoChat.from_pretrained(args.model)
-  scores = evaluate(chat, rows, args.annotations.parent, args.max_frames, note_wrong)
-  report = {
-    kind: {"rows": score.rows, "right": score.right, "accuracy": score.accuracy}
-    for kind, score in scores.items()
+  rows = open_rows(read_mixture(args.annotations))
+  found = evaluate(rows, lambda: VideoChat.from_pretrained(args.model), args.max_frames, note_wrong)
+  scores = {
+    kind: {**dataclasses.asdict(score), "accuracy": score.accuracy}
+    for kind, score in found.scores.items()
   }
-  total = report.pop("all")
+  total, checked = scores.pop("all"), as_json(found.sources)
   if args.json:
-    print(json.dumps({**total, "by_kind": report, "wrong": wrong}))
-    return
-  for kind, score in (*sorted(report.items()), ("all", total)):
-    print(f"{kind:12s} {score['right']:5d} of {score['rows']:5d} right  {score['accuracy']:.1%}")
+    print(json.dumps({**checked, **total, "by_kind": scores, "wrong": wrong}))
+  else:
+    for kind, score in (*sorted(scores.items()), ("all", total)):
+      right = f"{score['right']:5d} of {score['questions']:5d} right  {score['accuracy']:.1%}"
+      print(f"{one_line(kind):12s} {right}")
+    for source in found.sources:
+      for line in broken_lines(source):
+        print(line)
+  return int(checked["broken"] > 0)

@@ -1,122 +1,171 @@
-"""Exact match: the share of questions whose answer is word for word the true answer."""
+"""Exact match: the share of questions whose answer is word for word the true answer.
+
+Rows are read and checked as training does it, and `vcflash data check`. A row that cannot be used
+is found before the model is loaded, counted by its reason, and not scored.
+"""
 
 import dataclasses
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from videochat_flash_jax.data.text.conversation import PLACEHOLDER, turns_of_row
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.data.check.media_check import SourceReport, check_row_and_media
+from videochat_flash_jax.data.mixture.annotations import annotated_clip, kind_of
+from videochat_flash_jax.data.mixture.broken import BrokenRow, because
+from videochat_flash_jax.data.mixture.rows import Rows
+from videochat_flash_jax.data.text.conversation import PLACEHOLDER, has_words, placed_turns
 from videochat_flash_jax.inference.chat import VideoChat
 
 
 @dataclasses.dataclass
 class Score:
-  """Number of annotation rows, and of right answers among them."""
+  """Number of annotation rows, of their questions, and of right answers to these."""
 
   rows: int = 0
+  questions: int = 0
   right: int = 0
 
   @property
   def accuracy(self) -> float:
-    """The share of right answers; 0 if there are no rows."""
-    return self.right / self.rows if self.rows else 0.0
+    """The share of right answers; 0 if there are no questions."""
+    return self.right / self.questions if self.questions else 0.0
+
+
+@dataclasses.dataclass
+class Evaluation:
+  """How well a model answers the questions of annotation rows.
+
+  Attributes:
+    scores: of each kind of rows, and of "all" rows that could be used.
+    sources: what was found in each annotation file, with the rows that cannot be used.
+  """
+
+  scores: dict[str, Score]
+  sources: list[SourceReport]
 
 
 def evaluate(
-  chat: VideoChat,
-  rows: Sequence[dict],
-  folder: Path,
+  rows: Rows,
+  load_chat: Callable[[], VideoChat],
   max_frames: int | None = None,
   on_answer: Callable[[dict, str, str, str, bool], None] = lambda *_: None,
-) -> dict[str, Score]:
-  """Asks the question of every row in a new conversation, and counts the right answers.
+) -> Evaluation:
+  """Asks the questions of every row in a new conversation, and counts the right answers.
 
   Upper and lower case, and a full stop at the end, make no difference.
 
   Args:
-    chat: the model.
-    rows: LLaVA rows from `read_rows`. Each value of their field `kind` gets its own score.
-    folder: the folder of the annotation file; paths in the field `video` are relative to it.
+    rows: rows of `open_rows`. Each text in their field `kind` gets its own score.
+    load_chat: returns the model; called after all rows are checked, if any can be used.
     max_frames: the most frames to encode of a video.
     on_answer: is called after each answer with the row, its question, the model's answer, the true
       answer, and whether they agree.
 
-  Returns:
-    The score of each kind, and of "all" rows.
+  Raises:
+    InputError: an annotation file is missing or has changed, or the model cannot be used.
+  """
+  reports = [SourceReport(source.json_path) for source in rows.sources]
+  scores: dict[str, Score] = defaultdict(Score, all=Score())
+  asked = _rows_to_ask(rows, reports)
+  chat = load_chat() if asked else None
+  bar = tqdm(total=len(asked), desc="answering", unit="row", leave=False, disable=None)
+  with bar:
+    for _, same in itertools.groupby(asked, key=lambda found: found.shown):
+      same = list(same)
+      try:
+        seen = chat.see_row(rows[same[0].number], max_frames)  # once for all of these rows
+      except BrokenRow as error:
+        for found in same:
+          found.report.add_broken(rows.label(found.number), error)
+        bar.update(len(same))
+        continue
+      for found in same:
+        try:
+          _ask(seen, rows[found.number], scores, on_answer)
+        except BrokenRow as error:
+          found.report.add_broken(rows.label(found.number), error)
+        bar.update()
+  return Evaluation(dict(scores), reports)
+
+
+def questions_of_row(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns the questions of a row with their true answers, without placeholders.
+
+  A question without an answer is a part of the next question.
 
   Raises:
-    InputError: a video cannot be used.
+    BrokenRow: there is no question with an answer, or one is empty.
   """
-  scores = defaultdict(Score)
-  path, video = None, None
-  by_video = sorted(rows, key=lambda row: row["video"])  # encode each video once
-  for row in tqdm(by_video, "answering", unit="row", leave=False, disable=None):
-    if row["video"] != path:
-      path = row["video"]
-      video = chat.watch(folder / path, max_frames, progress=False)
-    video.reset()
-    question, truth = (turn.text for turn in turns_of_row(row))
-    question = _without_placeholder(question)
-    answer = video.ask(question)
+  with because("bad conversations"):
+    turns = placed_turns(row)
+  questions, parts = [], []
+  for turn in turns:
+    text = turn.text.replace(PLACEHOLDER, "").strip()
+    if turn.role == "human":
+      parts.append(text)
+    elif parts and has_words(text):
+      questions.append(("\n".join(filter(None, parts)), text))
+      parts = []
+  if not all(question for question, _ in questions):
+    raise BrokenRow("bad conversations", "a question is empty; write a question")
+  return questions
+
+
+class _RowToAsk(NamedTuple):
+  """A row that can be used: its number in the mixture, and the report of its source.
+
+  Rows about the same part of the same video, or about the same images, have the same `shown`.
+  """
+
+  shown: str
+  number: int
+  report: SourceReport
+
+
+def _rows_to_ask(rows, reports) -> list[_RowToAsk]:
+  """Checks all rows and opens all of their media; returns those that can be used, by `shown`."""
+  found = []
+  bar = tqdm(total=len(rows), desc="checking", unit="row", leave=False, disable=None)
+  with bar:
+    for report, numbers in zip(reports, rows.source_ranges, strict=True):
+      for number in range(*numbers):
+        bar.update()
+        row = check_row_and_media(rows, number, report)
+        if row is None:
+          continue
+        try:
+          questions_of_row(row)
+        except BrokenRow as error:
+          report.add_broken(rows.label(number), error)
+        else:
+          found.append(_RowToAsk(_shown(row), number, report))
+  return sorted(found, key=lambda row: row.shown)
+
+
+def _shown(row):
+  kind = kind_of(row)
+  return json.dumps([kind, row.get(kind), annotated_clip(row), row.get("video_read_type")])
+
+
+def _ask(seen, row, scores, on_answer):
+  """Asks the questions of a row and counts its answers, all or none of them."""
+  seen.reset()
+  questions = questions_of_row(row)
+  with because("too long"):
+    answers = [seen.ask(question) for question, _ in questions]
+  kinds = {"all", row["kind"]} if isinstance(row.get("kind"), str) else {"all"}
+  for (question, truth), answer in zip(questions, answers, strict=True):
     right = _normalise(answer) == _normalise(truth)
-    for kind in {"all", row.get("kind", "all")}:
-      scores[kind].rows += 1
+    for kind in kinds:
+      scores[kind].questions += 1
       scores[kind].right += right
     on_answer(row, question, answer, truth, right)
-  return dict(scores)
-
-
-def read_rows(annotations: Path) -> list[dict]:
-  """Reads and checks an annotation file.
-
-  Args:
-    annotations: a file of LLaVA rows, each with one question and its answer: a list (.json) or one
-      row on each line (.jsonl). The field `video` is a path relative to the file.
-
-  Raises:
-    InputError: the file is missing, is not JSON or is empty; or a row has no `video`, has a `kind`
-      that is not text, or has not exactly one question with its answer.
-  """
-  try:
-    text = annotations.read_text("utf-8")
-    if annotations.suffix == ".jsonl":
-      rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    else:
-      rows = json.loads(text)
-  except OSError as error:
-    raise InputError(f"{annotations}: cannot be read ({error.strerror}); check the path") from error
-  except (ValueError, RecursionError) as error:
-    raise InputError(f"{annotations}: not valid JSON ({error}); correct the file") from error
-  if not isinstance(rows, list) or not rows:
-    raise InputError(f"{annotations}: has no list of rows; write such a file with `vcflash synth`")
-  for number, row in enumerate(rows):
-    _check_row(row, f"{annotations}: row {number}")
-  return rows
-
-
-def _check_row(row, where):
-  if not isinstance(row, dict) or not isinstance(row.get("video"), str):
-    raise InputError(f"{where} has no field 'video' with text; add the path of the video")
-  if not isinstance(row.get("kind", ""), str):
-    raise InputError(f"{where}: field 'kind' is not text; write a text or remove the field")
-  try:
-    turns = turns_of_row(row)
-  except InputError as error:
-    raise InputError(f"{where}: {error}") from error
-  if [turn.role for turn in turns] != ["human", "gpt"]:
-    raise InputError(
-      f"{where} needs one question and one answer in 'conversations'; correct the row"
-    )
-  if not _without_placeholder(turns[0].text):
-    raise InputError(f"{where}: the question in 'conversations' is empty; write a question")
-
-
-def _without_placeholder(question):
-  return question.replace(PLACEHOLDER, "").strip()
+  for kind in kinds:
+    scores[kind].rows += 1
 
 
 def _normalise(text):

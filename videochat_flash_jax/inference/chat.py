@@ -1,11 +1,12 @@
 """`VideoChat`: encode a video or images once, then ask questions about them. Start here."""
 
 import dataclasses
+import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,13 @@ from tqdm import tqdm
 from videochat_flash_jax.checkpoints.convert import load_model
 from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
 from videochat_flash_jax.checkpoints.runs.run_files import hub_files
+from videochat_flash_jax.data.batches.row_media import (
+  VideoPart,
+  open_row_video,
+  read_row_images,
+  row_part,
+  row_video_path,
+)
 from videochat_flash_jax.data.media.frame_sampling import inference_indices
 from videochat_flash_jax.data.media.image_reader import ImageSource, read_image
 from videochat_flash_jax.data.media.image_tiling import (
@@ -25,7 +33,9 @@ from videochat_flash_jax.data.media.image_tiling import (
   sequence_order,
 )
 from videochat_flash_jax.data.media.resize import resize
-from videochat_flash_jax.data.media.video_reader import open_video
+from videochat_flash_jax.data.media.video_reader import VideoInfo, VideoReader, open_video
+from videochat_flash_jax.data.mixture.annotations import kind_of
+from videochat_flash_jax.data.mixture.broken import because
 from videochat_flash_jax.data.text.tokenizer import (
   Tokenizer,
   check_embedded,
@@ -166,6 +176,46 @@ class VideoChat:
         or another process is writing into the folder of features.
     """
     progress = argument("progress", progress, flag())
+
+    def whole(info):
+      """The part that is watched: all of the video."""
+      return VideoPart(0.0, info.seconds, range(info.num_frames), info.fps)
+
+    return self._watch(path, functools.partial(open_video, path), whole, max_frames, progress)
+
+  def see_row(self, row: Mapping[str, Any], max_frames: int | None = None) -> Conversation:
+    """Encodes what an annotation row shows: its part of a video, its images, or nothing.
+
+    A video is read as in training: only from `start` to `end`, if the row has them, and a folder of
+    pictures at the same rate. Its frames are chosen as in `watch`.
+
+    Args:
+      row: a row of `data.mixture.rows.open_rows`.
+      max_frames: as in `watch`.
+
+    Raises:
+      BrokenRow: the row's media cannot be used.
+      InputError: as in `watch`.
+    """
+    kind = kind_of(row)
+    if kind == "text":
+      return Conversation(self.engine, self.tokenizer)
+    if kind == "image":
+      with because("unreadable image"):
+        return self.look(read_row_images(row))
+    reader = functools.partial(open_row_video, row, num_threads=None, logs_damage=True)
+    part = functools.partial(row_part, row)
+    return self._watch(row_video_path(row), reader, part, max_frames, progress=False)
+
+  def _watch(
+    self,
+    path: str | Path,
+    open_reader: Callable[[], VideoReader],
+    part_of: Callable[[VideoInfo], VideoPart],
+    max_frames: int | None,
+    progress: bool,
+  ) -> WatchedVideo:
+    """Encodes the part of a video that `part_of` tells; see `watch`."""
     max_frames = argument("max_frames", max_frames, optional(count()))  # before a file is opened
     start, vision = time.perf_counter(), self.config.vision
     quiet = None if progress else True  # None: tqdm shows the bar only on a terminal
@@ -176,25 +226,28 @@ class VideoChat:
 
     def choose(info):
       """Indices of the frames to encode."""
-      return inference_indices(info.num_frames, info.fps, self.config.sampling, max_frames)
+      part = part_of(info)
+      picks = inference_indices(len(part.frames), part.fps, self.config.sampling, max_frames)
+      return part.frames.start + picks
 
     if self.features is None:
-      with open_video(path) as reader:
+      with open_reader() as reader:
         info, indices = reader.info, choose(reader.info)
         frames = with_progress(reader.frames(indices, vision.image_size), len(indices))
         visual_tokens = self.engine.encode(group_clips(frames, vision.clip_frames))
     else:
       info, indices, features = video_features(
-        path, choose, self.engine, self.features, with_progress
+        path, open_reader, choose, self.engine, self.features, with_progress
       )
       visual_tokens = self.engine.project(features)
     visual_tokens.block_until_ready()
+    part = part_of(info)
     return WatchedVideo(
       self.engine,
       self.tokenizer,
       visual_tokens,
       len(indices),
-      info.seconds,
+      part.end - part.start,
       time.perf_counter() - start,
     )
 

@@ -35,7 +35,7 @@ from videochat_flash_jax.data.features.feature_store import (
   FeatureStore,
   FeatureWriter,
 )
-from videochat_flash_jax.data.media.video_reader import VideoInfo, open_video
+from videochat_flash_jax.data.media.video_reader import VideoInfo, VideoReader
 from videochat_flash_jax.data.mixture.broken import BrokenRow, any_error_breaks
 from videochat_flash_jax.data.mixture.rows import Rows
 from videochat_flash_jax.errors import InputError
@@ -74,6 +74,7 @@ def group_clips(frames: Iterable[np.ndarray], clip_frames: int) -> Iterator[np.n
 
 def video_features(
   path: str | Path,
+  open_reader: Callable[[], VideoReader],
   choose: Callable[[VideoInfo], np.ndarray],
   engine: Engine,
   store: FeatureStore,
@@ -83,6 +84,7 @@ def video_features(
 
   Args:
     path: of the video.
+    open_reader: opens the video.
     choose: returns the indices of the frames to encode.
     engine: its encoder computes the features.
     store: from `open_features`.
@@ -98,7 +100,7 @@ def video_features(
     if features is not None:
       return info, indices, features
   vision = engine.config.vision
-  with open_video(path) as video:
+  with open_reader() as video:
     indices = choose(video.info)
     entry = frames_entry(path, indices)
     if entry not in store:

@@ -91,7 +91,6 @@ def read_row_video(
   Raises:
     BrokenRow: there is no such video, it cannot be read, the row's times do not fit it, or the
       store has no features of these frames.
-    OSError: the video cannot be read now, but may be readable later.
   """
   if features is None:
     with open_row_video(row) as video:
@@ -155,7 +154,6 @@ def open_row_video(
 
   Raises:
     BrokenRow: there is no such video, or it cannot be read; reading its frames raises it, too.
-    OSError: the video cannot be read now, but may be readable later; the same holds.
   """
   path = row_video_path(row)
   if row.get("video_read_type") == "img" and is_address(path):
@@ -224,7 +222,6 @@ def read_row_images(row: Mapping[str, Any]) -> list[np.ndarray]:
 
   Raises:
     BrokenRow: there is no such image, or it cannot be read.
-    OSError: the image cannot be read now, but may be readable later.
   """
   images = []
   for path in media_paths(row, "image") if row.get("image") is not None else []:
@@ -273,15 +270,20 @@ def tile_features(
 
 @contextlib.contextmanager
 def _reading(reason: str, path: str) -> Iterator[None]:
-  """Turns whatever error a decoder raises for a broken file into a `BrokenRow`."""
+  """Turns whatever error a decoder raises for a broken file into a `BrokenRow`.
+
+  Its cause is the error, which tells whether the file may be readable later.
+  """
   with because(reason):
     # Whether there is a file at a web address is only known once it is opened.
     if not is_address(path) and not exists(path):
       raise BrokenRow("missing file", f"{path}: there is no such file; check the path")
     try:
       yield
-    except (OSError, InputError):
+    except (FileNotFoundError, InputError):
       raise
+    except OSError as error:
+      raise BrokenRow(reason, f"{path}: {error.strerror or error}") from error
     except Exception as error:
       found = f"{path}: {type(error).__name__}: {error}"
       raise BrokenRow(reason, found) from server_failure(error)

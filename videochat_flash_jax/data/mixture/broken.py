@@ -58,8 +58,7 @@ def because(reason: str) -> Iterator[None]:
       with because("unreadable video"), open_video(path) as video: ...
 
   If a file was not found, the reason becomes "missing file"; if a video has no frames, "no frames";
-  and if a row has a wrong number of placeholders, "placeholders". Other errors of the operating
-  system are not changed, because they may be temporary.
+  and if a row has a wrong number of placeholders, "placeholders". Other errors are not changed.
   """
   try:
     yield

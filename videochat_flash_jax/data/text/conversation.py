@@ -274,12 +274,17 @@ def _num_media(row):
   return sum(1 if isinstance(paths, str) else len(paths) for paths in media)
 
 
+def has_words(text: str) -> bool:
+  """Returns whether a text has more than white space, placeholders and turn markers."""
+  return bool(_NO_WORDS.sub("", text).strip())
+
+
 def _has_answer(turns):
   """Whether an answer with a word follows a question."""
   is_asked = False
   for turn in turns:
     is_asked |= turn.role == "human"
-    if is_asked and turn.role == "gpt" and _NO_WORDS.sub("", turn.text).strip():
+    if is_asked and turn.role == "gpt" and has_words(turn.text):
       return True
   return False
 
