@@ -15,6 +15,8 @@ since the line before, on all processes together:
   data/tokens_filled    share of the tokens of rows that are not padding
   data/broken_share     share of the examples whose annotation row could not be read; and by reason
   data/damaged          videos of which some frames could not be read
+  data/cut              examples of which words of an answer are missing, because they do not fit
+                        into a row; and by annotation file
   mfu                   model FLOPs utilisation: share of the peak operations of all chips;
                         model_tflops, operations per second and 10^12, where the peak is unknown
 """

@@ -89,7 +89,7 @@ def test_workers_give_batches_of_such_a_mixture_with_the_same_counts(rows):
   counts = state["streams"]["0"]
   for number in range(counts["examples"]):
     share.count(reader.read(0, number))
-  assert share.state() == {name: counts[name] for name in ("examples", "damaged", "broken")}
+  assert share.state() == {name: counts[name] for name in ("examples", "damaged", "cut", "broken")}
   metrics = batch_metrics(state)
   assert metrics["broken_share"] == share.num_broken / share.num_examples
   assert metrics["broken/bad times"] == sum(
@@ -138,14 +138,15 @@ class FakeRows:
 
 
 class FakeReader:
-  def __init__(self, errors=(), damaged=()):
-    self.errors, self.damaged = dict(errors), damaged
+  def __init__(self, errors=(), damaged=(), cut=()):
+    self.errors, self.damaged, self.cut = dict(errors), damaged, cut
 
   def read(self, row, rng):
     if row["number"] in self.errors:
       raise self.errors[row["number"]]
     none = [None] * 5
-    return Example(row["number"], *none, row["number"] in self.damaged)
+    number = row["number"]
+    return Example(number, *none, number in self.damaged, number in self.cut)
 
 
 def example_of(drawn):
@@ -236,7 +237,7 @@ def test_damaged_videos_are_used_counted_and_logged_once(caplog):
   with caplog.at_level(logging.WARNING, "videochat_flash_jax"):
     for number in (2, 3, 3):
       share.count(reader.read(0, number))
-  assert share.state() == {"examples": 3, "damaged": 2, "broken": {}}
+  assert share.state() == {"examples": 3, "damaged": 2, "cut": {}, "broken": {}}
   assert [record.message for record in caplog.records] == [
     "a.jsonl, a.jsonl is damaged, and used as far as it can be read"
   ]
@@ -281,6 +282,42 @@ def test_counts_go_on_from_a_state():
   share, other = BrokenShare(1.0), BrokenShare(1.0)
   share.count(broken("a.jsonl", "no frames"))
   share.count(Drawn(None, 1, damaged="b.mp4"))
+  share.count(Drawn(None, 2, cut=("b.jsonl", "long")))
   other.set_state(share.state())
   other.count(broken("a.jsonl", "no frames"))
-  assert other.state() == {"examples": 3, "damaged": 1, "broken": {"a.jsonl": {"no frames": 2}}}
+  counts = {"examples": 4, "damaged": 1, "cut": {"b.jsonl": 1}}
+  assert other.state() == counts | {"broken": {"a.jsonl": {"no frames": 2}}}
+
+
+def test_a_state_of_an_earlier_version_has_no_counts_of_cut_answers():
+  share = BrokenShare(1.0)
+  share.set_state({"examples": 3, "damaged": 1, "broken": {}})
+  share.count(Drawn(None, 2, cut=("b.jsonl", "long")))
+  assert share.state() == {"examples": 4, "damaged": 1, "cut": {"b.jsonl": 1}, "broken": {}}
+
+
+def test_cut_answers_are_counted_by_source_and_the_first_of_each_is_logged(caplog):
+  reader = FakeReader(cut=(3, 4))
+  replacing_reader = ReplacingReader(FakeRows({}), reader, FakeOrder(), seed=0)
+  share = BrokenShare(0.0)
+  with caplog.at_level(logging.WARNING, "videochat_flash_jax"):
+    for number in (2, 3, 4, 3):
+      share.count(replacing_reader.read(0, number), stream=number % 2)
+    share.count(Drawn(None, 7, cut=("caf\udce9.jsonl", "long\n")))
+  assert [share.state(stream)["cut"] for stream in (0, 1)] == [
+    {"a.jsonl": 1, "caf\udce9.jsonl": 1}, {"a.jsonl": 2}
+  ]  # fmt: skip
+  first, second = (record.message for record in caplog.records)
+  assert first.startswith("a.jsonl, a.jsonl is longer than a training row")
+  assert second.startswith(r"caf\udce9.jsonl, long")
+
+
+def test_cut_answers_are_among_the_metrics():
+  def state(**cut):
+    counts = {"examples": 10, "damaged": 0, "broken": {}, "cut": cut}
+    return {"streams": {"0": counts | dict.fromkeys(("tokens", "visual_tokens", "places"), 1)}}
+
+  metrics = batch_metrics(state(a=5, b=2), before=state(a=3, b=2))
+  assert {name: n for name, n in metrics.items() if "cut" in name} == {"cut": 2, "cut/a": 2}
+  metrics = batch_metrics(state(**{"caf\udce9": 1}))
+  assert metrics["cut"] == metrics[r"cut/caf\udce9"] == 1

@@ -161,6 +161,7 @@ def test_a_long_conversation_is_cut_where_the_row_ends(folder):
   row = {"video": str(folder / "a.mp4"), "conversations": TURNS + TEXT_TURNS * 40}
   whole, cut = read(row, tokens=4096), read(row)
   assert len(whole.token_ids) > len(cut.token_ids) == 256
+  assert (whole.is_cut, cut.is_cut) == (False, True)
   for name in ("token_ids", "labels", "visual_index", "positions"):
     np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[:256])
 
@@ -257,6 +258,18 @@ def test_a_row_is_too_long_until_a_word_of_the_answer_fits(tokenizer, style):
       assert tokenizer.decode(example.token_ids).rpartition("assistant\n")[2].startswith("A")
       kept.append(length)
   assert 0 < len(kept) < 60 and kept == list(range(200, 200 + len(kept)))
+
+
+@pytest.mark.parametrize("template", ["qwen_2", "plain"])
+def test_an_answer_is_cut_if_a_word_of_it_is_missing(folder, tokenizer, template):
+  row = {"video": str(folder / "a.mp4")}
+  options = {"template": template, "frames": (4, 4), "num_shards": 1, "zigzag": False}
+  whole = read(row, **options)
+  no_words = IGNORE_LABEL, tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_id
+  last_word = np.flatnonzero(~np.isin(whole.labels, no_words))[-1]
+  for tokens in range(last_word - 1, len(whole.token_ids) + 1):
+    cut = read(row, tokens=int(tokens), **options)
+    assert cut.is_cut == (tokens <= last_word) and len(cut.token_ids) == tokens
 
 
 def test_positions_jump_twice_within_bounds():

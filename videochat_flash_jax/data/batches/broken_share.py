@@ -1,4 +1,8 @@
-"""Counts the examples whose row could not be read, and stops the run when there are too many."""
+"""Counts the examples whose row could not be read, and stops the run when there are too many.
+
+Examples that are used although something is missing are counted as well: some frames of a damaged
+video, or words of an answer that is too long for a training row.
+"""
 
 import dataclasses
 import logging
@@ -15,10 +19,14 @@ _MAX_NAMED_SOURCES = 3  # in the error message
 
 @dataclasses.dataclass
 class _Counts:
-  """Counts of one stream: all examples, damaged ones, and broken ones by source and reason."""
+  """Counts of one stream: all examples, damaged ones, cut ones by source, and broken ones.
+
+  The broken ones are counted by source and reason.
+  """
 
   examples: int = 0
   damaged: int = 0
+  cut: Counter = dataclasses.field(default_factory=Counter)
   broken: dict[str, Counter] = dataclasses.field(default_factory=dict)
 
 
@@ -34,9 +42,13 @@ class BrokenShare:
     self._max_share = max_share
     self._streams: dict[int, _Counts] = {}
     self._logged: set[int] = set()
+    self._logged_cut: set[str] = set()
 
   def count(self, drawn: Drawn, stream: int = 0):
     """Counts one example by the reason why its row was broken, and logs each broken row once.
+
+    Of the rows whose answers are cut, only the first one of each source is logged: there may be
+    many.
 
     Raises:
       InputError: there were at least 100 examples, and more than the allowed share were broken. The
@@ -53,6 +65,16 @@ class BrokenShare:
       if drawn.row not in self._logged:
         self._logged.add(drawn.row)
         _log.warning("%s is damaged, and used as far as it can be read", drawn.damaged)
+    if drawn.cut is not None:
+      source, label = drawn.cut
+      counts.cut[source] += 1
+      if source not in self._logged_cut:
+        self._logged_cut.add(source)
+        _log.warning(
+          "%s, %s is longer than a training row, so the end of its answers is cut; other such rows "
+          "of this file are only counted (data/cut)",
+          *(source, label),
+        )
     if drawn.skipped:
       first = drawn.skipped[0]
       counts.broken.setdefault(first.source, Counter())[first.reason] += 1
@@ -71,16 +93,18 @@ class BrokenShare:
   def state(self, stream: int = 0) -> dict[str, Any]:
     """Returns the counts of a stream as JSON values.
 
-    The keys are `examples`, `damaged`, and `broken` (counts by source and reason).
+    The keys are `examples`, `damaged`, `cut` (by source) and `broken` (by source and reason).
     """
     counts = self._streams.get(stream, _Counts())
     broken = {source: dict(reasons) for source, reasons in counts.broken.items()}
-    return {"examples": counts.examples, "damaged": counts.damaged, "broken": broken}
+    cut = dict(counts.cut)
+    return {"examples": counts.examples, "damaged": counts.damaged, "cut": cut, "broken": broken}
 
   def set_state(self, state: dict[str, Any], stream: int = 0):
     """Restores the counts that `state` returned."""
     broken = {source: Counter(reasons) for source, reasons in state["broken"].items()}
-    self._streams[stream] = _Counts(state["examples"], state["damaged"], broken)
+    cut = Counter(state.get("cut", {}))  # earlier versions did not count them
+    self._streams[stream] = _Counts(state["examples"], state["damaged"], cut, broken)
 
   def _broken(self):
     """Pairs of a source and its counts by reason, for all streams."""

@@ -62,6 +62,7 @@ class Drawn(NamedTuple):
     skipped: the rows that were tried before this one and could not be used: first the row drawn
       for this example, then its replacements. Empty if the drawn row itself was read.
     damaged: source and name of the row, if its video is damaged but could be read.
+    cut: source and name of the row, if words of its answers do not fit into a training row.
     digest: of the example, where several processes read the stream; see `shared_stream`.
   """
 
@@ -69,6 +70,7 @@ class Drawn(NamedTuple):
   row: int
   skipped: tuple[SkippedRow, ...] = ()
   damaged: str | None = None
+  cut: tuple[str, str] | None = None
   digest: str = ""
 
 
@@ -168,8 +170,12 @@ class ReplacingReader:
     """
     rng = np.random.default_rng([self._seed, stream, number])
     example = self._read_with_retries(row, rng)
-    name = f"{self._rows.source(row)}, {self._rows.label(row)}" if example.is_damaged else None
-    return Drawn(example, row, damaged=name)
+    damaged = cut = None
+    if example.is_damaged or example.is_cut:
+      names = self._rows.source(row), self._rows.label(row)
+      damaged = ", ".join(names) if example.is_damaged else None
+      cut = names if example.is_cut else None
+    return Drawn(example, row, damaged=damaged, cut=cut)
 
   def _read_with_retries(self, row, rng) -> Example:
     """Reads a row; tries again after an error that may be temporary."""

@@ -32,7 +32,7 @@ from videochat_flash_jax.data.batches.sharded_rows import PER_TOKEN, STORED_FEAT
 from videochat_flash_jax.data.batches.shared_stream import Sharing, digest
 from videochat_flash_jax.data.features.feature_store import FeatureStore
 from videochat_flash_jax.data.text.tokenizer import Tokenizer
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 _log = logging.getLogger("videochat_flash_jax")
 _VERSION = 3
@@ -282,9 +282,10 @@ def batch_metrics(
   """Computes what is logged about batches: examples, broken ones by reason, how full rows are.
 
   {"examples": 812, "damaged": 2, "tokens": 198000, "visual_tokens": 96000, "tokens_filled": 0.97,
-   "broken_share": 0.005, "broken/missing file": 4}
+   "broken_share": 0.005, "broken/missing file": 4, "cut": 30, "cut/a.jsonl": 30}
 
-  `damaged` counts examples whose video has some frames that could not be read; they are used.
+  `damaged` counts examples whose video has some frames that could not be read, and `cut` those
+  whose answers do not fit into a row, by annotation file. They are used, as far as they go.
 
   Args:
     state: state of the iterator, or the merged states of several processes.
@@ -294,11 +295,14 @@ def batch_metrics(
   if before is not None:
     counts.subtract(_counts(before))
   reasons = {name: count for name, count in counts.items() if name.startswith("broken/") and count}
+  cut = {name: count for name, count in counts.items() if name.startswith("cut/") and count}
   return {
     **{name: counts[name] for name in ("examples", "damaged", "tokens", "visual_tokens")},
     "tokens_filled": counts["tokens"] / max(counts["places"], 1),
     "broken_share": sum(reasons.values()) / max(counts["examples"], 1),
     **reasons,
+    "cut": sum(cut.values()),
+    **cut,
   }
 
 
@@ -308,6 +312,9 @@ def _counts(state) -> Counter:
     counts.update({name: stream[name] for name in ("examples", "damaged", *_PACKED)})
     for reasons in stream["broken"].values():
       counts.update({f"broken/{reason}": count for reason, count in reasons.items()})
+    # Earlier versions did not count what is cut.
+    cut = stream.get("cut", {})
+    counts.update({f"cut/{one_line(source)}": count for source, count in cut.items()})
   return counts
 
 
