@@ -3,12 +3,15 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.data.media.video_files import pictures, write_video
 from tests.data.mixture.mutations import turns, write_mutated_mixture
 from videochat_flash_jax.cli.main import main
+
+SMALL_CONFIG = Path(__file__).parents[1] / "train" / "small_config.py"
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +51,56 @@ def test_the_report_as_json_holds_all_counts(tmp_path, capsys):
   assert [source["rows"] for source in report["sources"]] == [26, 2, 2]
 
 
+def test_with_the_config_of_a_run_rows_that_are_too_long_are_found(tmp_path, capsys):
+  write_video(tmp_path / "a.mp4", pictures(8))
+  short, long = turns("<image>?", "!"), turns("<image>?", "word " * 100)
+  rows = [
+    {"id": "fits", "video": "a.mp4", "conversations": short},
+    {"id": "cut", "video": "a.mp4", "conversations": long},
+    {"id": "cut text", "conversations": turns("?", "word " * 100)},
+    {"id": "no room", "video": "a.mp4", "conversations": turns("<image>?" + "word " * 100, "!")},
+  ]
+  (tmp_path / "rows.json").write_text(json.dumps(rows))
+  mixture = {"datasets": [{"json_path": "rows.json", "media_type": "mix"}]}
+  (tmp_path / "mixture.yaml").write_text(json.dumps(mixture))
+  check = ["check", tmp_path / "mixture.yaml", "--json"]
+  code, out, _ = data(capsys, *check)
+  assert (code, json.loads(out)["broken"], json.loads(out)["sources"][0]["cut"]) == (0, 0, 0)
+  code, out, _ = data(capsys, *check, "--config", SMALL_CONFIG)
+  (source,) = json.loads(out)["sources"]
+  assert (code, source["broken"], source["cut"]) == (1, {"too long": 1}, 2)
+  assert source["offenders"]["too long"][0].startswith("no room: ")
+  code, out, _ = data(capsys, *check, "--config", SMALL_CONFIG, "--config.tokens_per_row=2048")
+  (source,) = json.loads(out)["sources"]
+  assert (code, source["broken"], source["cut"]) == (0, {}, 0)
+  code, out, _ = data(capsys, *check[:2], "--config", SMALL_CONFIG)
+  assert f"2 rows with answers too long for a training row in {tmp_path}/rows.json; a run" in out
+
+
+def test_the_config_of_several_stages_is_refused(tmp_path, capsys):
+  tiny = Path(__file__).parents[2] / "configs" / "tiny.py"
+  code, _, err = data(capsys, "check", healthy(tmp_path), "--config", tiny)
+  assert code == 2
+  assert "has the stages stage0_encoder, " in err and "give the config of one run" in err
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (["--config.mesh.sequence=-1"], "config.mesh.sequence is -1: give the number of devices"),
+    (["--config.init_from="], "config.init_from is missing"),
+    (["--config.tokens_per_rwo=3"], "the config has no field 'tokens_per_rwo'"),
+  ],
+)
+def test_a_config_that_says_too_little_is_refused(tmp_path, capsys, changes, message):
+  code, out, err = data(capsys, "check", healthy(tmp_path), "--config", SMALL_CONFIG, *changes)
+  assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
+    (["index", "none.yaml", "--config.seed=3"], "unknown argument --config.seed=3"),
     (["check", "none.yaml"], "none.yaml: cannot be read"),
     (["check", "none.json"], "none.json: cannot be read"),
     (["check", "none.json", "--sample", "-1"], "--sample is -1"),

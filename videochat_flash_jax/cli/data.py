@@ -1,14 +1,19 @@
 """`vcflash data`: checks, converts, indexes and encodes annotations before a training run."""
 
 import argparse
+import contextlib
+import functools
 import json
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from videochat_flash_jax.data.batches.data_config import SAMPLINGS, ReadingConfig
 from videochat_flash_jax.errors import InputError, one_line
 
 EXAMPLE = "vcflash data check mixture.yaml --all"
+TAKES_OVERRIDES = True  # of the config that `check` may be given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--sample", type=int, default=16, help="number of rows per source whose media are opened"
   )
   check.add_argument("--json", action="store_true", help="print one JSON object")
+  check.add_argument(
+    "--config",
+    type=Path,
+    help="config file of a run, which tells what is too long; --config.FIELD=VALUE changes a field",
+  )
 
   convert = add(_convert, "convert", "Convert a table of questions to checked annotations.")
   convert.add_argument("rows", type=Path, help="a .csv, .json or .jsonl file")
@@ -69,6 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
   """Runs the chosen action."""
+  if args.overrides and getattr(args, "config", None) is None:
+    unknown = " ".join(args.overrides)
+    raise InputError(f"unknown argument {unknown}; see `vcflash data --help`")
   return args.run_action(args)
 
 
@@ -79,9 +92,39 @@ def _check(args) -> int:
 
   if args.sample < 0:
     raise InputError(f"--sample is {args.sample}; give 0 or more")
-  reports = check_sources(read_mixture(args.mixture), None if args.all else args.sample)
+  mixture, num_sampled = read_mixture(args.mixture), None if args.all else args.sample
+  with _reader_of_run(args) as reader:
+    reports = check_sources(mixture, num_sampled, reader=reader)
   print(json.dumps(as_json(reports)) if args.json else as_table(reports))
   return int(any(map(is_broken, reports)))
+
+
+@contextlib.contextmanager
+def _reader_of_run(args) -> Iterator:
+  """What reads rows in the run of --config; None without it."""
+  if args.config is None:
+    yield None
+    return
+  from videochat_flash_jax.cli.config_file import read_config
+  from videochat_flash_jax.data.batches.examples import ExampleReader
+  from videochat_flash_jax.data.text.tokenizer import load_tokenizer
+  from videochat_flash_jax.train.config import data_config, require, run_configs, train_settings
+  from videochat_flash_jax.train.workdir import write_hub
+
+  runs = run_configs(read_config(args.config, args.overrides))
+  if "" not in runs:
+    raise InputError(
+      f"--config {args.config}: has the stages {', '.join(runs)}; give the config of one run"
+    )
+  settings = train_settings(runs[""])
+  require(bool(settings.init_from), "init_from", None, "the model of the run, for its tokenizer")
+  shards = settings.mesh.sequence
+  require(shards > 0, "mesh.sequence", shards, "the number of devices that share a row")
+  config = data_config(settings, shards, streams=1)
+  with tempfile.TemporaryDirectory() as hub:
+    write_hub(Path(hub), settings)
+    make_tokenizer = functools.partial(load_tokenizer, hub)
+    yield ExampleReader(config.example, config.row_shape, make_tokenizer)
 
 
 def _convert(args) -> None:

@@ -218,11 +218,16 @@ def prepare(workdir: Path, settings: TrainSettings, config: Mapping[str, Any]):
           for change in _changes(workdir, config):
             _log.info("config.%s was %r, now %r", change.path, change.before, change.now)
         else:
-          _write_hub(workdir / "hub", settings)
+          write_hub(workdir / "hub", settings)
         _write_config(workdir, config)
 
 
-def _write_hub(hub, settings):
+def write_hub(hub: Path, settings: TrainSettings):
+  """Writes the tokenizer of a run and the config.json of its model into the directory `hub`.
+
+  Raises:
+    InputError: `init_from` is not a model, or lacks a part.
+  """
   shutil.rmtree(
     hub, ignore_errors=True
   )  # files of an earlier attempt, which may have had another model

@@ -49,6 +49,9 @@ def as_table(reports: Sequence[SourceReport]) -> str:
     if report.half_clips:
       found = f"{report.half_clips:,} rows with only one of start and end in {source}"
       text += ["", f"{found}; a run takes the whole video"]
+    if report.cut:
+      found = f"{report.cut:,} rows with answers too long for a training row in {source}"
+      text += ["", f"{found}; a run cuts them"]
     text += broken_lines(report)
   if not any(map(is_broken, reports)):
     text += ["", "nothing is broken"]

@@ -1,7 +1,8 @@
 """Reads a whole mixture before a run does, and reports what is broken.
 
 Every row is read and checked. A sample of the media, evenly spaced over each source, is opened, or
-all media. The first and the last frame of a video are decoded; an image is decoded completely.
+all media. The first and the last frame of a video are decoded; an image is decoded completely. If
+a run's reader is given, these rows, and those of text, are also read as in that run.
 """
 
 import collections
@@ -20,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from videochat_flash_jax.data.batches.data_config import ExampleConfig
+from videochat_flash_jax.data.batches.examples import ExampleReader
 from videochat_flash_jax.data.batches.row_media import (
   choose_frames,
   open_row_video,
@@ -55,6 +57,7 @@ class SourceReport:
     seconds: length of the opened videos.
     damaged: opened videos of which a decoded frame was repaired or missing; a run can use them.
     half_clips: rows that have only one of `start` and `end`, which is then ignored.
+    cut: rows whose answers are cut in the run, because a training row has no room for them.
     broken: rows that cannot be used, by reason.
     offenders: a few of them, by reason: the row's name and what is wrong.
     problem: why none of its rows can be read, or "".
@@ -69,6 +72,7 @@ class SourceReport:
   seconds: float = 0.0
   damaged: int = 0
   half_clips: int = 0
+  cut: int = 0
   broken: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   offenders: dict[str, list[str]] = dataclasses.field(default_factory=dict)
   problem: str = ""
@@ -109,7 +113,10 @@ def check_roots(rows: Rows) -> None:
 
 
 def check_sources(
-  mixture: Mixture, num_sampled: int | None, cache_dir: str | os.PathLike | None = None
+  mixture: Mixture,
+  num_sampled: int | None,
+  cache_dir: str | os.PathLike | None = None,
+  reader: ExampleReader | None = None,
 ) -> list[SourceReport]:
   """Checks a mixture as `check_mixture` does, even if some annotation files cannot be read.
 
@@ -119,19 +126,22 @@ def check_sources(
   rows, problems = open_usable_rows(mixture, cache_dir)
   if problems and len(mixture.sources) == 1:
     raise InputError(problems[mixture.sources[0]])
-  found = iter(check_mixture(rows, num_sampled) if rows else ())
+  found = iter(check_mixture(rows, num_sampled, reader) if rows else ())
   return [
     SourceReport(source.json_path, problem=problems[source]) if source in problems else next(found)
     for source in mixture.sources
   ]
 
 
-def check_mixture(rows: Rows, num_sampled: int | None) -> list[SourceReport]:
+def check_mixture(
+  rows: Rows, num_sampled: int | None, reader: ExampleReader | None = None
+) -> list[SourceReport]:
   """Checks all rows of a mixture and opens media, on all cores.
 
   Args:
     rows: rows of the mixture.
     num_sampled: number of rows of each source whose media are opened; None opens all.
+    reader: of the run that the mixture is for; it tells which rows are too long.
 
   Returns:
     A report for each source, in the order of the sources.
@@ -141,7 +151,7 @@ def check_mixture(rows: Rows, num_sampled: int | None) -> list[SourceReport]:
   tasks = list(_tasks(rows, num_sampled))
   bar = tqdm(total=len(rows), desc="checking", unit="row", leave=False, disable=None)
   with bar:
-    for (number, _, _), report in zip(tasks, _run(rows, tasks), strict=True):
+    for (number, _, _), report in zip(tasks, _run(rows, reader, tasks), strict=True):
       reports[number].add(report)
       bar.update(report.rows)
   return reports
@@ -165,14 +175,14 @@ def _evenly_spaced(count: int, num_rows: int) -> np.ndarray:
   return np.arange(count) * num_rows // max(count, 1)
 
 
-def _run(rows: Rows, tasks: list) -> Iterable[SourceReport]:
+def _run(rows: Rows, reader: ExampleReader | None, tasks: list) -> Iterable[SourceReport]:
   num_processes = min(os.cpu_count() or 1, len(tasks))
   if num_processes == 1:
-    yield from (_check_rows(rows, *task[1:]) for task in tasks)
+    yield from (_check_rows(rows, reader, *task[1:]) for task in tasks)
     return
   # The rows are sent to each process once, not with every task.
   spawn = multiprocessing.get_context("spawn")
-  with ProcessPoolExecutor(num_processes, spawn, _keep_rows, (rows,)) as executor:
+  with ProcessPoolExecutor(num_processes, spawn, _keep_rows, (rows, reader)) as executor:
     results = executor.map(_check_kept_rows, *list(zip(*tasks, strict=True))[1:])
     for _, checked, _ in tasks:
       try:
@@ -186,26 +196,32 @@ def _run(rows: Rows, tasks: list) -> Iterable[SourceReport]:
         ) from error
 
 
-def _keep_rows(rows: Rows) -> None:
-  """Keeps the rows in a global variable of this process."""
-  globals()["_kept_rows"] = rows
+def _keep_rows(rows: Rows, reader: ExampleReader | None) -> None:
+  """Keeps the rows and their reader in a global variable of this process."""
+  globals()["_kept"] = rows, reader
 
 
 def _check_kept_rows(checked: range, opened: frozenset[int]) -> SourceReport:
   """Checks some of the rows that `_keep_rows` kept in this process."""
-  return _check_rows(globals()["_kept_rows"], checked, opened)
+  return _check_rows(*globals()["_kept"], checked, opened)
 
 
-def _check_rows(rows: Rows, checked: range, opened: frozenset[int]) -> SourceReport:
+def _check_rows(
+  rows: Rows, reader: ExampleReader | None, checked: range, opened: frozenset[int]
+) -> SourceReport:
   """Checks the rows `checked`, and opens the media of those in `opened`."""
   report = SourceReport(rows.source(checked.start))
   for index in checked:
-    check_row_and_media(rows, index, report, index in opened)
+    check_row_and_media(rows, index, report, index in opened, reader)
   return report
 
 
 def check_row_and_media(
-  rows: Rows, index: int, report: SourceReport, is_opened: bool = True
+  rows: Rows,
+  index: int,
+  report: SourceReport,
+  is_opened: bool = True,
+  reader: ExampleReader | None = None,
 ) -> dict | None:
   """Checks a row, and counts in the report of its source what is found.
 
@@ -214,6 +230,7 @@ def check_row_and_media(
     index: which of them is checked.
     report: of the row's source.
     is_opened: whether the row's media are opened.
+    reader: as in `check_mixture`.
 
   Returns:
     The row, or None if it cannot be used.
@@ -231,6 +248,8 @@ def check_row_and_media(
       report.half_clips += has_half_clip(row)
       if is_opened and kind != "text":
         _open_media(row, kind, report)
+      if reader is not None and (is_opened or kind == "text"):
+        report.cut += reader.read(row, np.random.default_rng(0)).is_cut
       return row
   except BrokenRow as error:
     report.add_broken(rows.label(index), error)
