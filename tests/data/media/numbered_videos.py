@@ -35,6 +35,7 @@ def write_numbers(
   size: int = 64,
   pixels: str = "yuv420p",
   muxer: dict | None = None,
+  has_sound: bool = False,
   change=None,
 ) -> Path:
   """Writes one frame a number.
@@ -51,10 +52,12 @@ def write_numbers(
     size: height and width.
     pixels: FFmpeg's name of the pixel format.
     muxer: options of the format.
+    has_sound: adds silence, whose packets lie between those of the frames.
     change: is called with the list of packets and may change them.
   """
   numbers = list(numbers)
   with av.open(str(path), "w", format=file_format, options=muxer or {}) as container:
+    sound = container.add_stream("mp2", rate=48_000) if has_sound else None
     stream = container.add_stream(codec, rate=fps, options=options)
     stream.height, stream.width, stream.pix_fmt = size, size, pixels
     if milliseconds:
@@ -70,5 +73,18 @@ def write_numbers(
     packets += stream.encode(None)
     if change:
       change(packets)
+    if has_sound:
+      packets += _silence(sound, first / fps, len(numbers) / fps)
+      packets.sort(key=lambda packet: packet.dts * packet.time_base)
     container.mux(packets)
   return path
+
+
+def _silence(sound, first_second: float, seconds: float) -> list[av.Packet]:
+  length, packets = sound.codec_context.frame_size or 1152, []
+  for number in range(int(seconds * 48_000 / length)):
+    samples = np.zeros((1, 2 * length), np.int16)
+    frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="stereo")
+    frame.sample_rate, frame.pts = 48_000, round(first_second * 48_000) + number * length
+    packets += sound.encode(frame)
+  return packets + sound.encode(None)

@@ -139,6 +139,7 @@ def join(path, parts, *arguments, **settings):
   return numbers
 
 
+@pytest.mark.parametrize("has_sound", [False, True])
 @pytest.mark.parametrize("order", JOINED)
 @pytest.mark.parametrize(
   "file_format, codec, options",
@@ -150,10 +151,11 @@ def join(path, parts, *arguments, **settings):
   ],
 )
 def test_joined_broadcasts_are_shown_one_after_the_other(
-  tmp_path, order, file_format, codec, options
+  tmp_path, order, file_format, codec, options, has_sound
 ):
   parts = [(range(first, first + 50), 20 * first) for first in JOINED[order]]
-  numbers = join(tmp_path / "a", parts, file_format, codec, options, size=96)
+  settings = {"size": 96, "has_sound": has_sound}
+  numbers = join(tmp_path / "a", parts, file_format, codec, options, **settings)
   assert_shows(tmp_path / "a", numbers, len(numbers) / 25)
 
 

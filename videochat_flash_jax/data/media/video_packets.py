@@ -164,13 +164,14 @@ def sort_by_time(packets: Packets, container) -> list[Packet] | None:
   return in_order
 
 
-def measure_seconds(packets: Packets, stream) -> Fraction:
+def measure_seconds(packets: Packets, container, stream) -> Fraction:
   """Returns the length: from the start of the first frame to the end of the last one."""
   rate = stream.average_rate or stream.guessed_rate or Fraction(1)
   by_rate = packets.num_frames / rate
   is_joined = len(packets.recordings) > 1
   end = 0 if is_joined else promised_end(stream) / stream.time_base
-  lengths = [_length(recording, end) for recording in packets.recordings]
+  longest = _LONGEST_STEP / stream.time_base if may_jump_ahead(container) else math.inf
+  lengths = [_length(recording, end, longest) for recording in packets.recordings]
   if None in lengths:  # no stamps, and not even durations
     return header_seconds(stream) or by_rate
   seconds = sum(lengths) * stream.time_base
@@ -178,20 +179,25 @@ def measure_seconds(packets: Packets, stream) -> Fraction:
   return by_rate if not seconds or abs(by_rate - seconds) <= 1 / rate else seconds
 
 
-def _length(recording: list[Packet], end: Fraction | int) -> Fraction | int | None:
+def _length(
+  recording: list[Packet], end: Fraction | int, longest: Fraction | float
+) -> Fraction | int | None:
   """Returns how long a recording is shown, in units of the time base, or None.
 
   Args:
     recording: its packets.
     end: when its last frame ends by the header of the file, or 0.
+    longest: the longest time between two frames. Where recordings are joined, a packet may have a
+      stamp of the next one.
   """
   if None in (packet.stamp for packet in recording):
     durations = [packet.duration for packet in recording]
     return sum(durations) if all(durations) else None
-  first = min(packet.stamp for packet in recording)
+  stamps = sorted(packet.stamp for packet in recording)
+  gaps = [after - before for before, after in itertools.pairwise(stamps)]
+  span = sum(gap for gap in gaps if gap <= longest)
   last = max(recording, key=lambda packet: packet.stamp)
-  usual = Fraction(last.stamp - first, max(1, len(recording) - 1))
-  return max(last.stamp + (last.duration or usual), end) - first
+  return max(span + (last.duration or Fraction(span, max(1, len(gaps)))), end - stamps[0])
 
 
 def promised_end(stream) -> Fraction:

@@ -113,7 +113,7 @@ def read_timeline(container, stream, path: Path) -> Timeline:
     raise truncated(path, packets.num_readable, num_promised)
   timeline = Timeline(
     num_frames=packets.num_frames,
-    seconds=measure_seconds(packets, stream),
+    seconds=measure_seconds(packets, container, stream),
     frame_of_packet=[],
     first_of_stamp={},
     key_frames=[KeyFrame(0, packets.keys[0].index, None)],
