@@ -115,6 +115,18 @@ def test_a_check_agrees_with_a_run_about_each_row(tmp_path):
   assert report.broken == failed == {"bad media field": 1, "bad times": 2, "unreadable video": 1}
 
 
+def test_an_image_too_long_to_be_padded_is_found_where_it_is_not_alone(tmp_path):
+  Image.new("RGB", (1, 17_000)).save(tmp_path / "line.png")
+  rows = [
+    {"image": ["line.png"] * count, "conversations": turns("<image>" * count + "?", "!")}
+    for count in (1, 2)
+  ]
+  (tmp_path / "a.json").write_text(json.dumps(rows))
+  opened = open_rows(read_mixture(tmp_path / "a.json"), tmp_path / "cache")
+  (report,) = check_mixture(opened, None)
+  assert report.broken == {"unreadable image": 1}  # as in `examples_test`
+
+
 def test_broken_files_are_not_held_open(tmp_path):
   data = write_video(tmp_path / "a.mkv", pictures(40)).read_bytes()
   rows = []

@@ -26,6 +26,7 @@ from videochat_flash_jax.data.batches.row_media import (
   choose_frames,
   open_row_video,
   read_row_images,
+  read_tiles,
   row_video_path,
 )
 from videochat_flash_jax.data.media.video_reader import VideoInfo
@@ -266,8 +267,9 @@ def _with_name(label, message):
 
 
 def _open_media(row, kind, report):
-  for path in [row_video_path(row)] if kind == "video" else media_paths(row, kind):
-    found = _open_file(kind, path, row.get("video_read_type"))
+  paths = [row_video_path(row)] if kind == "video" else media_paths(row, kind)
+  for path in paths:
+    found = _open_file(kind, path, row.get("video_read_type"), len(paths) == 1)
     if found.problem:
       raise BrokenRow(*found.problem)
     report.opened[kind] += 1
@@ -290,12 +292,16 @@ class _Found(NamedTuple):
 
 
 @functools.lru_cache(_NUM_REMEMBERED_FILES)
-def _open_file(kind: str, path: str, read_type: str | None) -> _Found:
-  """Decodes as much of a file as is needed to see whether it is complete."""
+def _open_file(kind: str, path: str, read_type: str | None, is_alone: bool) -> _Found:
+  """Decodes as much of a file as is needed to see whether it is complete.
+
+  An image that is not alone in its row is padded to a square, for which it may be too long.
+  """
   try:
     with any_error_breaks(kind):
       if kind == "image":
-        read_row_images({"image": path})
+        (image,) = read_row_images({"image": path})
+        read_tiles(image, (1, 1) if is_alone else None, _CONFIG.image_size)
         return _Found()
       with open_row_video({"video": path, "video_read_type": read_type}) as video:
         for _ in video.frames([0, video.info.num_frames - 1], _CONFIG.image_size):
