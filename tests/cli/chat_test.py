@@ -1,5 +1,6 @@
 """`vcflash chat`, and what it says to bad input: one line, exit code 2, nothing else."""
 
+import os
 import shutil
 
 import av
@@ -131,6 +132,24 @@ def test_a_video_of_one_frame_is_answered(folder, capsys, tmp_path):
 @pytest.mark.parametrize("question", ["", "  \n"])
 def test_an_empty_question_is_refused(folder, capsys, question):
   assert "question is empty" in refusal(capsys, chat(folder, question=question))
+
+
+def test_a_question_in_another_encoding_is_refused_before_the_video_is_encoded(folder, capsys):
+  code = chat(folder, question="caf\udce9?", video=folder / "a.mp4")
+  output = capsys.readouterr()
+  assert (code, output.out) == (2, "")
+  assert output.err == "vcflash: --question is not valid UTF-8; write it again\n"
+
+
+def test_names_and_questions_in_another_encoding_are_no_traceback(folder, capsys, monkeypatch):
+  path = folder / os.fsdecode(b"caf\xe9\n.mp4")
+  shutil.copy(folder / "a.mp4", path)
+  typed = iter(["caf\udce9?", QUESTION, "quit"])
+  monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+  assert chat(folder, question=None, video=path) == 0
+  first, *others = capsys.readouterr().out.splitlines()
+  assert first == rf"{folder}/caf\udce9\n.mp4: 24.0 s, 24 frames seen"
+  assert "vcflash: the question is not valid UTF-8 text; write it again" in others
 
 
 def test_a_question_beyond_the_context_is_refused(folder, capsys):

@@ -3,7 +3,7 @@
 import argparse
 import logging
 
-from videochat_flash_jax.errors import InputError, one_line
+from videochat_flash_jax.errors import InputError, is_unicode, one_line
 
 EXAMPLE = 'vcflash chat --model tiny --video match.mp4 --question "What colour is the star?"'
 
@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
   """Encodes the video or the images, then answers."""
   if args.question is not None and not args.question.strip():
     raise InputError("--question is empty; write a question, or leave it out for a prompt")
+  if args.question is not None and not is_unicode(args.question):
+    raise InputError("--question is not valid UTF-8; write it again")
   if args.max_new_tokens < 1:
     raise InputError(f"--max-new-tokens is {args.max_new_tokens}; give at least 1")
   if args.image and args.max_frames is not None:

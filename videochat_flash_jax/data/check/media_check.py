@@ -34,7 +34,7 @@ from videochat_flash_jax.data.mixture.annotations import check_media, has_half_c
 from videochat_flash_jax.data.mixture.broken import BrokenRow, any_error_breaks
 from videochat_flash_jax.data.mixture.mixture import Mixture
 from videochat_flash_jax.data.mixture.rows import Rows, open_usable_rows
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 NUM_OFFENDERS = 5  # broken rows that are named, for each reason and source
 _NUM_PROBED = 16  # rows of each source, of which `check_roots` looks for the media
@@ -83,7 +83,7 @@ class SourceReport:
     self.broken[error.reason] += 1
     examples = self.offenders.setdefault(error.reason, [])
     if len(examples) < NUM_OFFENDERS:
-      examples.append(_with_name(label, error.detail.removeprefix(f"{self.source} ")))
+      examples.append(_with_name(label, error.detail.removeprefix(f"{one_line(self.source)} ")))
 
   def add(self, other: "SourceReport") -> None:
     """Adds what was found in further rows of the same source."""
