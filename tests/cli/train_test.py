@@ -4,11 +4,15 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from videochat_flash_jax.checkpoints.convert import open_checkpoint
+from videochat_flash_jax.checkpoints.runs.run_files import whole_steps
 from videochat_flash_jax.cli.config_file import apply_override, load_config
 from videochat_flash_jax.cli.main import main
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.train.preemption import Preemption
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny.py"
@@ -121,3 +125,38 @@ def test_a_run_leaves_a_log_and_a_checkpoint_that_is_exported_and_loads(tmp_path
   assert main(["convert", "--model", str(workdir), "--out", str(tmp_path / "export")]) == 0
   loaded = VideoChat.from_pretrained(workdir).config
   assert loaded.decoder == VideoChat.from_pretrained(tmp_path / "export").config.decoder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, other", [("c%20d", "c d"), ("a#b? | [1]", "a"), ("e\\f", "e/f")])
+def test_a_run_of_any_name_resumes_is_exported_and_answers(
+  tmp_path, monkeypatch, capsys, name, other
+):
+  command = ["--config.num_steps=2", "--config.eval.every=100"]
+  assert main(arguments(SMALL, tmp_path / other, *command, "--config.seed=1")) == 0
+  workdir, out, world = (tmp_path / f"{name}{ending}" for ending in ("", " out", " world"))
+  with monkeypatch.context() as patched:
+    patched.setattr(Preemption, "is_due", lambda _: True)
+    assert main(arguments(SMALL, workdir, *command)) == 0
+  assert whole_steps(workdir / "checkpoints") == [1]
+  assert main(arguments(SMALL, workdir, *command)) == 0
+  assert whole_steps(workdir / "checkpoints") == [1, 2]
+  events = [json.loads(line) for line in (workdir / "train_log.jsonl").read_text().splitlines()]
+  assert [event["event"] for event in events if "event" in event] == ["start", "resume"]
+  assert main(["convert", "--model", str(workdir), "--out", str(out)]) == 0
+  assert main(["synth", "--out", str(world), "--videos", "1", "--frames", "4:4"]) == 0
+  scores = []
+  for model in (workdir, out):
+    capsys.readouterr()
+    annotations = ["--annotations", str(world / "annotations.json"), "--json"]
+    assert main(["evaluate", "--model", str(model), *annotations]) == 0
+    scores.append(json.loads(capsys.readouterr().out)["wrong"])
+  assert scores[0] == scores[1] and scores[0]
+  embeddings = [
+    np.concatenate(list(open_checkpoint(path).tensors["model.embed_tokens.weight"].blocks()))
+    for path in (workdir, out, tmp_path / other)
+  ]
+  np.testing.assert_array_equal(embeddings[0], embeddings[1])
+  assert (embeddings[0] != embeddings[2]).any()
+  again = arguments(SMALL, tmp_path / f"{name} again", *command, f"--config.init_from={workdir}")
+  assert main(again) == 0
