@@ -53,7 +53,7 @@ def no_encoder(monkeypatch):
     def fail(*_):
       raise AssertionError("the encoder was run, or a video was opened")
 
-    monkeypatch.setattr(feature_encoding, "open_video", fail)
+    monkeypatch.setattr("videochat_flash_jax.inference.chat.open_video", fail)
     monkeypatch.setattr(feature_encoding, "open_row_video", fail)
     monkeypatch.setattr(Engine, "encode_features", fail)
     monkeypatch.setattr(Engine, "encode", fail)
