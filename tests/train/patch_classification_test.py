@@ -1,6 +1,7 @@
 """The objective "patches": its loss, its batches, and what a run with it cannot use."""
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def test_the_loss_falls_when_the_heads_are_right():
   model.heads["kinds"].bias[...] = jnp.array([-50.0, 0.0, 0.0])
   after = patch_loss(model, batch).means()
   assert after["loss"] < before["loss"] and 0 <= after["kinds"] <= 1
+
+
+def test_clips_with_fewer_patches_than_they_may_have_tokens_are_classified():
+  vision = dataclasses.replace(MODEL.vision, image_size=16)  # 16 patches, of at most 24 tokens
+  model = VideoChatFlash(dataclasses.replace(MODEL, vision=vision), rngs=nnx.Rngs(0))
+  add_heads(model, nnx.Rngs(1), {"kinds": 3})
+  batch = {
+    "frames": jnp.zeros((1, 4, 16, 16, 3), jnp.uint8),
+    "kinds": jnp.ones((1, 16), jnp.int32),
+  }
+  assert patch_loss(model, batch).means()["targets"] == 16
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def work(config: VisionConfig, clips: int, num_weights: int) -> Work:
     clips: number of clips.
     num_weights: number of values in all weights.
   """
-  patches = config.clip_frames * config.grid_size**2
+  patches = config.num_patches(config.clip_frames)
   patch_values = 3 * config.patch_size**2
   products = config.depth * config.width * (4 * config.width + 2 * config.mlp_width)
   products += patch_values * config.width

@@ -104,6 +104,6 @@ def _program(name, settings, devices):
     make_mesh(settings.mesh, devices),
     rows=settings.rows,
     num_tokens=settings.tokens_per_row,
-    num_visual=settings.clips_per_shard * model.connector.clip_tokens,
+    num_visual=settings.clips_per_shard * model.clip_tokens,
     max_new_tokens=MAX_NEW_TOKENS,
   )

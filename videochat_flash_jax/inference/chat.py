@@ -277,7 +277,7 @@ class VideoChat:
     grid = choose_grid(image.shape[1], image.shape[0], self.config.tiling, size)
     tiles = cut_tiles(image, *grid, size)
     visual_tokens = self.engine.encode(tiles[:, None])
-    order = sequence_order(*grid, len(visual_tokens) // len(tiles))
+    order = sequence_order(*grid, self.config.tile_tokens)
     return SeenImages(self.engine, self.tokenizer, visual_tokens[order], 1, len(tiles))
 
   def ask(self, question: str, **options) -> str | Iterator[str]:

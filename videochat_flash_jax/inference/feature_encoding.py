@@ -153,10 +153,10 @@ def encode_mixture(
     InputError: another process is writing into the store, the disk is full, or the mixture has
       images and the encoder makes fewer tokens from a tile than from a clip.
   """
-  vision, tokens = engine.config.vision, engine.config.connector.clip_tokens
-  if (patches := vision.grid_size**2) < tokens and rows.has("image"):
+  of_clip, of_tile = engine.config.clip_tokens, engine.config.tile_tokens
+  if of_tile < of_clip and rows.has("image"):
     raise InputError(
-      f"{engine.config.name} makes {patches} tokens from an image and {tokens} from a clip, "
+      f"{engine.config.name} makes {of_tile} tokens from an image and {of_clip} from a clip, "
       "so one store cannot hold both; remove the images from the mixture"
     )
   reports = {source.json_path: SourceReport(source.json_path) for source in rows.sources}

@@ -45,13 +45,25 @@ class VisionConfig:
     """Patches along one side of a frame."""
     return self.image_size // self.patch_size
 
+  def num_patches(self, num_frames: int) -> int:
+    """P, the patches of a clip of so many frames; an image tile has one frame."""
+    return num_frames * self.grid_size**2
+
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig:
   """Clip-level HiCo: token merging (ToMe) to a fixed number of tokens, then an MLP."""
 
-  clip_tokens: int = 64  # V of one clip, and of one image tile
+  clip_tokens: int = 64  # the most that a clip or an image tile is merged to; see `num_tokens`
   merge_heads: int = 16  # similarity is measured on features averaged over these heads
+
+  def num_tokens(self, num_patches: int) -> int:
+    """V, the visual tokens that a clip or an image tile of so many patches becomes.
+
+    One with no more than `clip_tokens` patches keeps them all. A tile of `tiny` has 16 of at most
+    24; one of 112 x 112 pixels has 49 of at most 64.
+    """
+    return min(self.clip_tokens, num_patches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +213,16 @@ class VideoChatFlashConfig:
   sampling: SamplingConfig = SamplingConfig()
   tiling: TilingConfig = TilingConfig()
   dropout: DropoutConfig | None = None
+
+  @property
+  def clip_tokens(self) -> int:
+    """V of a clip. Whatever counts visual tokens asks for this number, or for `tile_tokens`."""
+    return self.connector.num_tokens(self.vision.num_patches(self.vision.clip_frames))
+
+  @property
+  def tile_tokens(self) -> int:
+    """V of an image tile, which has one frame: on small tiles fewer than `clip_tokens`."""
+    return self.connector.num_tokens(self.vision.num_patches(1))
 
   @classmethod
   def tiny(cls) -> "VideoChatFlashConfig":

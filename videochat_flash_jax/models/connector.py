@@ -29,11 +29,8 @@ class Connector(nnx.Module):
     self.fc2 = nnx.Linear(out_width, out_width, param_dtype=param_dtype, rngs=rngs)
 
   def merge(self, x: Float[Array, "C P E"]) -> Float[Array, "C V E"]:
-    """Merges the tokens of each clip or image tile to `clip_tokens`, without parameters.
-
-    A tile with no more than `clip_tokens` patches keeps them all. The tiles of `tiny` have 16.
-    """
-    target = min(self.config.clip_tokens, x.shape[1])
+    """Merges the tokens of each clip or image tile, without parameters."""
+    target = self.config.num_tokens(x.shape[1])
     return merge_tokens(x, target=target, num_heads=self.config.merge_heads)
 
   def project(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch D"]:

@@ -144,7 +144,7 @@ class VideoChatFlash(nnx.Module):
   def _group_size(self, num_clips):
     """The most clips per group such that all groups have equally many and not too many patches."""
     vision = self.config.vision
-    most = max(1, _MAX_PATCHES_PER_GROUP // (vision.clip_frames * vision.grid_size**2))
+    most = max(1, _MAX_PATCHES_PER_GROUP // vision.num_patches(vision.clip_frames))
     return max(group for group in range(1, most + 1) if num_clips % group == 0)
 
   def encode_patches(self, frames: UInt8[Array, "C F height width 3"]) -> Float[Array, "C P E"]:

@@ -87,7 +87,7 @@ def draw_conversation(
   scene = synthetic.draw_scene(rng, synthetic.draw_num_frames(rng, *frames))
   pictures, _ = _record(rng, scene, config)
   clips = pictures.reshape(-1, config.vision.clip_frames, *pictures.shape[1:])
-  visual_tokens = len(clips) * config.connector.clip_tokens
+  visual_tokens = len(clips) * config.clip_tokens
   if template == "plain":
     text = _caption(scene, tokenizer)
   else:

@@ -93,13 +93,13 @@ def batch_shapes(settings: TrainSettings, layout: Layout) -> dict[str, Any]:
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
   batch = {name: shape(row, jnp.int32, "batch", "sequence") for name in PER_TOKEN}
-  kinds = {"frames": (settings.clips_per_shard, vision.clip_frames)}
+  kinds = {"frames": (settings.clips_per_shard, vision.clip_frames, settings.model.clip_tokens)}
   if settings.tiles_per_shard:
-    kinds["tiles"] = (settings.tiles_per_shard, 1)
-  for kind, (number, frames) in kinds.items():
+    kinds["tiles"] = (settings.tiles_per_shard, 1, settings.model.tile_tokens)
+  for kind, (number, frames, tokens) in kinds.items():
     number *= layout.sequence_shards
     if settings.data.features:
-      sizes = (settings.rows, number, settings.model.connector.clip_tokens, vision.width)
+      sizes = (settings.rows, number, tokens, vision.width)
       batch[STORED_FEATURES[kind]] = shape(sizes, jnp.bfloat16, "batch", "clips")
     else:
       sizes = (settings.rows, number, frames, *picture)

@@ -117,7 +117,8 @@ def data_config(settings: TrainSettings, num_shards: int, streams: int) -> DataC
     example=ExampleConfig(image_size=model.vision.image_size, tiling=model.tiling, **reading),
     row_shape=RowShape(
       tokens=settings.tokens_per_row,
-      clip_tokens=model.connector.clip_tokens,
+      clip_tokens=model.clip_tokens,
+      tile_tokens=model.tile_tokens,
       clips_per_shard=settings.clips_per_shard,
       tiles_per_shard=settings.tiles_per_shard,
       num_shards=num_shards,

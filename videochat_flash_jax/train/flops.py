@@ -29,7 +29,8 @@ def step_flops(settings: TrainSettings, sequence_shards: int) -> float:
   if not settings.data.features:
     encoder += clips * encoder_flops(settings, model.vision.clip_frames)
     encoder += tiles * encoder_flops(settings, num_frames=1)
-  connector = (clips + tiles) * _connector(model, trained)
+  visual_tokens = clips * model.clip_tokens + tiles * model.tile_tokens
+  connector = visual_tokens * _connector(model, trained)
   return encoder + connector + rows * _decoder(model.decoder, settings.tokens_per_row, trained)
 
 
@@ -63,7 +64,7 @@ def _num_products(trained, part):
 def encoder_flops(settings: TrainSettings, num_frames: int) -> float:
   """Operations of the encoder on one clip of so many frames, or on a tile, which has one."""
   vision = settings.model.vision
-  patches = num_frames * vision.grid_size**2
+  patches = vision.num_patches(num_frames)
   layer = vision.width * (4 * vision.width + 2 * vision.mlp_width)
   weights = vision.depth * layer + 3 * vision.patch_size**2 * vision.width
   attention = vision.depth * 2 * patches * vision.width  # scores, and the weighted sum of values
@@ -72,9 +73,9 @@ def encoder_flops(settings: TrainSettings, num_frames: int) -> float:
 
 
 def _connector(model: VideoChatFlashConfig, trained: set[str]) -> float:
-  """Operations on one clip or tile."""
+  """Operations on one visual token."""
   weights = model.decoder.width * (model.vision.width + model.decoder.width)
-  return 2.0 * model.connector.clip_tokens * weights * _num_products(trained, "connector")
+  return 2.0 * weights * _num_products(trained, "connector")
 
 
 def _decoder(decoder: DecoderConfig, num_tokens: int, trained: set[str]) -> float:

@@ -70,16 +70,16 @@ def patch_loss(model: VideoChatFlash, batch: dict[str, Array], layout: Layout = 
     show something, after merging; each patch is a target.
   """
   del layout
-  connector = model.connector
+  connector, num_tokens = model.connector, model.config.clip_tokens
   features = model.encode_patches(batch["frames"])
   metric = jax.lax.stop_gradient(similarity_features(features, connector.config.merge_heads))
-  group = merge_groups(metric, target=connector.config.clip_tokens)
+  group = merge_groups(metric, target=num_tokens)
   merged = jnp.take_along_axis(connector.merge(features), group[..., None], axis=1)
   total, right = jnp.zeros(()), {}
   for name, head in model.heads.items():
     labels, nothing = batch[name], head.out_features - 1
     things = jnp.where(labels == nothing, IGNORE_LABEL, labels)
-    num_things = sum_groups(1.0 * (things >= 0)[..., None], group, connector.config.clip_tokens)
+    num_things = sum_groups(1.0 * (things >= 0)[..., None], group, num_tokens)
     is_beside_thing = jnp.take_along_axis(num_things[..., 0], group, axis=1) > 0
     bare = jnp.where(labels == nothing, labels, IGNORE_LABEL)
     bare_tokens = jnp.where(is_beside_thing, IGNORE_LABEL, bare)
@@ -95,7 +95,7 @@ def patch_loss(model: VideoChatFlash, batch: dict[str, Array], layout: Layout = 
 def batch_shapes(settings: TrainSettings, layout: Layout) -> dict[str, Any]:
   """Shapes and shardings of a batch: `frames [C, F, S, S, 3]`, `kinds` and `colours` `[C, P]`."""
   vision, clips = settings.model.vision, settings.rows * settings.clips_per_shard
-  size, num_patches = vision.image_size, vision.clip_frames * vision.grid_size**2
+  size, num_patches = vision.image_size, vision.num_patches(vision.clip_frames)
   sharding = NamedSharding(layout.mesh, layout.spec("batch"))
   labels = jax.ShapeDtypeStruct((clips, num_patches), jnp.int32, sharding=sharding)
   frames = (clips, vision.clip_frames, size, size, 3)

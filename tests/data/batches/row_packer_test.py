@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ STAGE3 = {
 }  # fmt: skip
 SHARES = {"image": 0.31, "short": 0.46, "long": 0.2, "text": 0.03}
 SMALL = RowShape(96, 4, clips_per_shard=7, tiles_per_shard=5, num_shards=4, zigzag=True)
+SMALL_TILES = dataclasses.replace(SMALL, tile_tokens=3)
 
 
-def example(mark, num_clips, num_tiles, num_text, clip_tokens):
+def example(mark, num_clips, num_tiles, num_text, clip_tokens, tile_tokens=None):
   """Clips, then tiles, inside of text; every picture, token and label holds one number."""
-  num_visual = (num_clips + num_tiles) * clip_tokens
+  num_visual = num_clips * clip_tokens + num_tiles * (tile_tokens or clip_tokens)
   length = num_visual + num_text
   visual_index = np.full(length, -1, np.int32)
   visual_index[num_text // 2 : num_text // 2 + num_visual] = np.arange(num_visual)
@@ -131,52 +133,58 @@ def test_examples_put_anywhere_wait_until_others_are_added():
   assert [item.number for item in packer.add(items[0])] == [0]
 
 
-def test_clips_and_tiles_of_every_shard_fit_and_each_token_comes_from_its_own_picture():
-  rng, packer, num_rows, fullest = np.random.default_rng(2), RowPacker(SMALL, num_held=2), 0, 0
+@pytest.mark.parametrize("shape", [SMALL, SMALL_TILES])
+def test_clips_and_tiles_of_every_shard_fit_and_each_token_comes_from_its_own_picture(shape):
+  rng, packer, num_rows, fullest = np.random.default_rng(2), RowPacker(shape, num_held=2), 0, 0
   for number in range(400):
     sizes = rng.integers(0, 6), rng.integers(0, 4), rng.integers(1, 14)
-    made = example(number % 20, *map(int, sizes), SMALL.clip_tokens)
+    made = example(number % 20, *map(int, sizes), shape.clip_tokens, shape.tile_tokens)
     row = packer.add(Packed(number, number, made))
     if row:
       num_rows += 1
-      written = empty_rows(SMALL, 1, (4, 1, 1, 3), (1, 1, 1, 3))
-      write_row(row, SMALL, written, 0)  # raises where a shard has no room
-      fullest = max(fullest, check_written(row, written))
+      written = empty_rows(shape, 1, (4, 1, 1, 3), (1, 1, 1, 3))
+      write_row(row, shape, written, 0)  # raises where a shard has no room
+      fullest = max(fullest, check_written(row, written, shape))
   assert num_rows > 50
-  assert fullest == SMALL.clips_per_shard  # so that the budget was in the way at least once
+  assert fullest == shape.clips_per_shard  # so that the budget was in the way at least once
 
 
-def check_written(row, written):
+def tokens_of(clips, tiles, shape):
+  """The picture that each visual token is from, and its number in the picture, both [.., V]."""
+  sizes = (clips, shape.clip_tokens), (tiles, shape.tile_tokens)
+  pictures = np.concatenate([np.repeat(x, size, axis=-1) for x, size in sizes], axis=-1)
+  numbers = [np.tile(np.arange(size), x.shape[-1]) for x, size in sizes]
+  return pictures, np.broadcast_to(np.concatenate(numbers), pictures.shape)
+
+
+def check_written(row, written, shape):
   """Compares a row with its examples, token by token; gives the most clips of a shard."""
-  per_shard = [
-    np.concatenate([part.reshape(-1) for part in parts])
-    for parts in zip(
-      written["frames"][0, :, 0, 0, 0, 0].reshape(SMALL.num_shards, -1),
-      written["tiles"][0, :, 0, 0, 0, 0].reshape(SMALL.num_shards, -1),
-      strict=True,
-    )
-  ]
-  own = written["visual_index"][0].reshape(SMALL.num_shards, -1)
-  pictures = np.stack(per_shard)
-  seen = np.take_along_axis(pictures, np.maximum(own, 0) // SMALL.clip_tokens, axis=1).reshape(-1)
-  back = unzigzag_order(SMALL.tokens, SMALL.num_shards)
-  seen, token = seen[back], (own % SMALL.clip_tokens).reshape(-1)[back]
+  frames, tiles = (
+    written[name][0, :, 0, 0, 0, 0].reshape(shape.num_shards, -1) for name in ("frames", "tiles")
+  )
+  own = written["visual_index"][0].reshape(shape.num_shards, -1)
+  back = unzigzag_order(shape.tokens, shape.num_shards)
+  seen, token = (
+    np.take_along_axis(x, np.maximum(own, 0), axis=1).reshape(-1)[back]
+    for x in tokens_of(frames, tiles, shape)
+  )
   fields = {name: written[name][0][back] for name in ("token_ids", "labels", "positions")}
   segments, offset = written["segment_ids"][0][back], 0
   for segment, item in enumerate(row, start=1):
     span = slice(offset, offset + len(item.example.token_ids))
     is_visual = item.example.visual_index >= 0
-    every = np.concatenate([item.example.frames[:, 0, 0, 0, 0], item.example.tiles[:, 0, 0, 0, 0]])
+    media = (x[:, 0, 0, 0, 0] for x in (item.example.frames, item.example.tiles))
+    pictures, numbers = tokens_of(*media, shape)
     index = item.example.visual_index[is_visual]
-    np.testing.assert_array_equal(seen[span][is_visual], every[index // SMALL.clip_tokens])
-    np.testing.assert_array_equal(token[span][is_visual], index % SMALL.clip_tokens)
+    np.testing.assert_array_equal(seen[span][is_visual], pictures[index])
+    np.testing.assert_array_equal(token[span][is_visual], numbers[index])
     np.testing.assert_array_equal(written["visual_index"][0][back][span] >= 0, is_visual)
     for name, values in fields.items():
       np.testing.assert_array_equal(values[span], getattr(item.example, name))
     assert (segments[span] == segment).all()
     offset = span.stop
   assert (segments[offset:] == 0).all() and (fields["labels"][offset:] == IGNORE_LABEL).all()
-  is_clip = (own >= 0) & (own < SMALL.clips_per_shard * SMALL.clip_tokens)
+  is_clip = (own >= 0) & (own < shape.clips_per_shard * shape.clip_tokens)
   return max(
-    len(np.unique(part[mask] // SMALL.clip_tokens)) for part, mask in zip(own, is_clip, strict=True)
+    len(np.unique(part[mask] // shape.clip_tokens)) for part, mask in zip(own, is_clip, strict=True)
   )

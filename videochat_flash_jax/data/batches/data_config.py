@@ -111,5 +111,6 @@ class DataConfig:
     del facts["workers"], facts["max_broken_share"]  # they do not decide it
     for part in ("example", "row_shape"):
       facts |= facts.pop(part)
+    del facts["tile_tokens"]  # follows from the other sizes, and earlier versions did not save it
     tiling, frames = facts.pop("tiling"), facts.pop("frames")
     return facts | tiling | {"frames": list(frames)}

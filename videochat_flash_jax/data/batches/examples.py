@@ -136,13 +136,13 @@ class ExampleReader(TokenizerOfProcess):
     return example
 
   def _read_media(self, row) -> RowMedia:
-    tokens = self._row_shape.clip_tokens
+    clip_tokens, tile_tokens = self._row_shape.clip_tokens, self._row_shape.tile_tokens
     clip_shape, tile_shape, dtype = media_shapes(self._config, self._features)
     no_clips, no_tiles = np.empty((0, *clip_shape), dtype), np.empty((0, *tile_shape), dtype)
     if row.get("video") is not None:
       video = read_row_video(row, self._config, self._features)
       message = time_message(self._config.time_message, video.seconds, video.frame_seconds)
-      counts = [len(video.clips) * tokens]
+      counts = [len(video.clips) * clip_tokens]
       return RowMedia(video.clips, no_tiles, counts, None, message, video.is_damaged)
     self._check_num_images(row)
     images = read_row_images(row)
@@ -153,17 +153,17 @@ class ExampleReader(TokenizerOfProcess):
       [self._tiles(image, grid) for image, grid in zip(images, grids, strict=True)]
     )
     if len(images) > 1:
-      return RowMedia(no_clips, tiles, [tokens] * len(images))
-    order = sequence_order(*grids[0], tokens)
+      return RowMedia(no_clips, tiles, [tile_tokens] * len(images))
+    order = sequence_order(*grids[0], tile_tokens)
     return RowMedia(no_clips, tiles, [len(order)], order)
 
   def _check_num_images(self, row):
     """Raises `BrokenRow` if a row has no room for so many images, before any of them is read."""
     num_images = len(media_paths(row, "image")) if row.get("image") is not None else 0
-    if num_images * self._row_shape.clip_tokens > self._row_shape.tokens:
+    if num_images * self._row_shape.tile_tokens > self._row_shape.tokens:
       raise BrokenRow(
         "too long",
-        f"{num_images} images of {self._row_shape.clip_tokens} tokens, but a row has "
+        f"{num_images} images of {self._row_shape.tile_tokens} tokens, but a row has "
         f"{self._row_shape.tokens}; give longer rows, or fewer images",
       )
 
@@ -180,7 +180,7 @@ class ExampleReader(TokenizerOfProcess):
   def _check_fits(self, example, num_tokens, has_answer):
     """Raises `BrokenRow` if the cut to the row's length removed visual tokens or all answers."""
     num_clips, capacity = len(example.frames), self._row_shape.capacity
-    num_visual = (num_clips + len(example.tiles)) * self._row_shape.clip_tokens
+    num_visual = self._row_shape.first_token(num_clips + len(example.tiles), num_clips)
     if (example.visual_index >= 0).sum() < num_visual or not has_answer:
       raise BrokenRow(
         "too long",

@@ -135,8 +135,9 @@ def write_row(packed: Sequence[Packed], row_shape: RowShape, batch: dict, number
     row["segment_ids"][span] = segment
     # In an example, tiles are counted after its own clips; in a row, after the clips of the row.
     is_tile = example.visual_index >= len(example.frames) * row_shape.clip_tokens
-    tile_shift = len(clips) + tiles_before - len(example.frames)
-    shift = np.where(is_tile, tile_shift, clips_before).astype(np.int32) * row_shape.clip_tokens
+    tile_shift = (len(clips) - len(example.frames)) * row_shape.clip_tokens
+    tile_shift += tiles_before * row_shape.tile_tokens
+    shift = np.where(is_tile, tile_shift, clips_before * row_shape.clip_tokens)
     row["visual_index"][span] = np.where(
       example.visual_index >= 0, example.visual_index + shift, np.int32(-1)
     )

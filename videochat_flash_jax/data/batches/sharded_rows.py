@@ -31,11 +31,13 @@ class RowShape:
 
   Attributes:
     tokens: T, the tokens of a row.
-    clip_tokens: V, the visual tokens of a clip, and of a tile.
+    clip_tokens: the visual tokens of a clip, `VideoChatFlashConfig.clip_tokens`.
     clips_per_shard: largest number of clips of 4 frames in each shard; unused ones are black.
     tiles_per_shard: largest number of image tiles in each shard.
     num_shards: number of parts into which a row is split.
     zigzag: whether the tokens are put into the order of `zigzag_order`.
+    tile_tokens: the visual tokens of a tile, `VideoChatFlashConfig.tile_tokens`; None: as many as
+      of a clip.
   """
 
   tokens: int
@@ -44,8 +46,11 @@ class RowShape:
   tiles_per_shard: int = 0
   num_shards: int = 1
   zigzag: bool = False
+  tile_tokens: int | None = None
 
   def __post_init__(self):
+    if self.tile_tokens is None:
+      object.__setattr__(self, "tile_tokens", self.clip_tokens)
     if self.tokens % self.num_shards:
       raise InputError(
         f"rows of {self.tokens} tokens cannot be split into {self.num_shards} equal parts; "
@@ -62,6 +67,30 @@ class RowShape:
     """The shard of each token of a row: int `[T]`, for tokens in their original order."""
     return _order_and_shards(self.tokens, self.num_shards, self.zigzag)[1]
 
+  def find(self, visual_index: np.ndarray, num_clips: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the clip or tile that each visual token belongs to, and which of its tokens it is.
+
+    With clips of 3 tokens and tiles of 2, the tokens of 1 clip and 2 tiles are
+
+        index   0 1 2 3 4 5 6
+        item    0 0 0 1 1 2 2
+        token   0 1 2 0 1 0 1
+
+    Args:
+      visual_index: int `[N]`, indices of visual tokens.
+      num_clips: number of clips; items from this number on are tiles.
+    """
+    of_clips = num_clips * self.clip_tokens
+    clip, clip_token = np.divmod(visual_index, self.clip_tokens)
+    tile, tile_token = np.divmod(visual_index - of_clips, self.tile_tokens)
+    is_clip = visual_index < of_clips
+    return np.where(is_clip, clip, num_clips + tile), np.where(is_clip, clip_token, tile_token)
+
+  def first_token(self, items: np.ndarray, num_clips: int) -> np.ndarray:
+    """The inverse of `find`: the index of the first visual token of each clip or tile."""
+    num_tiles = np.maximum(items - num_clips, 0)
+    return np.minimum(items, num_clips) * self.clip_tokens + num_tiles * self.tile_tokens
+
   def needs(self, visual_index: np.ndarray, num_clips: int, offset: int = 0) -> np.ndarray:
     """Counts the clips and tiles that each shard needs for an example in a row.
 
@@ -74,7 +103,7 @@ class RowShape:
       int `[2, num_shards]`: the number of clips, and of tiles.
     """
     (positions,) = np.nonzero(visual_index >= 0)
-    items = visual_index[positions] // self.clip_tokens  # index of the clip or tile
+    items = self.find(visual_index[positions], num_clips)[0]
     is_needed = np.zeros((max(items.max(initial=0) + 1, num_clips), self.num_shards), bool)
     is_needed[items, self.shard_of_token[positions + offset]] = True
     return np.stack([is_needed[:num_clips].sum(axis=0), is_needed[num_clips:].sum(axis=0)])
@@ -150,13 +179,14 @@ def shard_row(
   for shard in range(row_shape.num_shards):
     part = index[shard * num_tokens : (shard + 1) * num_tokens]
     is_visual = part >= 0
+    item, token = row_shape.find(part[is_visual], len(clips))
     # `items`: the clips and tiles of this shard. `own`: for each visual token, which of them.
-    items, own = np.unique(part[is_visual] // row_shape.clip_tokens, return_inverse=True)
+    items, own = np.unique(item, return_inverse=True)
     num_clips = int(np.searchsorted(items, len(clips)))
     needed = num_clips, len(items) - num_clips
     _check_capacity(needed, row_shape, f"row {number}", shard)
     own[own >= num_clips] += row_shape.clips_per_shard - num_clips
-    part[is_visual] = own * row_shape.clip_tokens + part[is_visual] % row_shape.clip_tokens
+    part[is_visual] = row_shape.first_token(own, row_shape.clips_per_shard) + token
     for offset, item in enumerate(items[:num_clips]):
       batch["frames"][number, shard * row_shape.clips_per_shard + offset] = clips[item]
     for offset, item in enumerate(items[num_clips:]):

@@ -30,7 +30,7 @@ class FeatureKey:
 
   Attributes:
     vision: sizes of the encoder.
-    clip_tokens: V, to which the tokens of a clip are merged.
+    clip_tokens: the most tokens that a clip is merged to.
     merge_heads: number of heads over which merging measures the similarity of tokens.
     dtype: dtype of the computation, such as "bfloat16".
     weights: digest of the encoder's weights, from `weights_digest`.

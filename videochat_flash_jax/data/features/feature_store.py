@@ -36,6 +36,7 @@ from videochat_flash_jax.data.features.feature_key import FeatureKey, file_diges
 from videochat_flash_jax.data.features.record_file import RecordFile
 from videochat_flash_jax.data.media.video_reader import VideoInfo
 from videochat_flash_jax.errors import InputError, is_unicode
+from videochat_flash_jax.models.config import ConnectorConfig
 from videochat_flash_jax.plain_paths import plain_path
 
 FORMAT = 2
@@ -92,7 +93,8 @@ class FeatureStore:
   @property
   def clip_shape(self) -> tuple[int, int]:
     """The shape (V, E) of a clip's features."""
-    return self.key.clip_tokens, self.key.vision.width
+    vision, connector = self.key.vision, ConnectorConfig(self.key.clip_tokens)
+    return connector.num_tokens(vision.num_patches(vision.clip_frames)), vision.width
 
   def get(self, entry: bytes) -> np.ndarray | None:
     """Returns the features of an entry, bfloat16 `[C, V, E]`, or None if there is no such entry.
