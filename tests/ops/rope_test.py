@@ -1,5 +1,9 @@
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.conftest import assert_close
 from videochat_flash_jax.ops.rope import apply_rope, rope_table
@@ -71,3 +75,43 @@ def test_yarn_keeps_fast_channels_and_slows_slow_ones_by_its_factor():
   scale = 0.1 * np.log(factor) + 1
   assert_close(yarn[0, 0, :8], plain[0, 0, :8] * scale, absolute=1e-5)
   assert_close(yarn[0, 0, 56:64], slowed[0, 0, 56:64] * scale, absolute=1e-5)
+
+
+@pytest.mark.parametrize("yarn", [{}, {"stretch": 31.0, "original_positions": 32768}])
+def test_at_a_million_positions_angles_have_no_error_but_that_of_float32(yarn):
+  """Half a unit in the last place of the frequency, a million times, and of the angle itself."""
+  positions = np.array([1, 9_999, 131_071, 999_999])
+  exact = exact_frequencies(128, 1e6, **yarn)
+  angles = positions[:, None] * exact
+  bound = positions[:, None] * np.spacing(exact.astype(np.float32)) / 2
+  bound = bound + np.spacing(angles.astype(np.float32)) / 2 + 1e-6  # of cos and sin themselves
+  cosines, sines = rope_table(jnp.asarray(positions)[None], 128, 1e6, **yarn)
+  scale = 0.1 * np.log(yarn.get("stretch", 1.0)) + 1
+  for table, function in ((cosines, np.cos), (sines, np.sin)):
+    error = np.abs(np.asarray(table[0, :, :64], np.float64) - scale * function(angles))
+    assert (error <= scale * bound).all()
+
+
+def exact_frequencies(head_size, theta, stretch=1.0, original_positions=1):
+  """As the paper of YaRN has them, with the bounds of transformers: 32 turns and one."""
+  channel = np.arange(head_size // 2)
+  frequencies = theta ** (-2 * channel / head_size)
+  if stretch == 1:
+    return frequencies
+
+  def at(turns):
+    distance = original_positions / (2 * np.pi * turns)
+    return head_size * np.log(distance) / (2 * np.log(theta))
+
+  share = np.clip((channel - np.floor(at(32))) / (np.ceil(at(1)) - np.floor(at(32))), 0, 1)
+  return frequencies * (1 - share) + frequencies / stretch * share
+
+
+def test_no_device_computes_frequencies():
+  """A TPU's powers are not those of a CPU: the frequencies are constants of the program."""
+  for yarn in ({}, YARN):
+    table = functools.partial(rope_table, head_size=32, theta=THETA, **yarn)
+    program = jax.make_jaxpr(table)(jnp.zeros((1, 4), jnp.int32))
+    assert {str(equation.primitive) for equation in program.eqns} <= {
+      "convert_element_type", "broadcast_in_dim", "mul", "concatenate", "cos", "sin",
+    }  # fmt: skip

@@ -1,8 +1,13 @@
-"""Rotary positions (Su et al. 2021), in float32: bfloat16 has no fractions at 100,000."""
+"""Rotary positions (Su et al. 2021).
+
+Angles are float32: bfloat16 has no fractions at 100,000. At position 1,000,000 an angle has the
+error of its frequency a million times, so frequencies are computed on the host, in float64.
+"""
 
 import math
 
 import jax.numpy as jnp
+import numpy as np
 
 from videochat_flash_jax.shapes import Array, Float, Int
 
@@ -30,15 +35,20 @@ def rope_table(
       slowly. Attention scores grow by the square of 0.1 ln(stretch) + 1.
     original_positions: length of the context that the model was trained with.
   """
-  exponents = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
-  frequencies = 1.0 / theta**exponents
-  if stretch > 1:
-    slowed = _slowed_share(head_size, theta, original_positions)
-    frequencies = frequencies * (1 - slowed) + frequencies / stretch * slowed
-  angles = positions.astype(jnp.float32)[..., None] * frequencies
+  frequencies = _frequencies(head_size, theta, stretch, original_positions)
+  angles = positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
   angles = jnp.concatenate([angles, angles], axis=-1)
   scale = 0.1 * math.log(stretch) + 1
   return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def _frequencies(head_size, theta, stretch, original_positions):
+  """Radians by which each of the H/2 channels turns from one position to the next, float64."""
+  frequencies = float(theta) ** -(np.arange(0, head_size, 2) / head_size)
+  if stretch > 1:
+    slowed = _slowed_share(head_size, theta, original_positions)
+    frequencies = frequencies * (1 - slowed) + frequencies / stretch * slowed
+  return frequencies
 
 
 def _slowed_share(head_size, theta, original_positions):
@@ -51,8 +61,7 @@ def _slowed_share(head_size, theta, original_positions):
 
   first = max(math.floor(channel(_KEPT_TURNS)), 0)
   last = min(math.ceil(channel(_SLOWED_TURNS)), head_size - 1)
-  channels = jnp.arange(head_size // 2, dtype=jnp.float32)
-  return jnp.clip((channels - first) / max(last - first, 0.001), 0, 1)
+  return np.clip((np.arange(head_size // 2) - first) / max(last - first, 0.001), 0, 1)
 
 
 def apply_rope(
