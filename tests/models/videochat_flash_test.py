@@ -1,11 +1,14 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import assert_close
+from tests.conftest import assert_close, quick_jit
 from tests.models.small_models import CONFIG, DECODER, VISION, fill_randomly, normal
+from videochat_flash_jax.models import qwen2, videochat_flash
 from videochat_flash_jax.models.config import PIXEL_MEAN, PIXEL_STD
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash, normalise_pixels
 
@@ -54,3 +57,37 @@ def test_bfloat16_weights_compute_in_bfloat16():
   assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(jnp.bfloat16)}
   tokens = nnx.eval_shape(lambda model: model.encode(frames_of(1)), model)
   assert tokens.dtype == jnp.bfloat16
+
+
+def test_only_text_reads_the_table_with_a_gradient(model, monkeypatch):
+  """At a visual token's place the id is 0, and what it reads is not used."""
+  seen = []
+
+  def recorded(table, token_ids, layout):
+    seen.append(np.asarray(token_ids))
+    return table[jnp.maximum(token_ids, 0)]
+
+  monkeypatch.setattr(qwen2, "embed", recorded)
+  tokens = normal(1, CONFIG.connector.clip_tokens, DECODER.width)
+  model.embed_sequence(jnp.array([[0, 9, 0, 0, 0]]), tokens, jnp.array([[-1, -1, 0, 1, -1]]))
+  np.testing.assert_array_equal(seen[0], [[0, 9, -1, -1, 0]])
+
+
+def test_gradients_of_many_groups_of_clips_are_summed_in_float32(monkeypatch):
+  """The first token of each of 600 tiles adds 1 to a bias; a sum in bfloat16 stays at 256."""
+  monkeypatch.setattr(videochat_flash, "_MAX_PATCHES_PER_GROUP", 1)
+  config = dataclasses.replace(CONFIG, vision=dataclasses.replace(VISION, depth=1, image_size=16))
+  model = fill_randomly(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+  tiles = jnp.zeros((1, 600, 1, 16, 16, 3), jnp.uint8)
+  graph, weights = nnx.split(model)
+
+  @quick_jit
+  def gradient(weights):
+    def loss(weights):
+      tokens = nnx.merge(graph, weights).encode_rows(tiles)
+      return tokens.reshape(600, -1, DECODER.width)[:, 0].astype(jnp.float32).sum()
+
+    return jax.grad(loss)(weights)
+
+  bias = gradient(weights)["connector"]["fc2"]["bias"][...]
+  np.testing.assert_array_equal(bias.astype(jnp.float32), np.full(DECODER.width, 600))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,9 @@ pytestmark = [pytest.mark.tpu, pytest.mark.usefixtures("in_haste")]
 DEPTH = 2
 
 
-def compiled_step(mesh, topology):
+def compiled_step(mesh, topology, **changes):
   """A step of a shallow model, its state, and the text of its program."""
-  settings = small_settings()
+  settings = dataclasses.replace(small_settings(), **changes)
   model, parts = settings.model, {}
   for name in ("decoder", "vision"):
     parts[name] = dataclasses.replace(getattr(model, name), depth=DEPTH)
@@ -85,3 +86,22 @@ def test_only_gradients_cross_from_slice_to_slice_and_each_once():
   assert sent_between_slices(text) == pytest.approx(gradients, rel=0.01)
   assert program_costs(text).sizes["between slices"] == sent_between_slices(text)
   assert "xla_megascale" in text, "which is what carries them"
+
+
+def test_where_it_is_asked_for_all_gradients_are_added_up_in_float32():
+  """The compiler may compute in bfloat16 what is converted to it afterwards."""
+  mesh = MeshConfig(fsdp=2, sequence=SHARDS)
+  _, text = compiled_step(mesh, "v5e:2x4", gradient_dtype="float32")
+  computations, _ = parse(text)
+  arrays = {
+    (instruction.opcode.removesuffix("-start"), array.num_bytes // math.prod(array.shape))
+    for computation in computations.values()
+    for instruction in computation.instructions.values()
+    for array in instruction.arrays
+    if len(array.shape) > 1 or instruction.opcode == "scatter"
+  }
+  assert {("all-reduce", 4), ("reduce-scatter", 4), ("all-gather", 2)} <= arrays
+  assert not {("all-reduce", 2), ("reduce-scatter", 2)} & arrays
+  decoder = small_settings().model.decoder
+  columns = decoder.width // mesh.fsdp // mesh.sequence
+  assert re.search(rf"= f32\[{decoder.vocab_size},{columns}\]\S* scatter\(", text)

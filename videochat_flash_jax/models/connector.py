@@ -9,6 +9,7 @@ from flax import nnx
 
 from videochat_flash_jax.models.config import ConnectorConfig
 from videochat_flash_jax.models.token_merging import merge_tokens
+from videochat_flash_jax.ops.linear import Linear
 from videochat_flash_jax.shapes import Array, Float
 
 
@@ -25,8 +26,8 @@ class Connector(nnx.Module):
     param_dtype=jnp.float32,
   ):
     self.config = config
-    self.fc1 = nnx.Linear(width, out_width, param_dtype=param_dtype, rngs=rngs)
-    self.fc2 = nnx.Linear(out_width, out_width, param_dtype=param_dtype, rngs=rngs)
+    self.fc1 = Linear(width, out_width, param_dtype=param_dtype, rngs=rngs)
+    self.fc2 = Linear(out_width, out_width, param_dtype=param_dtype, rngs=rngs)
 
   def merge(self, x: Float[Array, "C P E"]) -> Float[Array, "C V E"]:
     """Merges the tokens of each clip or image tile, without parameters."""

@@ -16,6 +16,7 @@ from videochat_flash_jax.models.config import VisionConfig
 from videochat_flash_jax.models.layer_stack import LayerStack
 from videochat_flash_jax.models.umt import cubic_weights, linear_weights, patches
 from videochat_flash_jax.ops.attention import attention
+from videochat_flash_jax.ops.linear import Linear, plus, times
 from videochat_flash_jax.ops.norms import RMSNorm
 from videochat_flash_jax.shapes import Array, Float
 
@@ -31,7 +32,7 @@ class InternVideo2(nnx.Module):
     self.config = config
     width, grid = config.width, config.grid_size
     patch_values = 3 * config.patch_size**2
-    self.patch_embed = nnx.Linear(patch_values, width, param_dtype=param_dtype, rngs=rngs)
+    self.patch_embed = Linear(patch_values, width, param_dtype=param_dtype, rngs=rngs)
     noise = jax.random.normal(rngs.params(), (1, width), param_dtype)
     self.class_token = nnx.Param(_INITIAL_CLASS_TOKEN_STD * noise)
     video = sincos_positions(width, num_frames=config.clip_frames, grid=grid)
@@ -53,10 +54,10 @@ class InternVideo2(nnx.Module):
       left out.
     """
     x = self.patch_embed(patches(pixels, self.config.patch_size))
-    class_tokens = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, x.shape[2]))
+    class_tokens = plus(jnp.zeros_like(x[:, :1]), self.class_token[...])
     x = jnp.concatenate([class_tokens, x], axis=1)
     is_image = pixels.shape[1] == 1
-    x = x + (self.image_positions if is_image else self.video_positions)[...]
+    x = plus(x, (self.image_positions if is_image else self.video_positions)[...])
     (x,) = self.blocks.run(lambda block, _, carry: (block(carry[0]),), (x,))
     return x[:, 1:]
 
@@ -68,21 +69,21 @@ class Block(nnx.Module):
     width = config.width
     self.num_heads = config.num_heads
     self.norm1 = RMSNorm(width, _NORM_EPS, param_dtype=param_dtype)
-    self.qkv = nnx.Linear(width, 3 * width, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+    self.qkv = Linear(width, 3 * width, use_bias=False, param_dtype=param_dtype, rngs=rngs)
     self.q_norm = RMSNorm(width, _NORM_EPS, param_dtype=param_dtype)
     self.k_norm = RMSNorm(width, _NORM_EPS, param_dtype=param_dtype)
-    self.proj = nnx.Linear(width, width, param_dtype=param_dtype, rngs=rngs)
+    self.proj = Linear(width, width, param_dtype=param_dtype, rngs=rngs)
     self.attention_scale = nnx.Param(jnp.full((width,), _INITIAL_LAYER_SCALE, param_dtype))
     self.norm2 = RMSNorm(width, _NORM_EPS, param_dtype=param_dtype)
-    self.fc1 = nnx.Linear(width, config.mlp_width, param_dtype=param_dtype, rngs=rngs)
-    self.fc2 = nnx.Linear(config.mlp_width, width, param_dtype=param_dtype, rngs=rngs)
+    self.fc1 = Linear(width, config.mlp_width, param_dtype=param_dtype, rngs=rngs)
+    self.fc2 = Linear(config.mlp_width, width, param_dtype=param_dtype, rngs=rngs)
     self.mlp_scale = nnx.Param(jnp.full((width,), _INITIAL_LAYER_SCALE, param_dtype))
 
   def __call__(self, x: Float[Array, "C P E"]) -> Float[Array, "C P E"]:
     """Applies the block."""
-    x = x + _scaled(self._attend(self.norm1(x)), self.attention_scale[...])
+    x = x + times(self._attend(self.norm1(x)), self.attention_scale[...])
     hidden = jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False)
-    return x + _scaled(self.fc2(hidden), self.mlp_scale[...])
+    return x + times(self.fc2(hidden), self.mlp_scale[...])
 
   def _attend(self, x):
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
@@ -90,11 +91,6 @@ class Block(nnx.Module):
     heads = (*x.shape[:-1], self.num_heads, -1)
     out = attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
     return self.proj(out.reshape(x.shape))
-
-
-def _scaled(x, scale):
-  """LayerScale (Touvron et al. 2021), computed in float32 whatever the dtype of `x` is."""
-  return (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def sincos_positions(width: int, *, num_frames: int, grid: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from videochat_flash_jax.models.token_dropout import (
 )
 from videochat_flash_jax.ops.embedding import embed
 from videochat_flash_jax.ops.gather import gather_tokens
+from videochat_flash_jax.ops.linear import Linear
 from videochat_flash_jax.ops.norms import RMSNorm
 from videochat_flash_jax.ops.rope import apply_rope, rope_table
 from videochat_flash_jax.ops.sharded_attention import self_attention
@@ -51,7 +52,7 @@ class Qwen2(nnx.Module):
     self.cache_type = KVCache
     self.norm = RMSNorm(config.width, config.norm_eps, param_dtype=param_dtype)
     if not config.tied_embeddings:
-      self.lm_head = nnx.Linear(
+      self.lm_head = Linear(
         config.width, config.vocab_size, use_bias=False, param_dtype=param_dtype, rngs=rngs
       )
 
@@ -220,8 +221,8 @@ class Qwen2(nnx.Module):
   def embed(
     self, token_ids: Int[Array, "B T"], layout: Layout = ONE_DEVICE
   ) -> Float[Array, "B T D"]:
-    """Looks up text tokens. Ids below zero (visual slots, padding) read token 0."""
-    return embed(self.embed_tokens.embedding[...], jnp.maximum(token_ids, 0), layout)
+    """Looks up text tokens. Ids below zero, those of visual slots, read token 0; see `embed`."""
+    return embed(self.embed_tokens.embedding[...], token_ids, layout)
 
   @property
   def head(self) -> Float[Array, "D vocab"]:
@@ -252,7 +253,7 @@ class DecoderLayer(nnx.Module):
 
     def linear(inputs, outputs, use_bias=False):
       """A linear layer in the dtype of the weights."""
-      return nnx.Linear(inputs, outputs, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
+      return Linear(inputs, outputs, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
 
     self.input_norm = RMSNorm(config.width, config.norm_eps, param_dtype=param_dtype)
     self.q_proj = linear(config.width, queries, use_bias=True)

@@ -22,6 +22,8 @@ def splice(
     visual_tokens: all visual tokens of each row.
     visual_index: index of the visual token at each position, or -1.
   """
-  index = visual_index[..., None]
-  visual = jnp.take_along_axis(visual_tokens, jnp.maximum(index, 0), axis=1)
-  return jnp.where(index >= 0, visual.astype(text.dtype), text)
+  is_visual = visual_index[..., None] >= 0
+  # Text reads beyond the last visual token, so that it sends no gradient to any of them.
+  index = jnp.where(is_visual, visual_index[..., None], visual_tokens.shape[1])
+  visual = jnp.take_along_axis(visual_tokens, index, axis=1, mode="fill")
+  return jnp.where(is_visual, visual.astype(text.dtype), text)

@@ -11,6 +11,7 @@ from flax import nnx
 from videochat_flash_jax.models.config import VisionConfig
 from videochat_flash_jax.models.layer_stack import LayerStack
 from videochat_flash_jax.ops.attention import attention
+from videochat_flash_jax.ops.linear import Linear, plus
 from videochat_flash_jax.ops.norms import LayerNorm
 from videochat_flash_jax.shapes import Array, Float
 
@@ -24,7 +25,7 @@ class UMT(nnx.Module):
   def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     self.config = config
     patch_values = 3 * config.patch_size**2
-    self.patch_embed = nnx.Linear(patch_values, config.width, param_dtype=param_dtype, rngs=rngs)
+    self.patch_embed = Linear(patch_values, config.width, param_dtype=param_dtype, rngs=rngs)
     self.blocks = LayerStack(
       lambda rngs: Block(config, rngs=rngs, param_dtype=param_dtype), config.depth, rngs=rngs
     )
@@ -54,13 +55,13 @@ class Block(nnx.Module):
     width = config.width
     self.num_heads = config.num_heads
     self.norm1 = LayerNorm(width, _BLOCK_NORM_EPS, param_dtype=param_dtype)
-    self.qkv = nnx.Linear(width, 3 * width, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+    self.qkv = Linear(width, 3 * width, use_bias=False, param_dtype=param_dtype, rngs=rngs)
     self.q_bias = nnx.Param(jnp.zeros((width,), param_dtype))
     self.v_bias = nnx.Param(jnp.zeros((width,), param_dtype))
-    self.proj = nnx.Linear(width, width, param_dtype=param_dtype, rngs=rngs)
+    self.proj = Linear(width, width, param_dtype=param_dtype, rngs=rngs)
     self.norm2 = LayerNorm(width, _BLOCK_NORM_EPS, param_dtype=param_dtype)
-    self.fc1 = nnx.Linear(width, config.mlp_width, param_dtype=param_dtype, rngs=rngs)
-    self.fc2 = nnx.Linear(config.mlp_width, width, param_dtype=param_dtype, rngs=rngs)
+    self.fc1 = Linear(width, config.mlp_width, param_dtype=param_dtype, rngs=rngs)
+    self.fc2 = Linear(config.mlp_width, width, param_dtype=param_dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "C P E"]) -> Float[Array, "C P E"]:
     """Applies the block."""
@@ -69,7 +70,7 @@ class Block(nnx.Module):
 
   def _attend(self, x):
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-    q, v = q + self.q_bias[...], v + self.v_bias[...]
+    q, v = plus(q, self.q_bias[...]), plus(v, self.v_bias[...])
     heads = (*x.shape[:-1], self.num_heads, -1)
     out = attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
     return self.proj(out.reshape(x.shape))

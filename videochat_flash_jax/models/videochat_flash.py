@@ -74,7 +74,7 @@ class VideoChatFlash(nnx.Module):
 
     def encode(parts, frames):
       """Visual tokens of one group of clips or tiles."""
-      return parts["connector"](_encode_patches(parts["vision"], frames))
+      return parts["connector"](_encode_patches(parts["vision"], frames, layout))
 
     parts = {"vision": self.vision, "connector": self.connector}
     return self._row_tokens(encode, parts, layout, frames, tiles)
@@ -86,7 +86,7 @@ class VideoChatFlash(nnx.Module):
 
     def encode(parts, frames):
       """Merged features of one group of clips."""
-      return parts["connector"].merge(_encode_patches(parts["vision"], frames))
+      return parts["connector"].merge(_encode_patches(parts["vision"], frames, layout))
 
     parts = {"vision": self.vision, "connector": self.connector}
     features = self._each_clip(encode, parts, layout, frames)
@@ -125,17 +125,24 @@ class VideoChatFlash(nnx.Module):
     """The tokens [B, V, D] of clips [B, C, ...], by `function(parts, group)` of each group."""
     graph, weights = nnx.split(parts)
     weights = nnx.to_pure_dict(weights)
+    dtypes = jax.tree.map(layout.products_in, weights)
 
     def run(weights, clips):
       """All groups of the clips on one device."""
-      parts = nnx.merge(graph, layout.gather_shards(weights))
+      weights = layout.gather_shards(weights)
+
+      def run_group(group):
+        """One group; the gradients of all groups are summed in the dtype that `weights` have."""
+        parts = nnx.merge(graph, jax.tree.map(lambda x, dtype: x.astype(dtype), weights, dtypes))
+        return function(parts, group)
+
       rows, num_clips = clips.shape[:2]
       group = self._group_size(rows * num_clips)
       if group == rows * num_clips:
-        output = function(parts, clips.reshape(group, *clips.shape[2:]))
+        output = run_group(clips.reshape(group, *clips.shape[2:]))
       else:
         groups = clips.reshape(-1, group, *clips.shape[2:])
-        output = jax.lax.map(jax.checkpoint(lambda group: function(parts, group)), groups)
+        output = jax.lax.map(jax.checkpoint(run_group), groups)
       return output.reshape(rows, -1, output.shape[-1])
 
     split = layout.shard_map(run, (weights, ("batch", "clips")), ("batch", "clips"))
@@ -147,9 +154,11 @@ class VideoChatFlash(nnx.Module):
     most = max(1, _MAX_PATCHES_PER_GROUP // vision.num_patches(vision.clip_frames))
     return max(group for group in range(1, most + 1) if num_clips % group == 0)
 
-  def encode_patches(self, frames: UInt8[Array, "C F height width 3"]) -> Float[Array, "C P E"]:
+  def encode_patches(
+    self, frames: UInt8[Array, "C F height width 3"], layout: Layout = ONE_DEVICE
+  ) -> Float[Array, "C P E"]:
     """Encodes clips to one feature per patch, before merging."""
-    return _encode_patches(self.vision, frames)
+    return _encode_patches(self.vision, frames, layout)
 
   def embed_sequence(
     self,
@@ -163,7 +172,8 @@ class VideoChatFlash(nnx.Module):
     On a mesh a shard of the sequence takes visual tokens of its own clips and tiles alone (see
     `encode_rows`), and `visual_index` is an index into those.
     """
-    text = self.decoder.embed(token_ids, layout)
+    # No gradient goes to token 0 from all the slots whose embedding is not used.
+    text = self.decoder.embed(jnp.where(visual_index < 0, token_ids, -1), layout)
     tokens = ("batch", "sequence")
     return layout.shard_map(splice, (tokens,) * 3, tokens)(text, visual_tokens, visual_index)
 
@@ -214,8 +224,9 @@ class VideoChatFlash(nnx.Module):
     return self.decoder.read_and_drop(sequence, plan, layout)
 
 
-def _encode_patches(vision, frames):
-  return vision(normalise_pixels(frames).astype(vision.patch_embed.kernel.dtype))
+def _encode_patches(vision, frames, layout):
+  pixels = normalise_pixels(frames)
+  return vision(pixels.astype(layout.products_in(vision.patch_embed.kernel)))
 
 
 def normalise_pixels(frames: UInt8[Array, "*batch 3"]) -> Float[Array, "*batch 3"]:

@@ -1,12 +1,17 @@
 """Looks up the embeddings of tokens in a table that may be sharded over a mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.shapes import Array, Float, Int
 
+_TABLE, _TOKENS = ("vocabulary", "width"), ("batch", "sequence")
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed(
   table: Float[Array, "vocab D"], token_ids: Int[Array, "B T"], layout: Layout
 ) -> Float[Array, "B T D"]:
@@ -17,27 +22,68 @@ def embed(
   is not. Where weights are replicated, a device has all columns and looks up
   only its own tokens.
 
+  The gradient of a row of the table is summed in float32 over all tokens of a device that read it.
+  A sum of bfloat16 ones would stay at 256, however many tokens follow.
+
   Args:
     table: split by vocabulary ids and by columns, as `parallel.sharding` says.
-    token_ids: from 0.
-    layout: how table and tokens are sharded.
+    token_ids: from 0. Ids below 0 read token 0, and give it no gradient.
+    layout: how table and tokens are sharded; and the dtype of the result.
   """
-  if layout.mesh is None:
-    return table[token_ids]
-  sharers = layout.axes["width"]
+  sharers = _sharers(layout)
 
   def look_up(table, token_ids):
     """Embeddings of this device's tokens; `table` is this device's shard."""
-    index = token_ids - layout.vocab_ids(len(table))[0]
-    if sharers is not None:
-      index = jax.lax.all_gather(index, sharers)  # [devices, B, T]
-    is_here = (index >= 0) & (index < len(table))
-    columns = jnp.where(is_here[..., None], table[jnp.where(is_here, index, 0)], 0)
+    rows = _rows_in_shard(len(table), jnp.maximum(token_ids, 0), layout)
+    columns = table.at[rows].get(mode="fill", fill_value=0).astype(layout.products_in(table))
     columns = layout.reduce_over(jax.lax.psum, columns, "vocabulary")
     if sharers is None:
       return columns
     columns = jax.lax.all_to_all(columns, sharers, split_axis=0, concat_axis=0)
     return jnp.moveaxis(columns, 0, 2).reshape(*token_ids.shape, -1)
 
-  tokens = ("batch", "sequence")
-  return layout.shard_map(look_up, (("vocabulary", "width"), tokens), tokens)(table, token_ids)
+  return layout.shard_map(look_up, (_TABLE, _TOKENS), _TOKENS)(table, token_ids)
+
+
+def _forward(table, token_ids, layout):
+  return embed(table, token_ids, layout), (table, token_ids)
+
+
+def _backward(layout, residuals, gradient):
+  sharers = _sharers(layout)
+
+  def add_up(table, token_ids, gradient):
+    """The gradient of this device's shard of the table."""
+    rows = _rows_in_shard(len(table), token_ids, layout)
+    if sharers is not None:
+      columns = gradient.reshape(*token_ids.shape, len(rows), -1)
+      columns = jnp.moveaxis(columns, 2, 0)
+      gradient = jax.lax.all_to_all(columns, sharers, split_axis=0, concat_axis=0)
+    sums = jnp.zeros(table.shape, jnp.float32).at[rows].add(gradient, mode="drop")
+    sums = sums.astype(table.dtype)
+    if layout.mesh is None:
+      return sums
+    # The devices along `tensor` have other rows, and no sums of their own.
+    others = {"data", "fsdp", "sequence"}.difference(sharers or ())
+    return jax.lax.psum(sums, tuple(others))
+
+  return layout.shard_map(add_up, (_TABLE, _TOKENS, _TOKENS), _TABLE)(*residuals, gradient), None
+
+
+embed.defvjp(_forward, _backward)
+
+
+def _sharers(layout):
+  """The mesh axes over which the columns of the table are split; None if they are not."""
+  return None if layout.mesh is None else layout.axes["width"]
+
+
+def _rows_in_shard(num_rows, token_ids, layout):
+  """The rows of this device's shard that the tokens of all its sharers read: [.., B, T].
+
+  It is `num_rows` for tokens whose row is in another shard, and for ids below 0.
+  """
+  if _sharers(layout) is not None:
+    token_ids = jax.lax.all_gather(token_ids, _sharers(layout))
+  index = token_ids - layout.vocab_ids(num_rows)[0]
+  return jnp.where((index >= 0) & (index < num_rows), index, num_rows)

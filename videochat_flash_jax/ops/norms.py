@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from videochat_flash_jax.ops.linear import times
 from videochat_flash_jax.shapes import Array, Float
 
 
@@ -21,7 +22,7 @@ class RMSNorm(nnx.Module):
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(mean_square + self.eps)
-    return x32.astype(x.dtype) * self.scale[...]
+    return times(x32.astype(x.dtype), self.scale[...])
 
 
 class LayerNorm(nnx.Module):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -40,12 +41,16 @@ class Layout:
     replicate_weights: if True, weights are sharded over `tensor` only and replicated over the
       other axes, as inference needs them. If False, weights are sharded over all axes but `data`,
       and each layer's weights are gathered when the layer is computed.
+    compute_dtype: of products, and of all that devices send to each other but gradients of weights:
+      they are sent, and summed, in the dtype in which a weight comes. None: weights come in the
+      dtype of the computation.
   """
 
   mesh: Mesh | None = None
   sequence_parallel: str = "ring"
   zigzag: bool = False
   replicate_weights: bool = False
+  compute_dtype: jnp.dtype | None = None
 
   def __post_init__(self):
     kind, shards = self.sequence_parallel, self.sequence_shards
@@ -135,6 +140,8 @@ class Layout:
 
     Afterwards they are sharded over `tensor` only, and replicated over the other axes. In the
     backward pass the gradients are sharded as the stored weights are: summed and split in one step.
+    Weights are sent in the dtype of the computation, gradients in that of the weights, which they
+    keep.
 
     Args:
       layer: one layer, taken out of its stack.
@@ -150,7 +157,7 @@ class Layout:
         NamedSharding(self.mesh, PartitionSpec(*weight_spec(path, leaf.ndim + 1, replicated=g)[1:]))
         for g in (False, True)
       )
-      return _gather(leaf, split, gathered)
+      return _gather(leaf, split, gathered, self.products_in(leaf))
 
     graph, weights = nnx.split(layer)
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(gather, nnx.to_pure_dict(weights)))
@@ -158,24 +165,32 @@ class Layout:
   def gather_shards(self, weights: dict) -> dict:
     """Gathers the weights of whole parts of a model; to be called inside `shard_map`.
 
-    The result is sharded as that of `gather_layer`: over `tensor` only.
+    The result is sharded as that of `gather_layer`: over `tensor` only. It is float32, so that a
+    loop which reads it in every round sums gradients in float32; convert it inside of the loop.
+    Where weights are replicated, as at inference, they stay as they are.
 
     Args:
-      weights: nested dicts of this device's shards, with paths as in `parallel.sharding`.
+      weights: nested dicts of this device's shards, with paths as in `parallel.sharding`. They are
+        sent in the dtype of the computation, and their gradients in their own.
     """
-    if self.mesh is None or self.replicate_weights:
+    if self.replicate_weights:
       return weights
 
     def gather(path, shard):
       """Gathers one weight from its shards on all devices."""
-      dotted = dotted_path(path)
-      split, gathered = (weight_spec(dotted, shard.ndim, replicated=g) for g in (False, True))
-      for axis, (before, after) in enumerate(zip(split, gathered, strict=True)):
-        if before != after:
-          shard = jax.lax.all_gather(shard, MESH_AXES["width"], axis=axis, tiled=True)
-      return shard
+      if self.mesh is not None:
+        dotted = dotted_path(path)
+        split, gathered = (weight_spec(dotted, shard.ndim, replicated=g) for g in (False, True))
+        for axis, (before, after) in enumerate(zip(split, gathered, strict=True)):
+          if before != after:
+            shard = _gather_shard(shard, axis, self.products_in(shard), shard.dtype)
+      return shard.astype(jnp.float32)
 
     return jax.tree_util.tree_map_with_path(gather, weights)
+
+  def products_in(self, weight: jax.Array) -> jnp.dtype:
+    """The dtype of products with a weight."""
+    return weight.dtype if self.compute_dtype is None else self.compute_dtype
 
   def vocab_ids(self, num_ids: int) -> jax.Array:
     """The vocabulary ids [num_ids] in this device's shard; to be called inside `shard_map`.
@@ -185,7 +200,7 @@ class Layout:
     Args:
       num_ids: how many vocabulary ids each device has.
     """
-    return jax.numpy.arange(num_ids) + num_ids * self.axis_index("vocabulary")
+    return jnp.arange(num_ids) + num_ids * self.axis_index("vocabulary")
 
   def axis_index(self, axis: str) -> int | jax.Array:
     """The number of this device's shard along a named axis; to be called inside `shard_map`."""
@@ -218,23 +233,45 @@ def _is_axis_names(axes):
   return isinstance(axes, tuple) and all(isinstance(name, str) for name in axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(weight, split, gathered):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(weight, split, gathered, sent_dtype):
   """Gathers a weight; the custom gradient is sharded as the stored weight is.
 
   Without it the compiler would sum whole gradients on every device, and then keep a part of them.
   """
-  return jax.lax.with_sharding_constraint(weight, gathered)
+  # Without the first constraint the compiler might gather before it converts.
+  sent = jax.lax.with_sharding_constraint(weight.astype(sent_dtype), split)
+  return jax.lax.with_sharding_constraint(sent, gathered).astype(weight.dtype)
 
 
-def _gather_forward(weight, split, gathered):
-  return _gather(weight, split, gathered), None
+def _gather_forward(weight, split, gathered, sent_dtype):
+  return _gather(weight, split, gathered, sent_dtype), None
 
 
-def _gather_backward(split, gathered, _, gradient):
+def _gather_backward(split, gathered, sent_dtype, _, gradient):
   return (jax.lax.with_sharding_constraint(gradient, split),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_shard(shard, axis, sent_dtype, gradient_dtype):
+  """Gathers a weight from its shards, in float32; its gradient is sent in `gradient_dtype`."""
+  sent = shard.astype(sent_dtype)
+  return jax.lax.all_gather(sent, MESH_AXES["width"], axis=axis, tiled=True).astype(jnp.float32)
+
+
+def _gather_shard_forward(shard, axis, sent_dtype, gradient_dtype):
+  return _gather_shard(shard, axis, sent_dtype, gradient_dtype), None
+
+
+def _gather_shard_backward(axis, sent_dtype, gradient_dtype, _, gradient):
+  gradient = gradient.astype(gradient_dtype)
+  axes = MESH_AXES["width"]
+  return (jax.lax.psum_scatter(gradient, axes, scatter_dimension=axis, tiled=True),)
+
+
+_gather_shard.defvjp(_gather_shard_forward, _gather_shard_backward)
 
 ONE_DEVICE = Layout()

@@ -77,6 +77,15 @@ def weight_spec(path: str, ndim: int, *, replicated: bool = False) -> PartitionS
   return PartitionSpec(*(axes[name] for name in names))
 
 
+def is_small(path: str, ndim: int) -> bool:
+  """Whether a weight is a vector of each layer, as norms and biases are, or replicated.
+
+  Arguments are those of `weight_spec`.
+  """
+  is_vector = ndim - (".stacked." in path) < 2
+  return is_vector or not any(weight_spec(path, ndim))
+
+
 def weight_shardings(mesh: Mesh, weights: Any, *, replicated: bool = False) -> Any:
   """The sharding of every array in a tree of weights, or of an optimiser's state.
 

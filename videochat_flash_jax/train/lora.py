@@ -17,16 +17,17 @@ from flax import nnx
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import LoraConfig
+from videochat_flash_jax.ops.linear import Linear, product
 from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.shapes import Array, Float
 
 _HEAD = "lm_head"  # the loss reads its kernel directly, so an adapter would have no effect
 
 
-class AdaptedLinear(nnx.Linear):
+class AdaptedLinear(Linear):
   """A linear layer, or a stack of them, with an adapter; it shares the weights of `base`."""
 
-  def __init__(self, base: nnx.Linear, lora: LoraConfig, *, rngs: nnx.Rngs):
+  def __init__(self, base: Linear, lora: LoraConfig, *, rngs: nnx.Rngs):
     """Takes over all attributes of `base`, and draws the adapter."""
     for name, value in vars(base).items():
       if not name.startswith("_pytree"):
@@ -43,8 +44,8 @@ class AdaptedLinear(nnx.Linear):
   def __call__(self, inputs: Float[Array, "*batch E"]) -> Float[Array, "*batch M"]:
     """The output of the layer plus that of the adapter."""
     y = super().__call__(inputs)
-    a, b = (weight[...].astype(y.dtype) for weight in (self.lora_a, self.lora_b))
-    return y + (inputs.astype(y.dtype) @ a) @ b * self.lora_scale
+    adapter = product(product(inputs, self.lora_a[...]), self.lora_b[...])
+    return y + adapter * self.lora_scale
 
 
 def add_adapters(model: nnx.Module, lora: LoraConfig, rngs: nnx.Rngs):
@@ -64,7 +65,7 @@ def add_adapters(model: nnx.Module, lora: LoraConfig, rngs: nnx.Rngs):
   layers = {
     dotted_path(path): (path, module)
     for path, module in nnx.iter_modules(model)
-    if isinstance(module, nnx.Linear) and path[-1] != _HEAD
+    if isinstance(module, Linear) and path[-1] != _HEAD
   }
   try:
     found = sorted(name for name in layers if re.search(lora.targets, name))

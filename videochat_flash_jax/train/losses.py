@@ -64,20 +64,18 @@ def next_token_loss(
     layout: how rows and tokens are sharded over a mesh.
   """
   head = {"decoder": {"lm_head": {"kernel": decoder.head}}}
+  dtype = layout.products_in(decoder.head)
 
   def sums_of_shard(head, hidden, targets):
     """The loss and the right answers of this device's tokens, each [1, 1]."""
     # Gathered here, once, so that its gradient, too, is summed over devices once, not per block.
     kernel = layout.gather_shards(head)["decoder"]["lm_head"]["kernel"]
-    # A scan sums gradients in the dtype of the weight. In bfloat16 the sum over many blocks would
-    # lose the small ones.
-    precise, dtype = kernel.astype(jnp.float32), kernel.dtype
     blocks = _token_blocks(hidden, targets)
 
     @jax.checkpoint
     def add_block(sums, block):
       """Adds the sums of one block."""
-      return jax.tree.map(jnp.add, sums, _block_sums(precise.astype(dtype), *block, layout)), None
+      return jax.tree.map(jnp.add, sums, _block_sums(kernel.astype(dtype), *block, layout)), None
 
     sums, _ = jax.lax.scan(add_block, (jnp.zeros(()), jnp.zeros((), jnp.int32)), blocks)
     return jax.tree.map(lambda x: x[None, None], sums)

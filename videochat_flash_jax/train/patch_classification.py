@@ -21,6 +21,7 @@ from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.models.token_merging import merge_groups, similarity_features, sum_groups
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.ops.linear import Linear
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array
 from videochat_flash_jax.synthetic.render import COLOURS
@@ -48,7 +49,7 @@ def add_heads(model: VideoChatFlash, rngs: nnx.Rngs, num_classes: Mapping[str, i
   """
   width = model.config.vision.width
   model.heads = nnx.Dict(
-    {name: nnx.Linear(width, classes, rngs=rngs) for name, classes in num_classes.items()}
+    {name: Linear(width, classes, rngs=rngs) for name, classes in num_classes.items()}
   )
 
 
@@ -63,15 +64,15 @@ def patch_loss(model: VideoChatFlash, batch: dict[str, Array], layout: Layout = 
     model: with heads, see `add_heads`.
     batch: `frames [C, F, S, S, 3]`, and labels `[C, P]` for every head; the last class is
       "nothing", and IGNORE_LABEL does not count.
-    layout: not read; clips do not depend on each other, so XLA splits them by itself.
+    layout: gives the dtype of products. Clips do not depend on each other, so XLA splits them by
+      itself.
 
   Returns:
     Sums whose means are the loss and, for each head, the share of right answers about patches that
     show something, after merging; each patch is a target.
   """
-  del layout
   connector, num_tokens = model.connector, model.config.clip_tokens
-  features = model.encode_patches(batch["frames"])
+  features = model.encode_patches(batch["frames"], layout)
   metric = jax.lax.stop_gradient(similarity_features(features, connector.config.merge_heads))
   group = merge_groups(metric, target=num_tokens)
   merged = jnp.take_along_axis(connector.merge(features), group[..., None], axis=1)

@@ -47,9 +47,9 @@ def train_program(settings: TrainSettings, devices: Sequence[jax.Device]) -> Tra
   objective = OBJECTIVES[settings.objective]
   mesh = make_mesh(settings.mesh, devices)
   zigzag = settings.zigzag and mesh.shape["sequence"] > 1
-  layout = Layout(mesh, settings.sequence_parallel, zigzag)
-  _check_sizes(settings, layout)
   dtype = jnp.dtype(settings.compute_dtype)
+  layout = Layout(mesh, settings.sequence_parallel, zigzag, compute_dtype=dtype)
+  _check_sizes(settings, layout)
   optimizer = make_optimizer(settings.optimizer, settings.num_steps)
   draw = functools.partial(_draw_model, settings, objective.add_heads)
   paths = [dotted_path(path) for path, _ in _leaves(jax.eval_shape(lambda: _weights(draw())))]
@@ -60,7 +60,8 @@ def train_program(settings: TrainSettings, devices: Sequence[jax.Device]) -> Tra
   )
   shardings = weight_shardings(layout.mesh, state)
   loss = functools.partial(objective.loss, layout=layout)
-  kwargs = {"compute_dtype": dtype, "accumulate": settings.accumulate}
+  gradient_dtype = jnp.promote_types(dtype, settings.gradient_dtype)
+  kwargs = {"trained_dtype": gradient_dtype, "accumulate": settings.accumulate}
   step = jitted_step = make_step(graph, loss, optimizer, shardings=shardings, **kwargs)
   evaluate = make_evaluation(graph, loss, **kwargs)
   if settings.dropout is not None:

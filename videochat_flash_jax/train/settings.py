@@ -234,6 +234,14 @@ class TrainSettings:
     "The type of products, and of what devices send to each other. Trained weights and the "
     "optimizer's state are float32 in any case.",
   )
+  gradient_dtype: str = field(
+    "bfloat16",
+    choice("bfloat16", "float32"),
+    "The type in which devices add up their gradients, unless compute_dtype is float32. float32 is "
+    "more exact on many devices, and twice as much to send. Those of norms and biases, and sums on "
+    "one device, are float32 in any case.",
+    on_resume=_MAY_CHANGE,
+  )
   remat: str = field(
     "full",
     choice(*REMAT),

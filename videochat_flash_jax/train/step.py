@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.sharding import dotted_path
+from videochat_flash_jax.parallel.sharding import dotted_path, is_small
 from videochat_flash_jax.shapes import Array
 from videochat_flash_jax.train.losses import Sums
 
@@ -89,7 +89,7 @@ def make_step(
   loss: Loss,
   optimizer: optax.GradientTransformation,
   *,
-  compute_dtype: jnp.dtype | None = None,
+  trained_dtype: jnp.dtype | None = None,
   shardings: TrainState | None = None,
   accumulate: int = 1,
 ):
@@ -104,19 +104,20 @@ def make_step(
     graph: of the module, from `split_state`.
     loss: a function of the module and a batch.
     optimizer: the one that `split_state` was given.
-    compute_dtype: weights are converted to this dtype first of all, once a step; on a mesh they are
-      also gathered in it. None: as they are.
+    trained_dtype: trained weights are converted to this dtype first of all, once a step, and their
+      gradients are summed over devices in it; all but small ones (`parallel.sharding.is_small`),
+      which stay as they are. None: all stay as they are.
     shardings: of the state, on a mesh.
     accumulate: the number of parts of a batch that are computed sequentially, see `_parts`.
   """
 
   def step(state: TrainState, batch: dict[str, Array]):
     """One update of the trained weights."""
-    trained, frozen = (_in_dtype(x, compute_dtype) for x in (state.trained, state.frozen))
+    trained = _trained_in(trained_dtype, state)
 
     def summed_loss(trained, batch):
       """The loss to differentiate, and all sums beside it."""
-      sums = loss(nnx.merge(graph, trained, frozen), batch)
+      sums = loss(nnx.merge(graph, trained, state.frozen), batch)
       return sums.loss, sums
 
     def gradients_of(batch):
@@ -142,16 +143,16 @@ def make_evaluation(
   graph: nnx.GraphDef,
   loss: Loss,
   *,
-  compute_dtype: jnp.dtype | None = None,
+  trained_dtype: jnp.dtype | None = None,
   accumulate: int = 1,
 ):
   """Returns the jitted `evaluate(state, batch) -> metrics`; arguments are those of `make_step`."""
 
   def evaluate(state: TrainState, batch: dict[str, Array]):
     """The metrics of a batch, without a gradient."""
-    trained, frozen = (_in_dtype(x, compute_dtype) for x in (state.trained, state.frozen))
+    trained = _trained_in(trained_dtype, state)
     return _total(
-      lambda batch: loss(nnx.merge(graph, trained, frozen), batch), batch, accumulate
+      lambda batch: loss(nnx.merge(graph, trained, state.frozen), batch), batch, accumulate
     ).means()
 
   return jax.jit(evaluate)
@@ -181,6 +182,15 @@ def _parts(batch, number):
   between devices. Four rows on two devices, in two parts:   0 1 | 2 3   ->   0 | 2   and   1 | 3
   """
   return jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _trained_in(dtype, state):
+  """The trained weights, all but small ones in a dtype."""
+  if dtype is None:
+    return state.trained
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x if is_small(dotted_path(path), x.ndim) else x.astype(dtype), state.trained
+  )
 
 
 def _in_dtype(weights, dtype):
