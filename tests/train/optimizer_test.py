@@ -2,11 +2,20 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
+from tests.models.small_models import CONFIG, VISION, fill_randomly
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.models.config import LoraConfig
+from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.ops.norms import LayerNorm, RMSNorm
+from videochat_flash_jax.parallel.sharding import dotted_path
+from videochat_flash_jax.train.lora import add_adapters
 from videochat_flash_jax.train.optimizer import (
   learning_rate_at,
   make_optimizer,
@@ -25,6 +34,7 @@ ADAMW = OptimizerSettings(
   clip_norm=1.0,
 )
 MUON = dataclasses.replace(ADAMW, name="muon", learning_rate=0.1, scales=(("", 1.0),))
+INTERN_VIDEO = dataclasses.replace(CONFIG, vision=dataclasses.replace(VISION, kind="internvideo2"))
 PATHS = ("vision.norm.scale", "connector.fc1.kernel", "decoder.norm.scale")
 
 
@@ -76,7 +86,9 @@ def plain_adamw(weights, gradients, settings, num_steps):
       second[name] = 0.999 * second[name] + 0.001 * gradient**2
       mean = first[name] / (1 - 0.9 ** (step + 1))
       root = np.sqrt(second[name] / (1 - 0.999 ** (step + 1)))
-      move = mean / (root + 1e-8) + settings.weight_decay * weights[name]
+      move = mean / (root + 1e-8)
+      if "norm" not in name:
+        move += settings.weight_decay * weights[name]
       scale = 0.2 if "vision" in name else 1.0
       weights[name] = weights[name] - settings.learning_rate * scale * rate * move
   return weights
@@ -108,6 +120,51 @@ def test_adamw_with_clipping_warm_up_and_scales_equals_a_plain_implementation(de
   for name, expected in plain_adamw(weights, gradients, settings, 20).items():
     np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=1e-6)
     assert np.abs(expected - weights[name]).max() > 0.003
+
+
+@pytest.mark.parametrize("config", [CONFIG, INTERN_VIDEO], ids=["umt", "internvideo2"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_all_weights_decay_but_biases_and_those_of_norms(name, config):
+  def model_with_adapters():
+    model = VideoChatFlash(config, rngs=nnx.Rngs(0))
+    add_adapters(model, LoraConfig(rank=2, targets="proj|fc1"), nnx.Rngs(0))
+    return model
+
+  model = fill_randomly(model_with_adapters)
+  norms = {
+    dotted_path(path)
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, RMSNorm | LayerNorm)
+  }
+  weights = nnx.to_pure_dict(nnx.state(model))
+  settings = dataclasses.replace(
+    ADAMW, name=name, scales=(("", 1.0),), warm_up=0.0, learning_rate=0.1, weight_decay=0.5
+  )
+  optimizer = make_optimizer(settings, num_steps=9)
+  no_gradient = jax.tree.map(jnp.zeros_like, weights)
+  updates, _ = optimizer.update(no_gradient, optimizer.init(weights), weights)
+  moved = {}
+  for (path, weight), update in zip(
+    jax.tree_util.tree_leaves_with_path(weights), jax.tree.leaves(updates), strict=True
+  ):
+    path = dotted_path(path)
+    moved[path] = path.rpartition(".")[0] not in norms and not path.endswith("bias")
+    np.testing.assert_allclose(update, -0.1 * 0.5 * weight * moved[path], rtol=1e-5, err_msg=path)
+  assert {path for path in moved if ".stacked.q_proj." in path and moved[path]} == {
+    f"decoder.layers.stacked.q_proj.{name}" for name in ("kernel", "lora_a", "lora_b")
+  }
+  assert moved["decoder.embed_tokens.embedding"] and not moved["decoder.layers.stacked.q_proj.bias"]
+  if config is INTERN_VIDEO:
+    assert moved["vision.video_positions"] and moved["vision.blocks.stacked.mlp_scale"]
+
+
+def test_the_state_has_the_tree_that_earlier_versions_saved():
+  weights = {"norm": {"scale": jnp.ones(3)}, "fc1": {"kernel": jnp.ones((3, 3))}}
+  settings = dataclasses.replace(ADAMW, weight_decay=0.1)
+  adamw = optax.adamw(learning_rate_at(settings, 9), weight_decay=0.1)
+  earlier = optax.chain(optax.clip_by_global_norm(1.0), adamw, optax.stateless(lambda x, _: x))
+  ours, theirs = (x.init(weights) for x in (make_optimizer(settings, 9), earlier))
+  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
 
 
 def test_the_rate_rises_and_falls_as_published():

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from videochat_flash_jax.errors import InputError
@@ -31,7 +32,8 @@ def learning_rate_at(settings: OptimizerSettings, num_steps: int) -> optax.Sched
 def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
   """Clips gradients, then updates weights by AdamW or Muon, each with its own learning rate.
 
-  Give it no frozen weights: it keeps moments of all weights that it gets.
+  Give it no frozen weights: it keeps moments of all weights that it gets. Norms and biases do not
+  decay, see `decays`.
 
   Muon (Jordan 2024) makes the updates of the layers' matrices orthogonal. They are scaled as in Liu
   et al. 2025 (arXiv:2502.16982), so Muon shares its learning rate with AdamW, which updates all
@@ -49,7 +51,34 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
     )
   else:
     update = optax.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=settings.weight_decay)
-  return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update, _rescale(settings))
+  return optax.chain(
+    optax.clip_by_global_norm(settings.clip_norm), _with_decay_of_some(update), _rescale(settings)
+  )
+
+
+def decays(path: str) -> bool:
+  """Whether the weight with a dotted path decays: all but biases and the weights of norms.
+
+  The original's trainer (that of transformers) leaves out the same ones.
+  """
+  return not re.search(r"(norm\d*\.\w+|bias)$", path)
+
+
+def _with_decay_of_some(update):
+  """The same transformation, for which weights that do not decay are zeros.
+
+  Optimisers read weights for their decay only. A mask, as optax has it, would change the tree of
+  the state, and with it the checkpoints.
+  """
+
+  def masked_update(gradients, state, weights):
+    """The updates, and the new state."""
+    decaying = jax.tree_util.tree_map_with_path(
+      lambda path, x: x if decays(dotted_path(path)) else jnp.zeros_like(x), weights
+    )
+    return update.update(gradients, state, decaying)
+
+  return optax.GradientTransformation(update.init, masked_update)
 
 
 def scale_of(settings: OptimizerSettings, path: str) -> float:

@@ -95,7 +95,10 @@ class OptimizerSettings:
     0.0, number(most=1), "The learning rate of the last step, as a share of the highest one."
   )
   weight_decay: float = field(
-    0.0, number(), "The share of a weight that a step with a learning rate of 1 takes away."
+    0.0,
+    number(),
+    "The share of a weight that a step with a learning rate of 1 takes away. Norms and biases do "
+    "not decay.",
   )
   clip_norm: float = field(
     1.0,
