@@ -152,6 +152,15 @@ def test_a_video_that_breaks_costs_its_rows_and_not_the_answers(folder):
   assert "green.mp4: ends early" in found.sources[0].offenders["unreadable video"][0]
 
 
+def test_a_file_that_changes_meanwhile_costs_no_answer(folder):
+  def load():
+    (folder / "rows.json").write_text("[]")
+    return FakeChat()
+
+  (folder / "rows.json").write_text(json.dumps([row(), row("blue.mp4")]))
+  assert counts(evaluate(open_all(folder / "rows.json"), load)) == {"all": (2, 2, 1)}
+
+
 def test_a_question_that_is_too_long_costs_its_row(folder):
   rows = [row(), row(question="<image>\nLong?")]
   rows.append(row(conversations=turns("<image>\nWho?", "red", "Long?", "red")))

@@ -19,8 +19,8 @@ from videochat_flash_jax.data.check.check_report import as_json, as_table
 from videochat_flash_jax.data.check.media_check import (
   SourceReport,
   check_mixture,
-  check_row_and_media,
   check_sources,
+  usable_rows,
 )
 from videochat_flash_jax.data.mixture.broken import BrokenRow
 from videochat_flash_jax.data.mixture.mixture import read_mixture
@@ -73,8 +73,7 @@ def trained(rows, tokenizers):
 
 def without_words(rows):
   """Number of usable rows that cannot be evaluated, because a question has no words."""
-  usable = (check_row_and_media(rows, number, SourceReport("")) for number in range(len(rows)))
-  return sum(row is not None and not has_words_to_ask(row) for row in usable)
+  return sum(not has_words_to_ask(row) for _, row, _ in usable_rows(rows, [SourceReport("")]))
 
 
 def has_words_to_ask(row):

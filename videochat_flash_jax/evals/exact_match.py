@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from videochat_flash_jax.data.check.media_check import SourceReport, check_row_and_media
+from videochat_flash_jax.data.check.media_check import SourceReport, usable_rows
 from videochat_flash_jax.data.mixture.annotations import annotated_clip, kind_of
 from videochat_flash_jax.data.mixture.broken import BrokenRow, because
 from videochat_flash_jax.data.mixture.rows import Rows
@@ -77,7 +77,7 @@ def evaluate(
     for _, same in itertools.groupby(asked, key=lambda found: found.shown):
       same = list(same)
       try:
-        seen = chat.see_row(rows[same[0].number], max_frames)  # once for all of these rows
+        seen = chat.see_row(same[0].row, max_frames)  # once for all of these rows
       except BrokenRow as error:
         for found in same:
           found.report.add_broken(rows.label(found.number), error)
@@ -85,7 +85,7 @@ def evaluate(
         continue
       for found in same:
         try:
-          _ask(seen, rows[found.number], scores, on_answer)
+          _ask(seen, found.row, scores, on_answer)
         except BrokenRow as error:
           found.report.add_broken(rows.label(found.number), error)
         bar.update()
@@ -116,12 +116,13 @@ def questions_of_row(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 class _RowToAsk(NamedTuple):
-  """A row that can be used: its number in the mixture, and the report of its source.
+  """A row that can be used, its number in the mixture, and the report of its source.
 
   Rows about the same part of the same video, or about the same images, have the same `shown`.
   """
 
   shown: str
+  row: dict
   number: int
   report: SourceReport
 
@@ -129,20 +130,13 @@ class _RowToAsk(NamedTuple):
 def _rows_to_ask(rows, reports) -> list[_RowToAsk]:
   """Checks all rows and opens all of their media; returns those that can be used, by `shown`."""
   found = []
-  bar = tqdm(total=len(rows), desc="checking", unit="row", leave=False, disable=None)
-  with bar:
-    for report, numbers in zip(reports, rows.source_ranges, strict=True):
-      for number in range(*numbers):
-        bar.update()
-        row = check_row_and_media(rows, number, report)
-        if row is None:
-          continue
-        try:
-          questions_of_row(row)
-        except BrokenRow as error:
-          report.add_broken(rows.label(number), error)
-        else:
-          found.append(_RowToAsk(_shown(row), number, report))
+  for number, row, report in usable_rows(rows, reports):
+    try:
+      questions_of_row(row)
+    except BrokenRow as error:
+      report.add_broken(rows.label(number), error)
+    else:
+      found.append(_RowToAsk(_shown(row), row, number, report))
   return sorted(found, key=lambda row: row.shown)
 
 

@@ -12,7 +12,7 @@ import functools
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
@@ -213,32 +213,38 @@ def _check_rows(
   """Checks the rows `checked`, and opens the media of those in `opened`."""
   report = SourceReport(rows.source(checked.start))
   for index in checked:
-    check_row_and_media(rows, index, report, index in opened, reader)
+    _check_row(rows, index, report, index in opened, reader)
   return report
 
 
-def check_row_and_media(
-  rows: Rows,
-  index: int,
-  report: SourceReport,
-  is_opened: bool = True,
-  reader: ExampleReader | None = None,
-) -> dict | None:
-  """Checks a row, and counts in the report of its source what is found.
+def usable_rows(
+  rows: Rows, reports: Sequence[SourceReport]
+) -> Iterator[tuple[int, dict, SourceReport]]:
+  """Checks all rows and opens all of their media, one after another.
 
   Args:
     rows: rows of a mixture.
-    index: which of them is checked.
-    report: of the row's source.
-    is_opened: whether the row's media are opened.
-    reader: as in `check_mixture`.
+    reports: one for each source; what is found is counted there.
 
-  Returns:
-    The row, or None if it cannot be used.
+  Yields:
+    The index of a row that can be used, the row, and the report of its source.
 
   Raises:
-    InputError: the annotation file is missing or has changed.
+    InputError: an annotation file is missing or has changed.
   """
+  _open_file.cache_clear()
+  bar = tqdm(total=len(rows), desc="checking", unit="row", leave=False, disable=None)
+  with bar:
+    for report, (start, stop) in zip(reports, rows.source_ranges, strict=True):
+      for index in range(start, stop):
+        row = _check_row(rows, index, report, is_opened=True)
+        bar.update()
+        if row is not None:
+          yield index, row, report
+
+
+def _check_row(rows, index, report, is_opened, reader=None) -> dict | None:
+  """Checks a row, and counts what is found; returns the row, or None if it cannot be used."""
   kind = rows.kind(index)
   report.rows += 1
   report.kinds[kind] += 1

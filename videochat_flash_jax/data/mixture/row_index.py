@@ -27,7 +27,7 @@ from tqdm import tqdm
 from videochat_flash_jax.data.media.files import copy_file, file_stamp, is_address
 from videochat_flash_jax.data.mixture.annotations import kind_of, length_in_words
 from videochat_flash_jax.data.mixture.row_text import rows_of_file
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.errors import InputError, one_line
 
 KINDS = ("text", "image", "video")
 _VERSION = 2
@@ -209,7 +209,7 @@ def _make_index(json_path, directory):
     raise _unreadable(json_path, error) from error
   digest, media_type, records = hashlib.blake2b(digest_size=16), None, bytearray()
   bar = tqdm(
-    desc=f"indexing {os.path.basename(json_path)}",
+    desc=f"indexing {one_line(os.path.basename(json_path))}",
     total=os.path.getsize(text),
     unit="B",
     unit_scale=True,
