@@ -1,6 +1,8 @@
 """The loop over runs: what it refuses before anything is computed, and when it stops."""
 
+import dataclasses
 import errno
+import itertools
 import json
 import logging
 import math
@@ -8,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -22,6 +25,7 @@ from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train import loop, run
 from videochat_flash_jax.train.batches import run_batches
 from videochat_flash_jax.train.config import train_settings
+from videochat_flash_jax.train.objectives import OBJECTIVES
 from videochat_flash_jax.train.program import train_program
 
 
@@ -218,7 +222,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_the_same_command_resumes_it
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_its_examples_are_written(tmp_path):
-  config = small(optimizer__learning_rate=1e30, checkpoint__every=1)
+  config = small(optimizer__learning_rate=1e30, optimizer__max_skipped=0, checkpoint__every=1)
   with pytest.raises(InputError, match=r"the loss of step (\d+) is (nan|inf)") as error:
     loop.train(config, tmp_path)
   (path,) = tmp_path.glob("nan_step_*.json")
@@ -231,6 +235,74 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_its_examples_are_written(tm
   assert row and all("of the synthetic world" in name for name in row)
   assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} <= set(range(1, step))
   assert max(record["step"] for record in records(tmp_path)) == step - 1
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+  """Makes the loss of some steps not a number."""
+
+  def poison(steps):
+    objective, counted = OBJECTIVES["answers"], itertools.count(1)
+    loss, next_batch = objective.loss, run._Steps._next_batch
+
+    def poisoned_loss(model, batch, layout):
+      sums, is_poisoned = loss(model, batch, layout=layout), (batch["positions"] < 0).any()
+      return sums._replace(loss=sums.loss * jnp.where(is_poisoned, jnp.nan, 1.0))
+
+    def poisoned_batch(self):
+      batch = next_batch(self)
+      if next(counted) in steps:
+        positions = batch["positions"]
+        batch = batch | {"positions": jax.device_put(-1 - positions, positions.sharding)}
+      return batch
+
+    monkeypatch.setitem(OBJECTIVES, "answers", dataclasses.replace(objective, loss=poisoned_loss))
+    monkeypatch.setattr(run._Steps, "_next_batch", poisoned_batch)
+
+  return poison
+
+
+def test_a_few_steps_that_are_not_finite_change_nothing_and_are_logged(
+  tmp_path, poisoned, caplog, monkeypatch
+):
+  poisoned({3, 4})
+  save, states = RunCheckpoints.save, []
+
+  def kept(self, step, state, *args):
+    states.append([np.asarray(x) for x in jax.tree.leaves((state.trained, state.optimizer))])
+    return save(self, step, state, *args)
+
+  monkeypatch.setattr(RunCheckpoints, "save", kept)
+  with caplog.at_level(logging.WARNING):
+    assert loop.train(small(num_steps=6, log_every=2, checkpoint__every=1), tmp_path) == tmp_path
+  changes = [
+    sum(not np.array_equal(old, new) for old, new in zip(before, after, strict=True))
+    for before, after in itertools.pairwise(states)
+  ]
+  assert changes[1] == changes[2] == 0
+  assert changes[0] == changes[3] == changes[4] == len(states[0])
+  skipped = [record for record in records(tmp_path) if record.get("event") == "skipped"]
+  assert [(r["step"], r["skipped_loss"], r["examples"]) for r in skipped] == [
+    (3, "nan", "nan_step_3.json"), (4, "nan", "nan_step_4.json"),
+  ]  # fmt: skip
+  lines = {r["step"]: r for r in records(tmp_path) if "seconds_per_step" in r}
+  assert [lines[step].get("skipped") for step in (2, 4, 6)] == [None, 2, None]
+  assert "loss" not in lines[4] and np.isfinite([lines[2]["loss"], lines[6]["loss"]]).all()
+  (row,) = json.loads((tmp_path / "nan_step_3.json").read_text())["rows"]
+  assert row and all("of the synthetic world" in name for name in row)
+  said = [message for message in caplog.messages if "changes nothing" in message]
+  assert "the loss of step 4 is nan" in said[1] and "number 2 of at most 3" in said[1]
+
+
+def test_one_such_step_too_many_in_a_row_stops_the_run(tmp_path, poisoned):
+  poisoned({2, *range(4, 9)})
+  config = small(num_steps=9, optimizer__max_skipped=2, checkpoint__every=1)
+  with pytest.raises(InputError, match=r"the loss of step 6 is nan") as error:
+    loop.train(config, tmp_path)
+  assert "number 3 of such steps in a row, the losses before it are nan, nan" in str(error.value)
+  assert "nan_step_6.json" in str(error.value) and "\n" not in str(error.value)
+  files = {path.name for path in tmp_path.glob("nan_step_*")}
+  assert files == {f"nan_step_{step}.json" for step in (2, 4, 5, 6)}
 
 
 def test_a_step_copies_nothing_from_the_host(tmp_path, monkeypatch):

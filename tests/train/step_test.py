@@ -18,7 +18,7 @@ from videochat_flash_jax.data.text.conversation import IGNORE_LABEL
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.token_dropout import plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
-from videochat_flash_jax.train.losses import answer_loss
+from videochat_flash_jax.train.losses import Sums, answer_loss
 from videochat_flash_jax.train.optimizer import make_optimizer
 from videochat_flash_jax.train.step import make_evaluation, make_step, split_state
 
@@ -56,6 +56,29 @@ def four_rows():
   tokens = CONFIG.connector.clip_tokens  # of each of two clips
   is_visual = (batch["visual_index"] >= 0) & (batch["visual_index"] < 2 * tokens)
   return batch | {"visual_index": jnp.where(is_visual, batch["visual_index"], -1)}
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "nothing"])
+def test_a_step_that_is_not_finite_changes_no_bit_of_the_state(what):
+  """The square root of 0 is finite, and its gradient is not."""
+  bad = {"loss": jnp.nan, "gradient": 0.0, "nothing": 1.0}[what]
+  settings = dataclasses.replace(ADAMW, weight_decay=0.1, scales=(("", 1.0),), warm_up=0.0)
+  optimizer = make_optimizer(settings, 9)
+  module = nnx.Linear(3, 2, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+
+  def loss(module, batch):
+    value = jnp.abs(module(batch["x"]).sum()) + jnp.sqrt(batch["bad"] * module.bias[0])
+    return Sums(value, jnp.ones(()), {})
+
+  graph, state = split_state(module, lambda path: True, optimizer)
+  step = make_step(graph, loss, optimizer)
+  for number, (value, is_equal) in enumerate([(1.0, False), (bad, what != "nothing")]):
+    before = jax.tree.map(np.asarray, state)
+    state, metrics = step(state, {"x": jnp.ones((1, 3)), "bad": jnp.asarray(value)})
+    assert np.isfinite(metrics["loss"]) == (what != "loss" or number == 0)
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True)
+    same = [np.array_equal(old, new) for old, new in pairs]
+    assert all(same) if is_equal else not any(same)
 
 
 WITH_AND_WITHOUT_DROPOUT = pytest.mark.parametrize(

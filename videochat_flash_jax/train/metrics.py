@@ -8,6 +8,8 @@ since the line before, on all processes together:
   loss, grad_norm, ...  means over the steps
   targets               targets of a step: the answer tokens, or patches, whose loss counts
   seconds_per_step      without compilation before the first step, and without evaluations
+  skipped               steps whose loss or gradient was not finite, if there are any; the means are
+                        those of the other steps
   data_wait             share of the time in which the devices of the first process were idle
                         because the next batch was not ready
   tokens_per_second     tokens of text and pictures, without padding; and visual_tokens_per_second
@@ -171,7 +173,7 @@ class StepMeter:
 
   def _reset(self):
     """Forgets the steps so far."""
-    self.num_steps, self._sums = 0, {}
+    self.num_steps, self._num_skipped, self._sums = 0, 0, {}
     self._waited, self._since = 0.0, time.perf_counter()
 
   def waited(self, seconds: float):
@@ -191,6 +193,11 @@ class StepMeter:
     for name, value in metrics.items():
       self._sums[name] = self._sums.get(name, 0.0) + value
 
+  def skip(self):
+    """Counts a step that is done, but changed nothing, since its loss was not finite."""
+    self.num_steps += 1
+    self._num_skipped += 1
+
   def line(self, state: Mapping[str, Any]) -> dict[str, float]:
     """Returns means over the `num_steps` steps since the line before, and resets the meter.
 
@@ -198,7 +205,10 @@ class StepMeter:
       state: of the batches of all processes, after the last step.
     """
     seconds, steps = max(time.perf_counter() - self._since, 1e-9), max(self.num_steps, 1)
-    line = {name: value / steps for name, value in self._sums.items()}
+    num_finite = steps - self._num_skipped
+    line = {name: value / num_finite for name, value in self._sums.items()}
+    if self._num_skipped:
+      line["skipped"] = self._num_skipped
     line |= {"seconds_per_step": seconds / steps, "data_wait": self._waited / seconds}
     if "streams" in state:
       line |= self._data_line(state, seconds, steps)

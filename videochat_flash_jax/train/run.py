@@ -170,6 +170,7 @@ class _Steps:
       allgather_streams(self.iterator.get_state()),
     )
     self._dispatched: _DispatchedStep | None = None
+    self._skipped: list[float] = []  # losses of the last steps, as far as they changed nothing
     self._wait = 0.0, 0.0  # when waiting for the last batch began, and ended
 
   def train_from(self, step: int, state: TrainState) -> bool:
@@ -210,7 +211,7 @@ class _Steps:
     return batch
 
   def _save(self, step, state):
-    """Saves the state, unless it is saved already, and unless the last loss is not finite."""
+    """Saves the state, unless it is saved already."""
     self._read_metrics()
     self.checkpoints.save(step, state, self.iterator.get_state(), self.run)
 
@@ -218,19 +219,25 @@ class _Steps:
     """Waits for the metrics of the last dispatched step, unless they were read, and counts them.
 
     Raises:
-      InputError: its loss or its gradient is not finite.
+      InputError: its loss or its gradient is not finite, nor are those of the `max_skipped` steps
+        before it.
     """
     if self._dispatched is None:
       return
     step, metrics, data = self._dispatched
     self._dispatched = None
     values, done_at = metrics.result()
-    if not all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
-      raise self._not_finite(step, values, data)
+    is_finite = all(math.isfinite(values[name]) for name in ("loss", "grad_norm"))
+    self._skipped = [] if is_finite else [*self._skipped, values["loss"]]
+    if not is_finite:
+      self._report_skipped(step, values, data)
     # The devices were idle from the end of the step to the arrival of the next batch.
     start, end = self._wait
     self._meter.waited(max(end - max(start, done_at), 0.0))
-    self._meter.add(values)
+    if is_finite:
+      self._meter.add(values)
+    else:
+      self._meter.skip()
     self.log.advance()
     if step % self.settings.log_every == 0 or step == self.settings.num_steps:
       self._write_line(step, data)
@@ -241,24 +248,40 @@ class _Steps:
       line = self._meter.line(allgather_streams(data))
       self.log.write(step, learning_rate=float(self._rate(step - 1)), **line)
 
-  def _not_finite(self, step, values, data):
-    """Writes the names of the examples of a step to a file; returns the error to raise."""
-    number = jax.process_index()
-    path = self.workdir / f"nan_step_{step}{f'.process_{number}' if number else ''}.json"
+  def _report_skipped(self, step, values, data):
+    """Logs that a step is skipped, and writes the names of its examples to a file.
+
+    Raises:
+      InputError: it is one too many in a row.
+    """
+    process = jax.process_index()
+    path = self.workdir / f"nan_step_{step}{f'.process_{process}' if process else ''}.json"
     written = {name: repr(value) for name, value in values.items()}
     names = self.batches.names(data)
     path.write_text(json.dumps({"step": step, "metrics": written, "rows": names}, indent=1) + "\n")
+    number, most = len(self._skipped), self.settings.optimizer.max_skipped
+    loss, norm = written["loss"], written["grad_norm"]
+    found = f"the loss of step {step} is {loss}, the norm of its gradient {norm}"
+    examples = f"the examples of its batch are in {path.name}"
+    if number <= most:
+      fields = {"skipped_loss": loss, "skipped_grad_norm": norm, "examples": path.name}
+      self.log.write(step, event="skipped", **fields)
+      message = "%s: it changes nothing, and is number %d of at most %d such steps in a row; %s"
+      _log.warning(message, found, number, most, examples)
+      return
+    if most:
+      losses = ", ".join(map(repr, self._skipped[:-1]))
+      found += f"; it is number {number} of such steps in a row, the losses before it are {losses}"
     self.checkpoints.wait()
     newest = self.checkpoints.newest_step
     saved = "there is no checkpoint yet"
     if newest is not None:
       saved = f"the newest checkpoint is of step {newest}"
-    return InputError(
-      f"{self.workdir}: the loss of step {step} is {values['loss']}, the norm of its gradient "
-      f"{values['grad_norm']}; the examples of its batch are in {path.name}, {saved}: look at the "
-      "examples, or resume with a lower config.optimizer.learning_rate, which is "
-      f"{self.settings.optimizer.learning_rate}; if the weights of that checkpoint are damaged "
-      "already, move it away, and the run resumes from the one before"
+    raise InputError(
+      f"{self.workdir}: {found}; {examples}, {saved}: look at the examples, or resume with a lower "
+      f"config.optimizer.learning_rate, which is {self.settings.optimizer.learning_rate}; if the "
+      "weights of that checkpoint are damaged already, move it away, and the run resumes from the "
+      "one before"
     )
 
   def _evaluate(self, step, state):

@@ -106,6 +106,13 @@ class OptimizerSettings:
     "Gradients whose norm, over all weights together, is larger are scaled down to it.",
     on_resume=_MAY_CHANGE,
   )
+  max_skipped: int = field(
+    3,
+    count(0),
+    "Steps in a row whose loss or gradient is not finite: they are logged, and change neither "
+    "weights nor the optimizer. One more stops the run.",
+    on_resume=_MAY_CHANGE,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

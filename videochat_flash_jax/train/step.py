@@ -98,7 +98,7 @@ def make_step(
   The gradient is that of the mean over all targets of the whole batch, on all hosts and in all of
   its parts: sums are accumulated in float32, and divided once. The metrics are the loss, the shares
   of right answers by the names that the loss gives them, the number of `targets`, and the
-  gradient's norm before clipping.
+  gradient's norm before clipping. If the loss or this norm is not finite, the state stays as it is.
 
   Args:
     graph: of the module, from `split_state`.
@@ -132,6 +132,12 @@ def make_step(
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
     metrics = {**sums.means(), "grad_norm": optax.tree.norm(gradients)}
     weights = optax.apply_updates(state.trained, updates)
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    weights, optimizer_state = jax.tree.map(
+      lambda new, old: jnp.where(is_finite, new, old),
+      (weights, optimizer_state),
+      (state.trained, state.optimizer),
+    )
     return TrainState(weights, state.frozen, optimizer_state), metrics
 
   if shardings is None:
