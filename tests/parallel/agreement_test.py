@@ -1,28 +1,40 @@
 import jax
-import numpy as np
 import pytest
-from jax.experimental import multihost_utils
+from jax._src import distributed
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.parallel.agreement import allgather_text, raise_on_all_processes
+
+
+class Service:
+  """Stands for the service that coordinates two processes: it holds what the first one sent."""
+
+  def __init__(self, first: str):
+    self.first, self.own = first.encode(), {}
+
+  def key_value_set_bytes(self, key, value):
+    assert key not in self.own
+    self.own[key] = value
+
+  def blocking_key_value_get_bytes(self, key, milliseconds):
+    assert milliseconds > 0
+    return self.first if key.endswith("/0") else self.own[key]
+
+  def key_value_delete(self, key):
+    self.own.pop(key, None)
 
 
 @pytest.fixture
 def second(monkeypatch):
   """Makes this process the second of two; call it with the text that the first one sends."""
 
-  def with_first(text: str):
+  def with_first(text: str) -> Service:
     """Sets the text of the first process."""
-
-    def gather(own):
-      """Replaces `process_allgather`, of sizes and of padded texts."""
-      first = np.frombuffer(text.encode(), np.uint8)
-      if np.ndim(own) == 0:
-        return np.stack([np.int32(len(first)), own])
-      return np.stack([np.pad(first, (0, len(own) - len(first))), own])
-
+    service = Service(text)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed.global_state, "client", service)
+    return service
 
   return with_first
 
@@ -31,8 +43,10 @@ def second(monkeypatch):
 def test_every_process_gets_the_texts_of_all(second, text):
   assert allgather_text(text) == [text]
   for first in ("", "first"):
-    second(first)
-    assert allgather_text(text) == [first, text]
+    service = second(first)
+    for _ in range(3):
+      assert allgather_text(text) == [first, text]
+    assert len(service.own) == 1, "texts that all have read are deleted"
 
 
 def test_an_error_of_one_process_is_raised_on_all_and_each_raises_its_own_first(second):

@@ -10,6 +10,7 @@
 | `received_attention` | how much attention each token receives, to rank tokens |
 | `rope`               | rotary positions |
 | `swiglu`             | the MLP of the decoder; on a CPU in blocks of rows |
+| `linear`             | linear layers, and in which type their gradients are summed |
 | `norms`              | normalisation layers |
 | `embedding`          | looks up embeddings in a table that may be sharded |
 | `gather`             | picks tokens out of rows |
