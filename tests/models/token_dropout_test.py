@@ -16,6 +16,7 @@ from videochat_flash_jax.models.token_dropout import (
   EvenDrop,
   before_answer,
   drop_tokens,
+  kept_positions,
   segment_positions,
   token_indices,
 )
@@ -37,6 +38,15 @@ def test_positions_begin_anew_in_each_segment():
     segment_positions(jnp.array([[1, 1, 1, 2, 2, 0], [4, 4, 4, 4, 4, 4]])),
     [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]],
   )
+
+
+def test_what_is_kept_stays_as_far_ahead_of_its_place_as_it_was():
+  plan = plan_of(config_of("uniform", (1,), (1.0, 0.5)), "S v v v v ? A ? . .")
+  positions = jnp.array([[5, 6, 7, 8, 19, 20, 2, 9, 0, 0]])
+  kept = jnp.array([[0, 1, 4, 5, 6, 7, 10]])
+  found = kept_positions(plan, kept, positions)
+  np.testing.assert_array_equal(found[0, :6], [5, 6, 17, 18, 2, 9])
+  np.testing.assert_array_equal(kept_positions(plan, kept, None)[0, :6], [0, 1, 2, 3, 0, 1])
 
 
 def give(scores):
@@ -71,12 +81,12 @@ def model():
 
 
 @quick_jit
-def _read_and_drop(decoder, x, plan):
-  return nnx.merge(*decoder).read_and_drop(x, plan)
+def _read_and_drop(decoder, x, plan, positions):
+  return nnx.merge(*decoder).read_and_drop(x, plan, positions=positions)
 
 
-def read_and_drop(model, x, plan):
-  return _read_and_drop(nnx.split(model), x, plan)
+def read_and_drop(model, x, plan, positions=None):
+  return _read_and_drop(nnx.split(model), x, plan, positions)
 
 
 SAMPLES = (
@@ -123,6 +133,17 @@ def test_a_row_loses_the_same_tokens_alone_and_in_any_batch(model, training, ord
     here = kept[row] < len(SAMPLES[number].split())
     np.testing.assert_array_equal(kept[row][here], expected_kept)
     assert_close(hidden[row][here], expected_hidden, relative=TOLERANCE)
+
+
+def test_positions_with_jumps_are_those_of_all_layers(model):
+  """With drops that drop nothing, hidden states are those without drops at these positions."""
+  plan = plan_of(config_of(CHOICE.kind, CHOICE.layers, (1.0, 1.0, 1.0)), SAMPLES[0])
+  x = padded_batch(SAMPLES[:1])
+  positions = jnp.arange(x.shape[1])[None] + jnp.where(jnp.arange(x.shape[1]) < 6, 5, 90)
+  jumping, kept = read_and_drop(model, x, plan, positions)
+  np.testing.assert_array_equal(kept[0], np.arange(x.shape[1]))
+  assert_close(jumping, model(x, positions=positions), relative=TOLERANCE)
+  assert np.abs(jumping - read_and_drop(model, x, plan)[0]).max() > 0.01
 
 
 def test_packed_samples_lose_the_tokens_they_lose_alone(model):

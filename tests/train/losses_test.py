@@ -1,5 +1,6 @@
 """Losses: which tokens count, and which do not."""
 
+import functools
 import types
 
 import jax
@@ -140,3 +141,19 @@ def test_packed_samples_have_the_same_losses_and_gradients_as_single_ones(dropou
   # Each sample has two targets: its first token has no token before it.
   mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
   jax.tree.map(lambda a, b: assert_close(a, b, relative=5e-5), together, mean)
+
+
+def test_positions_with_jumps_count_with_token_dropout_too():
+  """Where nothing is dropped, the loss is that without token dropout."""
+  model = fill_randomly(lambda: VideoChatFlash(CONFIG, rngs=nnx.Rngs(0)))
+  nothing = DropoutConfig("uniform", (1,), (1.0, 1.0))
+  found = []
+  for dropout in (None, nothing):
+    for jump in (0, 40):
+      tokens, batch = packed(samples_with_tokens(), dropout)
+      jumps = jnp.where(jnp.arange(batch["positions"].shape[1]) % 21 > 15, jump, 0)
+      batch["positions"] += jumps
+      loss = quick_jit(functools.partial(losses.sequence_loss, model))
+      found.append(float(loss(tokens, batch).loss))
+  assert found[2:] == pytest.approx(found[:2], rel=1e-5)
+  assert abs(found[1] - found[0]) > 1e-3

@@ -11,7 +11,7 @@ from videochat_flash_jax.models.layer_stack import LayerStack
 from videochat_flash_jax.models.token_dropout import (
   DropoutPlan,
   drop_tokens,
-  segment_positions,
+  kept_positions,
   token_indices,
 )
 from videochat_flash_jax.ops.embedding import embed
@@ -82,15 +82,20 @@ class Qwen2(nnx.Module):
     return self.norm(x)
 
   def read_and_drop(
-    self, x: Float[Array, "B T D"], plan: DropoutPlan, layout: Layout = ONE_DEVICE
+    self,
+    x: Float[Array, "B T D"],
+    plan: DropoutPlan,
+    layout: Layout = ONE_DEVICE,
+    positions: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"]]:
-    """As `__call__`, but drops visual tokens between layers. Rotary positions restart per segment.
+    """As `__call__`, but drops visual tokens between layers.
 
     Args:
       x: embedded sequences.
       plan: which tokens to drop before which layer (see `models/token_dropout.py`). Its arrays are
         in the order of the text.
       layout: how rows, tokens and weights are split over a mesh.
+      positions: rotary positions before any drop, in the order of the text; see `kept_positions`.
 
     Returns:
       Hidden states of the kept tokens; and their indices in the row. Where a row keeps fewer than S
@@ -99,10 +104,10 @@ class Qwen2(nnx.Module):
     layers, kept = self.layers, token_indices(plan)
     for part, drop in _parts(plan, self.config.depth):
       if drop is not None:
-        x, kept = self._drop(plan, drop, part.start, x, kept, layout)
-      segment_ids = gather_tokens(plan.segment_ids, kept)
-      positions = layout.to_zigzag(segment_positions(segment_ids))
-      apply = self._apply_layer(positions, layout.to_zigzag(segment_ids), layout)
+        x, kept = self._drop(plan, drop, part.start, x, kept, layout, positions)
+      segment_ids = layout.to_zigzag(gather_tokens(plan.segment_ids, kept))
+      now_at = layout.to_zigzag(kept_positions(plan, kept, positions))
+      apply = self._apply_layer(now_at, segment_ids, layout)
       (x,), layers = layers.run_part(apply, (x,), part)
     return self.norm(x), layout.to_zigzag(kept)
 
@@ -118,15 +123,15 @@ class Qwen2(nnx.Module):
 
     return apply
 
-  def _drop(self, plan, drop, before_layer, x, kept, layout):
+  def _drop(self, plan, drop, before_layer, x, kept, layout, positions=None):
     """Drops tokens of `x` before a layer, see `drop_tokens`."""
 
     def queries_and_keys(x):
       """Those of the first layer after the drop. Their attention ranks the tokens."""
-      positions = segment_positions(gather_tokens(plan.segment_ids, kept))
+      now_at = layout.to_zigzag(kept_positions(plan, kept, positions))
       layer = layout.gather_layer(self.layers.layer(before_layer), "decoder.layers.stacked")
       x = layout.constrain(x, "batch", "sequence")
-      return layer.project(x, self._rope(layout.to_zigzag(positions)))[:2]
+      return layer.project(x, self._rope(now_at))[:2]
 
     return drop_tokens(plan, drop, x, kept, queries_and_keys, layout)
 

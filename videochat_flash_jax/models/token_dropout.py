@@ -265,6 +265,30 @@ def before_answer(
   return ~learnt & jnp.pad(learnt[:, 1:], ((0, 0), (0, 1))) & ~last
 
 
+def kept_positions(
+  plan: DropoutPlan, kept: Int[Array, "B S"], positions: Int[Array, "B T"] | None
+) -> Int[Array, "B S"]:
+  """Rotary positions of the tokens that are kept, in the order of the text.
+
+  They are counted anew in each segment. A token whose position is ahead of its place in its
+  segment, as in training with jumps, stays as far ahead:
+
+      places in a segment                            0 1 2 3  4  5
+      positions, with jumps of 5 and 10              5 6 7 8 19 20
+      the same without the third and fourth token    5 6     17 18
+
+  Args:
+    plan: says which tokens are a segment.
+    kept: index of each token in its row before any drop.
+    positions: of all tokens before any drop; None: they are counted from 0 in each segment.
+  """
+  counted = segment_positions(gather_tokens(plan.segment_ids, kept))
+  if positions is None:
+    return counted
+  ahead = positions - segment_positions(jnp.asarray(plan.segment_ids))
+  return counted + gather_tokens(ahead, kept)
+
+
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   """Positions counted from 0 in each segment: [1 1 1 2 2 0] gives [0 1 2 0 1 0]."""
   return jnp.arange(segment_ids.shape[1]) - _segment_starts(segment_ids)

@@ -207,6 +207,7 @@ class VideoChatFlash(nnx.Module):
     visual_index: Int[Array, "B T"],
     plan: DropoutPlan,
     layout: Layout = ONE_DEVICE,
+    positions: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B S D"], Int[Array, "B S"]]:
     """As `__call__`, but drops visual tokens between layers (see `models/token_dropout.py`).
 
@@ -216,12 +217,15 @@ class VideoChatFlash(nnx.Module):
       visual_index: index of the visual token at each position; -1 for text.
       plan: from `plan_dropout`. It also holds the segments.
       layout: how arrays and weights are split over a mesh.
+      positions: rotary positions before any drop; None: they are counted from 0 in each segment.
 
     Returns:
       Hidden states of the kept tokens; and their indices in the row, T in the padding.
     """
     sequence = self.embed_sequence(token_ids, visual_tokens, visual_index, layout)
-    return self.decoder.read_and_drop(sequence, plan, layout)
+    if positions is not None:
+      positions = layout.from_zigzag(positions)
+    return self.decoder.read_and_drop(sequence, plan, layout, positions)
 
 
 def _encode_patches(vision, frames, layout):

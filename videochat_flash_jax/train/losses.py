@@ -143,7 +143,8 @@ def sequence_loss(
   sequence = batch["token_ids"], visual_tokens, batch["visual_index"]
   labels, segment_ids = batch["labels"], batch["segment_ids"]
   if "dropout" in batch:
-    hidden, kept = model.read_and_drop(*sequence, batch["dropout"], layout)
+    plan, positions = batch["dropout"], batch["positions"]
+    hidden, kept = model.read_and_drop(*sequence, plan, layout, positions)
     kept = layout.from_zigzag(kept)
     labels = gather_tokens(layout.from_zigzag(labels), kept, fill=IGNORE_LABEL)
     segment_ids = gather_tokens(layout.from_zigzag(segment_ids), kept)
