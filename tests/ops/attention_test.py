@@ -19,7 +19,7 @@ def random(*shape, seed=0):
 
 
 def operands(num_heads=4, num_kv_heads=2, queries=QUERIES, keys=KEYS):
-  q = random(BATCH, queries, num_heads, HEAD_SIZE)
+  q = random(BATCH, queries, num_heads, HEAD_SIZE) / np.sqrt(HEAD_SIZE)
   k = random(BATCH, keys, num_kv_heads, HEAD_SIZE, seed=1)
   return q, k, random(BATCH, keys, num_kv_heads, HEAD_SIZE, seed=2)
 
@@ -31,7 +31,7 @@ def one_by_one(q, k, v, sees):
   group = q.shape[2] // k.shape[2]
   for row, query, head in np.ndindex(q.shape[:3]):
     keys = [key for key in range(k.shape[1]) if sees(row, query, key)]
-    scores = k[row, keys, head // group] @ q[row, query, head] / np.sqrt(q.shape[3])
+    scores = k[row, keys, head // group] @ q[row, query, head]
     weights = np.exp(scores - scores.max())
     out[row, query, head] = weights @ v[row, keys, head // group] / weights.sum()
   return out

@@ -13,7 +13,7 @@ SEGMENTS = np.array([[1] * 41, [1] * 20 + [2] * 15 + [0] * 6, [3] * 2 + [4] * 30
 
 @pytest.fixture(scope="module")
 def inputs():
-  q = normal(BATCH, LENGTH, HEADS, SIZE, scale=2.0)
+  q = normal(BATCH, LENGTH, HEADS, SIZE, scale=2.0 / SIZE**0.5)
   k = normal(BATCH, LENGTH, KV_HEADS, SIZE, seed=1)
   asks = np.random.default_rng(2).random((BATCH, LENGTH)) < [[0.6], [0.3], [0.05]]
   return q, k, asks & (SEGMENTS > 0)
@@ -26,7 +26,7 @@ def expected(q, k, asks, segments):
   for row, token in np.argwhere(asks):
     seen = (segments[row] == segments[row, token]) & (np.arange(LENGTH) <= token)
     for head in range(HEADS):
-      scores = k[row, :, head * KV_HEADS // HEADS] @ q[row, token, head] / SIZE**0.5
+      scores = k[row, :, head * KV_HEADS // HEADS] @ q[row, token, head]
       weights = np.where(seen, np.exp(scores), 0)
       total[row] += weights / weights.sum() / HEADS
     count[row] += segments[row] == segments[row, token]

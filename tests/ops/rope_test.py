@@ -115,3 +115,12 @@ def test_no_device_computes_frequencies():
     assert {str(equation.primitive) for equation in program.eqns} <= {
       "convert_element_type", "broadcast_in_dim", "mul", "concatenate", "cos", "sin",
     }  # fmt: skip
+
+
+def test_queries_are_rounded_only_once_when_they_are_turned_and_scaled():
+  x, scale = random(1, 9, 2, 128).astype(jnp.bfloat16), 128**-0.5
+  table = rope_table(jnp.arange(9)[None], 128, 1e6)
+  exact = apply_rope(x.astype(jnp.float32), *table) * scale
+  np.testing.assert_array_equal(apply_rope(x, *table, scale), exact.astype(jnp.bfloat16))
+  twice = apply_rope(x, *table) * jnp.asarray(scale, jnp.bfloat16)
+  assert (twice != exact.astype(jnp.bfloat16)).mean() > 0.1

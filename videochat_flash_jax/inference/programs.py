@@ -23,6 +23,7 @@ from videochat_flash_jax.models.kv_cache import KVCache
 from videochat_flash_jax.models.qwen2 import Caches, Qwen2
 from videochat_flash_jax.models.token_dropout import DropoutPlan, plan_dropout
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.ops.precision import exact_products
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.sharding import weight_shardings
 from videochat_flash_jax.shapes import Array, Bool, Float, Int, UInt8
@@ -31,7 +32,23 @@ DECODE_STEPS = 16  # tokens decoded on the device before the host reads them
 NO_TOKEN = -1
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "layout"))
+def _program(**options: Any) -> Callable:
+  """As `jax.jit`; where weights are float32, the products of the program are exact."""
+
+  def jitted(function):
+    """The jitted program of a function of a graph, a layout, weights and other arguments."""
+
+    @functools.wraps(function)
+    def exact(graph, layout, weights, *arguments, **named):
+      with exact_products(jax.tree.leaves(weights)[0].dtype):
+        return function(graph, layout, weights, *arguments, **named)
+
+    return jax.jit(exact, **options)
+
+  return jitted
+
+
+@_program(static_argnames=("graph", "layout"))
 def encode(
   graph: nnx.GraphDef, layout: Layout, weights: dict, clips: UInt8[Array, "R C F S S 3"]
 ) -> Float[Array, "V D"]:
@@ -40,7 +57,7 @@ def encode(
   return layout.constrain(tokens.reshape(-1, tokens.shape[-1]))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "layout"))
+@_program(static_argnames=("graph", "layout"))
 def encode_features(
   graph: nnx.GraphDef, layout: Layout, weights: dict, clips: UInt8[Array, "R C F S S 3"]
 ) -> Float[Array, "N V E"]:
@@ -50,7 +67,7 @@ def encode_features(
   return layout.constrain(features.astype(jnp.bfloat16))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "layout"))
+@_program(static_argnames=("graph", "layout"))
 def project(
   graph: nnx.GraphDef, layout: Layout, weights: dict, features: Float[Array, "R C V E"]
 ) -> Float[Array, "W D"]:
@@ -59,7 +76,7 @@ def project(
   return layout.constrain(tokens.reshape(-1, tokens.shape[-1]))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "layout", "num_slots"))
+@_program(static_argnames=("graph", "layout", "num_slots"))
 def prefill(
   graph: nnx.GraphDef,
   layout: Layout,
@@ -78,7 +95,7 @@ def prefill(
   return caches, _last_logits(model.decoder, hidden, caches[-1].length, layout)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "layout"), donate_argnames="caches")
+@_program(static_argnames=("graph", "layout"), donate_argnames="caches")
 def extend(
   graph: nnx.GraphDef,
   layout: Layout,
@@ -96,9 +113,7 @@ def extend(
   return caches, _last_logits(model.decoder, hidden, length, layout)
 
 
-@functools.partial(
-  jax.jit, static_argnames=("graph", "layout"), donate_argnames=("caches", "logits")
-)
+@_program(static_argnames=("graph", "layout"), donate_argnames=("caches", "logits"))
 def decode(
   graph: nnx.GraphDef,
   layout: Layout,

@@ -15,7 +15,7 @@ from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.models.config import VisionConfig
 from videochat_flash_jax.models.layer_stack import LayerStack
 from videochat_flash_jax.models.umt import cubic_weights, linear_weights, patches
-from videochat_flash_jax.ops.attention import attention
+from videochat_flash_jax.ops.attention import attention, scaled
 from videochat_flash_jax.ops.linear import Linear, plus, times
 from videochat_flash_jax.ops.norms import RMSNorm
 from videochat_flash_jax.shapes import Array, Float
@@ -89,7 +89,7 @@ class Block(nnx.Module):
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
     q, k = self.q_norm(q), self.k_norm(k)  # over the full width, before it is split into heads
     heads = (*x.shape[:-1], self.num_heads, -1)
-    out = attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
+    out = attention(scaled(q.reshape(heads)), k.reshape(heads), v.reshape(heads))
     return self.proj(out.reshape(x.shape))
 
 

@@ -285,9 +285,9 @@ class DecoderLayer(nnx.Module):
     return x + swiglu(h, self.gate_proj, self.up_proj, self.down_proj, self.mlp_width)
 
   def project(self, x: Float[Array, "B T D"], rope) -> tuple[Array, Array, Array]:
-    """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer's attention."""
+    """Scaled queries [B, T, N, H], keys and values [B, T, K, H] of this layer's attention."""
     h = self.input_norm(x)
     heads = (*x.shape[:-1], -1, self.head_size)
-    q = apply_rope(self.q_proj(h).reshape(heads), *rope)
+    q = apply_rope(self.q_proj(h).reshape(heads), *rope, self.head_size**-0.5)
     k = apply_rope(self.k_proj(h).reshape(heads), *rope)
     return q, k, self.v_proj(h).reshape(heads)

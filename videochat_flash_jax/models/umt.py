@@ -10,7 +10,7 @@ from flax import nnx
 
 from videochat_flash_jax.models.config import VisionConfig
 from videochat_flash_jax.models.layer_stack import LayerStack
-from videochat_flash_jax.ops.attention import attention
+from videochat_flash_jax.ops.attention import attention, scaled
 from videochat_flash_jax.ops.linear import Linear, plus
 from videochat_flash_jax.ops.norms import LayerNorm
 from videochat_flash_jax.shapes import Array, Float
@@ -72,7 +72,7 @@ class Block(nnx.Module):
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
     q, v = plus(q, self.q_bias[...]), plus(v, self.v_bias[...])
     heads = (*x.shape[:-1], self.num_heads, -1)
-    out = attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
+    out = attention(scaled(q.reshape(heads)), k.reshape(heads), v.reshape(heads))
     return self.proj(out.reshape(x.shape))
 
 

@@ -15,5 +15,6 @@
 | `embedding`          | looks up embeddings in a table that may be sharded |
 | `gather`             | picks tokens out of rows |
 | `sharded_gather`     | picks tokens out of rows that are sharded |
+| `precision`          | how exact the products of a program are |
 | `platform`           | which kind of device a program is traced for |
 """

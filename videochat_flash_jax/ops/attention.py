@@ -40,10 +40,10 @@ def attention(
   key_segments: Int[Array, "B S"] | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Attends with softmax(q k / sqrt(H)) v; query head n reads key/value head n // (N / K).
+  """Attends with softmax(q k) v; query head n reads key/value head n // (N / K).
 
   Args:
-    q: queries.
+    q: queries, scaled already: see `scaled`.
     k: keys, with K dividing N (grouped-query attention).
     v: values.
     causal: a query sees only the keys whose index is at most its order.
@@ -64,6 +64,11 @@ def attention(
   return run(q, k, v, causal, query_order, query_segments, key_segments)
 
 
+def scaled(q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+  """Queries divided by sqrt(H). `apply_rope` scales those of the decoder as it rounds them."""
+  return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+
+
 def _fastest():
   """Name of the implementation for the device that the program is traced for."""
   platform = target_platform()
@@ -82,7 +87,6 @@ def _dense(q, k, v, causal, query_order, query_segments, key_segments):
   # Queries and group share an axis: with two, XLA on the CPU would transpose all keys first.
   rows = q.reshape(batch, length, num_kv_heads, group, head_size).swapaxes(1, 2)
   rows = rows.reshape(batch, num_kv_heads, length * group, head_size)
-  rows = rows * jnp.asarray(head_size**-0.5, q.dtype)
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   scores = jnp.einsum("bkqh,bksh->bkqs", rows, k, preferred_element_type=jnp.float32)
   if visible is not None:
@@ -140,7 +144,7 @@ def _cudnn(q, k, v, causal, query_order, query_segments, key_segments):
   fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
   if query_segments is not None or (causal and not in_order) or not fits:
     return _blockwise(q, k, v, causal, query_order, query_segments, key_segments)
-  return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+  return jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=causal, implementation="cudnn")
 
 
 _IMPLEMENTATIONS = {

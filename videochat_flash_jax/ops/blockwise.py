@@ -37,7 +37,7 @@ class Partial(NamedTuple):
 class _Queries(NamedTuple):
   """Queries of one key/value head, in n blocks of R vectors (queries x heads of the group)."""
 
-  vectors: Float[Array, "n R H"]  # scaled by 1 / sqrt(H)
+  vectors: Float[Array, "n R H"]
   order: Int[Array, "n R"] | None
   segments: Int[Array, "n R"] | None
 
@@ -158,7 +158,7 @@ def attend_backward(
 
   d_q, d_k, d_v = _each_head(one_head, (operands, results), heads_at_once)
   d_k, d_v = (d.reshape(len(k), -1, *d.shape[1:]).swapaxes(1, 2) for d in (d_k, d_v))
-  return _joined(d_q, q, k) * _scale(q), d_k, d_v
+  return _joined(d_q, q, k), d_k, d_v
 
 
 def _each_head(function, operands, at_once):
@@ -242,20 +242,14 @@ def _by_head(q, k, v, causal, query_order, query_segments, key_segments, block):
     """[B, S, K, ...] -> [B * K, S, ...]."""
     return x.swapaxes(1, 2).reshape(-1, x.shape[1], *x.shape[3:])
 
-  vectors = _in_blocks(q * jnp.asarray(_scale(q), q.dtype), k.shape[2], block)
   queries = _Queries(
-    vectors,
+    _in_blocks(q, k.shape[2], block),
     of_queries(order_among_keys(q, causal, query_order)),
     of_queries(query_segments),
   )
   if key_segments is not None:
     key_segments = of_keys(_repeated(key_segments, k))
   return queries, _Keys(of_keys(k), of_keys(v), key_segments)
-
-
-def _scale(q):
-  """1 / sqrt(H), for queries or scores."""
-  return q.shape[-1] ** -0.5
 
 
 def _repeated(x, like):

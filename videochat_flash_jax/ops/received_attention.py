@@ -33,7 +33,7 @@ def received_attention(
   sent. Not differentiable.
 
   Args:
-    q: queries.
+    q: queries, scaled already.
     k: keys, with K dividing N (grouped-query attention).
     asks: whether a token asks, that is, whether its attention counts.
     segment_ids: a token sees only its own segment.
@@ -76,7 +76,6 @@ def _received_on_device(q, k, segment_ids, positions, asking, num_blocks, length
     same = query_segments[..., None] == segment_ids[:, None]  # [B, queries, T]
     visible = same & (query_positions[..., None] >= positions[:, None])
     queries = layout.reduce_over(jax.lax.psum, gather_from_block(q, index, start), "sequence")
-    queries = queries * jnp.asarray(head_size**-0.5, q.dtype)
     queries = queries.reshape(batch, _BLOCK_QUERIES, num_kv_heads, -1, head_size)
     scores = jnp.einsum("bqkgh,bksh->bkgqs", queries, k, preferred_element_type=jnp.float32)
     weights = _softmax(jnp.where(visible[:, None, None], scores, NOTHING), layout)

@@ -65,10 +65,17 @@ def _slowed_share(head_size, theta, original_positions):
 
 
 def apply_rope(
-  x: Float[Array, "B T N H"], cosines: Float[Array, "#B T H"], sines: Float[Array, "#B T H"]
+  x: Float[Array, "B T N H"],
+  cosines: Float[Array, "#B T H"],
+  sines: Float[Array, "#B T H"],
+  scale: float = 1.0,
 ) -> Float[Array, "B T N H"]:
-  """Rotates each pair of channels i and i + H/2 by the angle of the token's position."""
+  """Rotates each pair of channels i and i + H/2 by the angle of the token's position.
+
+  Queries are scaled for attention here as well, before they are rounded to the dtype of `x`.
+  """
   x32 = x.astype(jnp.float32)
   first, second = jnp.split(x32, 2, axis=-1)
   rotated = jnp.concatenate([-second, first], axis=-1)  # by a quarter turn
-  return (x32 * cosines[:, :, None] + rotated * sines[:, :, None]).astype(x.dtype)
+  turned = x32 * cosines[:, :, None] + rotated * sines[:, :, None]
+  return (turned * scale).astype(x.dtype)

@@ -88,7 +88,7 @@ def attend_backward(
   lse = _heads_first(merged.lse[..., None], size)[..., 0]
 
   def one_row(order, q, k, v, segments, out, lse, gradient):
-    """Gradients [N, T, H], [K, S, H], [K, S, H] of one row, with scaled queries."""
+    """Gradients [N, T, H], [K, S, H], [K, S, H] of one row."""
     kernel = _kernel(q, k, order)
     tables = kernel.dq_mask_info, kernel.dkv_mask_info
     residuals = (q, k, v, segments, None, out, lse, *tables)
@@ -99,7 +99,7 @@ def attend_backward(
     d.swapaxes(1, 2)[:, : x.shape[1]].astype(jnp.float32)
     for d, x in zip(gradients, (q, k, v), strict=True)
   )
-  return d_q * _scale(q), d_k, d_v
+  return d_q, d_k, d_v
 
 
 def _map_rows(one_row, order, *operands):
@@ -115,7 +115,7 @@ def _map_rows(one_row, order, *operands):
 
 
 def _kernel_operands(q, k, v, order, query_segments, key_segments):
-  """Scaled queries, keys and values [B, heads, length, H], padded to whole blocks, and segments."""
+  """Queries, keys and values [B, heads, length, H], padded to whole blocks, and segments."""
   (batch, length), num_keys = q.shape[:2], k.shape[1]
   padded_length, padded_keys = (_num_blocks(x) * _block(x) for x in (length, num_keys))
   if query_segments is None and order is None and padded_keys > num_keys:
@@ -127,13 +127,8 @@ def _kernel_operands(q, k, v, order, query_segments, key_segments):
       _padded(query_segments, padded_length, _PADDED_QUERY),
       _padded(key_segments, padded_keys, _PADDED_KEY),
     )
-  q = _heads_first(q * jnp.asarray(_scale(q), q.dtype), padded_length)
-  return q, _heads_first(k, padded_keys), _heads_first(v, padded_keys), segments
-
-
-def _scale(q):
-  """1 / sqrt(H), for queries or scores."""
-  return q.shape[-1] ** -0.5
+  k, v = (_heads_first(x, padded_keys) for x in (k, v))
+  return _heads_first(q, padded_length), k, v, segments
 
 
 def _heads_first(x, length):

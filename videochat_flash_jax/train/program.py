@@ -61,7 +61,8 @@ def train_program(settings: TrainSettings, devices: Sequence[jax.Device]) -> Tra
   shardings = weight_shardings(layout.mesh, state)
   loss = functools.partial(objective.loss, layout=layout)
   gradient_dtype = jnp.promote_types(dtype, settings.gradient_dtype)
-  kwargs = {"trained_dtype": gradient_dtype, "accumulate": settings.accumulate}
+  kwargs = {"compute_dtype": dtype, "trained_dtype": gradient_dtype}
+  kwargs["accumulate"] = settings.accumulate
   step = jitted_step = make_step(graph, loss, optimizer, shardings=shardings, **kwargs)
   evaluate = make_evaluation(graph, loss, **kwargs)
   if settings.dropout is not None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from videochat_flash_jax.ops.precision import exact_products
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.sharding import dotted_path, is_small
 from videochat_flash_jax.shapes import Array
@@ -89,6 +90,7 @@ def make_step(
   loss: Loss,
   optimizer: optax.GradientTransformation,
   *,
+  compute_dtype: jnp.dtype = jnp.float32,
   trained_dtype: jnp.dtype | None = None,
   shardings: TrainState | None = None,
   accumulate: int = 1,
@@ -104,6 +106,7 @@ def make_step(
     graph: of the module, from `split_state`.
     loss: a function of the module and a batch.
     optimizer: the one that `split_state` was given.
+    compute_dtype: of products in the loss; in float32, all products of the step are exact.
     trained_dtype: trained weights are converted to this dtype first of all, once a step, and their
       gradients are summed over devices in it; all but small ones (`parallel.sharding.is_small`),
       which stay as they are. None: all stay as they are.
@@ -111,6 +114,7 @@ def make_step(
     accumulate: the number of parts of a batch that are computed sequentially, see `_parts`.
   """
 
+  @exact_products(compute_dtype)
   def step(state: TrainState, batch: dict[str, Array]):
     """One update of the trained weights."""
     trained = _trained_in(trained_dtype, state)
@@ -149,11 +153,13 @@ def make_evaluation(
   graph: nnx.GraphDef,
   loss: Loss,
   *,
+  compute_dtype: jnp.dtype = jnp.float32,
   trained_dtype: jnp.dtype | None = None,
   accumulate: int = 1,
 ):
   """Returns the jitted `evaluate(state, batch) -> metrics`; arguments are those of `make_step`."""
 
+  @exact_products(compute_dtype)
   def evaluate(state: TrainState, batch: dict[str, Array]):
     """The metrics of a batch, without a gradient."""
     trained = _trained_in(trained_dtype, state)
