@@ -51,6 +51,7 @@ print(json.dumps(seconds), flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("total", [1, 2])
 def test_after_the_first_steps_nothing_is_compiled(tmp_path, total):
   address = f"localhost:{free_port()}"

@@ -1,52 +1,49 @@
+import json
+
 import jax
 import pytest
-from jax._src import distributed
 
 from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.parallel import agreement
 from videochat_flash_jax.parallel.agreement import allgather_text, raise_on_all_processes
 
 
-class Service:
-  """Stands for the service that coordinates two processes: it holds what the first one sent."""
+class StoreOfSecond:
+  """Stands for the store that two processes share, as the second one sees it."""
 
   def __init__(self, first: str):
-    self.first, self.own = first.encode(), {}
+    self.first, self.own = first, None
 
-  def key_value_set_bytes(self, key, value):
-    assert key not in self.own
-    self.own[key] = value
+  def set(self, key, text):
+    assert key.endswith("/1")
+    self.own = text
 
-  def blocking_key_value_get_bytes(self, key, milliseconds):
-    assert milliseconds > 0
-    return self.first if key.endswith("/0") else self.own[key]
-
-  def key_value_delete(self, key):
-    self.own.pop(key, None)
+  def get(self, key, seconds):
+    assert key.endswith("/all") and seconds > 0
+    return json.dumps([self.first, self.own])
 
 
 @pytest.fixture
 def second(monkeypatch):
   """Makes this process the second of two; call it with the text that the first one sends."""
 
-  def with_first(text: str) -> Service:
-    """Sets the text of the first process."""
-    service = Service(text)
+  def with_first(text: str):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(distributed.global_state, "client", service)
-    return service
+    monkeypatch.setattr(agreement, "CoordinationStore", lambda: StoreOfSecond(text))
+    agreement.exchange_of_all.cache_clear()
 
-  return with_first
+  yield with_first
+  agreement.exchange_of_all.cache_clear()
 
 
 @pytest.mark.parametrize("text", ["", "second", "e" + "\u00e9" * 3000])
 def test_every_process_gets_the_texts_of_all(second, text):
   assert allgather_text(text) == [text]
   for first in ("", "first"):
-    service = second(first)
+    second(first)
     for _ in range(3):
       assert allgather_text(text) == [first, text]
-    assert len(service.own) == 1, "texts that all have read are deleted"
 
 
 def test_an_error_of_one_process_is_raised_on_all_and_each_raises_its_own_first(second):

@@ -74,10 +74,10 @@ def test_all_hear_what_each_has_told_in_the_same_turn(store, processes):
   expected = [[f"{process} says {turn}" for process in processes] for turn in range(20)]
   assert heard == [expected] * len(processes)
   left = [f"{name}/20/{who}" for who in (*processes[1:], "all")]
-  assert all(store.get(key, 0.05) for key in left)
+  assert all(store.get(key, 20) for key in left)
   assert not any(store.get(f"{name}/{turn}/all", 0.001) for turn in range(1, 20))
   exchanges[-1].forget()
-  assert store.get(left[0], 0.05)
+  assert store.get(left[0], 20)
   exchanges[0].forget()
   assert not any(store.get(key, 0.05) for key in left)
 

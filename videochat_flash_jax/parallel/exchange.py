@@ -1,8 +1,9 @@
-"""Short texts that some processes of a run tell each other, from any thread.
+"""Texts that the processes of a run, or some of them, tell each other, from any thread.
 
-`agreement` uses collective operations of the devices: all processes take part, in the main thread,
-in one order. A thread that reads batches beside the steps must not use them. Its texts go through
-the store of JAX's coordination service instead, under keys that both sides know:
+They go through the store of the service that connects the processes. Collective operations of the
+devices would be compiled anew for each length of a text, and would wait for the devices. They must
+also run in the same order on all processes: a thread that reads batches beside the steps could not
+use them. These are the keys in the store:
 
   1/17/3      what process 3 told in turn 17 of the exchange "1"; the first process takes it
   1/17/all    the texts of all processes in turn 17, which the first process sends to the others
