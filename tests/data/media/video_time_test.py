@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from fractions import Fraction
 
 import av
 import pytest
@@ -157,6 +158,27 @@ def test_joined_broadcasts_are_shown_one_after_the_other(
   settings = {"size": 96, "has_sound": has_sound}
   numbers = join(tmp_path / "a", parts, file_format, codec, options, **settings)
   assert_shows(tmp_path / "a", numbers, len(numbers) / 25)
+
+
+def test_a_stamp_of_the_next_recording_moves_no_frame(tmp_path):
+  parts = [(range(40), 100_000), (range(40, 70), 50), (range(70, 100), 300_000)]
+  numbers = join(tmp_path / "a", parts, "mpeg", "mpeg1video", MPEG2, has_sound=True)
+  assert_shows(tmp_path / "a", numbers, 4)
+
+
+def test_a_broadcast_of_few_frames_is_shown_in_order(tmp_path):
+  fps = Fraction(1, 20)
+  path = write_numbers(tmp_path / "a.ts", range(60), "mpegts", "libx264", OPEN_GROUPS, fps=fps)
+  assert_shows(path, range(60), 1200)
+
+
+@pytest.mark.parametrize(
+  "codec, options",
+  [("libx264", OPEN_GROUPS), ("libx264", SHORT_GROUPS), ("mpeg2video", MPEG2)],
+)
+def test_an_asf_with_b_frames_is_shown_in_order(tmp_path, codec, options):
+  path = write_numbers(tmp_path / "a.wmv", range(60), "asf", codec, options)
+  assert_shows(path, range(60), 2.4)
 
 
 @pytest.mark.parametrize("live", ["0", "1"])

@@ -79,16 +79,17 @@ class Packets:
 
 def read_packets(container, stream) -> Packets:
   """Reads all packets of a stream."""
-  # A bare stream has no stamps, FFmpeg guesses them. Those of AVI number the frames as decoded.
+  # A bare stream has no stamps, FFmpeg guesses them. Those of AVI and ASF tell when frames are
+  # decoded.
   is_bare = bool(container.format.flags & av.format.Flags.no_timestamps.value)
-  is_avi = container.format.name == "avi" and stream.codec_context.has_b_frames
+  is_decoding_time = container.format.name in ("avi", "asf") and stream.codec_context.has_b_frames
   packets, num_readable = [], 0
   for index, packet in enumerate(container.demux(stream)):
     num_readable += packet.pts is not None and not packet.is_corrupt
     packets.append(
       Packet(
         index=index,
-        pts=None if is_bare or is_avi else packet.pts,
+        pts=None if is_bare or is_decoding_time else packet.pts,
         dts=None if is_bare else packet.dts,
         duration=packet.duration or 0,
         is_key=packet.is_keyframe,
@@ -146,22 +147,33 @@ def _cut(shown: list[Packet], time_base: Fraction, may_jump_ahead: bool) -> list
   return recordings
 
 
-def sort_by_time(packets: Packets, container) -> list[Packet] | None:
+def sort_by_time(packets: Packets, container, time_base: Fraction) -> list[Packet] | None:
   """Returns the packets in the order of their stamps, of equal ones in the order of the file.
 
   Returns None if the stamps do not tell in which order frames are shown: only decoding does.
   """
   in_order = []
   for recording in packets.recordings:
-    stamps = [packet.pts for packet in recording]
-    if None in stamps:
+    if any(packet.pts is None for packet in recording):
       return None
-    # Where one header has the stamp of several frames, FFmpeg guesses the others, and equal ones
-    # show that it guessed wrong.
-    if may_jump_ahead(container) and len(set(stamps)) < len(stamps):
+    if may_jump_ahead(container) and _are_stamps_strange(recording, time_base):
       return None
     in_order += sorted(recording, key=lambda packet: packet.pts)
   return in_order
+
+
+def _are_stamps_strange(recording: list[Packet], time_base: Fraction) -> bool:
+  """Returns whether frames of a broadcast may be shown in another order than their stamps tell.
+
+  Where one header has the stamp of several frames, FFmpeg guesses the others, and equal ones show
+  that it guessed wrong. Where recordings are joined, a packet may have a stamp of the next one, far
+  from the time at which its frame is decoded.
+  """
+  stamps = [packet.pts for packet in recording]
+  farthest = _LONGEST_STEP / time_base
+  return len(set(stamps)) < len(stamps) or any(
+    packet.dts is not None and abs(packet.pts - packet.dts) > farthest for packet in recording
+  )
 
 
 def measure_seconds(packets: Packets, container, stream) -> Fraction:

@@ -121,7 +121,7 @@ def read_timeline(container, stream, path: Path) -> Timeline:
     jumps_to_bytes=may_jump_ahead(container),
     packet_at={},
   )
-  in_order = sort_by_time(packets, container)
+  in_order = sort_by_time(packets, container, stream.time_base)
   return _with_order(timeline, packets, in_order) if in_order else timeline
 
 
