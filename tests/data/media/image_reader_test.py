@@ -48,7 +48,7 @@ def test_exif_that_cannot_be_written_again_costs_the_rotation_alone():
   assert read_image(path).shape in ((16, 24, 3), (24, 16, 3))
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
 def test_damaged_exif_never_costs_the_picture(tmp_path, suffix):
   exif = Image.Exif()
   exif.update({0x0112: 6, 0x010F: "maker", 0x011A: 300.0, 0x0128: 2})
@@ -121,6 +121,12 @@ def test_a_dark_picture_whose_format_has_16_bits_stays_dark(tmp_path):
   (tmp_path / "a.pgm").write_bytes(b"P5 2 2 65535\n" + dark.astype(">u2").tobytes())
   for name in ("a.png", "a.pgm"):
     np.testing.assert_array_equal(read_image(tmp_path / name)[..., 0], dark >> 8)
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_the_floats_of_a_pfm_are_read_by_their_range(tmp_path, white):
+  Image.fromarray(GRADIENT.astype(np.float32) / 255 * white).save(tmp_path / "a.pfm")
+  np.testing.assert_array_equal(read_image(tmp_path / "a.pfm")[..., 0], GRADIENT)
 
 
 @pytest.mark.parametrize(

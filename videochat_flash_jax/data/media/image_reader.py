@@ -53,9 +53,19 @@ def read_image(source: ImageSource) -> np.ndarray:
       # Pillow may stumble over damaged EXIF before it reads the pixels: it is hidden from it.
       with open_media(source) if is_address(source) else open(source, "rb") as file:
         data = file.read()
-      if b"Exif" not in data:
+      hidden = _hide_exif(data)
+      if hidden == data:
         raise
-      return _read_file(io.BytesIO(data.replace(b"Exif", b"none")), source)
+      return _read_file(io.BytesIO(hidden), source)
+
+
+def _hide_exif(data: bytes) -> bytes:
+  """Returns a file without its EXIF, or with another name for it."""
+  name = data.find(b"eXIf")  # of a chunk of PNG: its length, name, content and checksum
+  if data.startswith(b"\x89PNG") and name >= 4:
+    length = int.from_bytes(data[name - 4 : name])
+    data = data[: name - 4] + data[name + 8 + length :]
+  return data.replace(b"Exif", b"none")
 
 
 def _read_file(file, name):
@@ -95,8 +105,10 @@ def _named_errors(name):
 
 
 def _as_rgb(picture):
-  # Files of these formats have 16 bits where Pillow reads more than 8.
-  has_16_bits = picture.mode.startswith("I;") or picture.format in ("PNG", "PPM")
+  # Integers of these formats have 16 bits where Pillow reads more than 8. PPM may also hold floats.
+  has_16_bits = picture.mode.startswith("I;") or (
+    picture.mode == "I" and picture.format in ("PNG", "PPM")
+  )
   with contextlib.suppress(Exception):  # damaged EXIF costs the rotation, not the picture
     picture = ImageOps.exif_transpose(picture)
   if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
