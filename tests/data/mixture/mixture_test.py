@@ -3,6 +3,7 @@
 import pytest
 
 from videochat_flash_jax.data.mixture.mixture import Source, read_mixture
+from videochat_flash_jax.data.mixture.rows import open_rows
 from videochat_flash_jax.errors import InputError
 
 
@@ -141,3 +142,13 @@ def test_a_file_that_is_no_mixture_is_refused(tmp_path):
   (tmp_path / "folder.yaml").mkdir()
   with pytest.raises(InputError, match="cannot be read"):
     read_mixture(tmp_path / "folder.yaml")
+
+
+@pytest.mark.parametrize("name", [r"a\0b", r"a\ud83db"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".yaml"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name, suffix):
+  path = write(tmp_path / "a.yaml", f'datasets:\n  - json_path: "{name}.jsonl"\n')
+  if suffix == ".yaml":
+    path = name.encode().decode("unicode_escape") + suffix
+  with pytest.raises(InputError, match="no file can have this name"):
+    open_rows(read_mixture(path), cache_dir=tmp_path)

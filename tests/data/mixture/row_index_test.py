@@ -48,6 +48,8 @@ def test_a_list_and_lines_are_told_by_their_content(tmp_path, monkeypatch, form,
     ("", "holds no row"),
     ("no JSON\nat all\n", "holds no row"),
     ("[1, 2]", "holds no row"),
+    ('{"id": 1, "id": 2}', "holds no row .row 1: key 'id' stands twice"),
+    ('{"id": "\udce9"}', "holds no row .row 1: not valid UTF-8"),
     (
       '[{"id": 1}][{"id": 2}]',
       "follows the list of rows, which ends at byte 11; give only one list",
@@ -60,7 +62,7 @@ def test_a_list_and_lines_are_told_by_their_content(tmp_path, monkeypatch, form,
 )
 def test_a_file_without_rows_is_refused(tmp_path, text, said):
   path = tmp_path / "a.json"
-  path.write_text(text)
+  path.write_text(text, errors="surrogateescape")
   with pytest.raises(InputError, match=said) as error:
     open_all(path)
   assert str(path) in str(error.value)

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -45,10 +46,17 @@ def check_regular(path: str | os.PathLike) -> None:
   Reading one of these might wait forever or never end. Missing paths, folders and addresses pass.
 
   Raises:
-    InputError: the path is a pipe, a socket or a device.
+    InputError: the path is a pipe, a socket or a device, or no file can have this name.
   """
-  is_local = not is_address(path) and os.path.exists(path)
-  if is_local and not (os.path.isfile(path) or os.path.isdir(path)):
+  if is_address(path):
+    return
+  try:
+    mode = os.stat(path).st_mode
+  except OSError:
+    return
+  except ValueError as error:  # it holds a NUL or half of a surrogate pair
+    raise InputError(f"{path}: no file can have this name; correct the path") from error
+  if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
     raise InputError(f"{path}: a pipe or a device, not a file; copy its content into a file")
 
 

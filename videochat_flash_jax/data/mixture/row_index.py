@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from videochat_flash_jax.data.media.files import copy_file, file_stamp, is_address
 from videochat_flash_jax.data.mixture.annotations import kind_of, length_in_words
+from videochat_flash_jax.data.mixture.broken import BrokenRow
 from videochat_flash_jax.data.mixture.row_text import rows_of_file
 from videochat_flash_jax.errors import InputError, one_line
 
@@ -208,6 +209,7 @@ def _make_index(json_path, directory):
   except OSError as error:
     raise _unreadable(json_path, error) from error
   digest, media_type, records = hashlib.blake2b(digest_size=16), None, bytearray()
+  problem = ""  # of the first row that cannot be used
   bar = tqdm(
     desc=f"indexing {one_line(os.path.basename(json_path))}",
     total=os.path.getsize(text),
@@ -221,13 +223,15 @@ def _make_index(json_path, directory):
       kind = kind_of(row) if isinstance(row, dict) else "text"
       if isinstance(row, dict):
         media_type = media_type or kind
+      elif isinstance(row, BrokenRow) and not problem:
+        problem = f" (row {len(records) // _RECORD.itemsize + 1}: {row.detail})"
       digest.update(raw)
       digest.update(b"\n")
       records += _pack_record(start, len(raw), _num_words(row), KINDS.index(kind))
       bar.update(start + len(raw) - bar.n)
   if media_type is None:
     raise InputError(
-      f"{json_path}: holds no row; give a JSON list of objects, or one object on each line"
+      f"{json_path}: holds no row{problem}; give a JSON list of objects, or one object on each line"
     )
   np.save(directory / "rows.npy", np.frombuffer(records, _RECORD))
   num_rows = len(records) // _RECORD.itemsize
