@@ -75,7 +75,7 @@ def test_a_model_that_is_incomplete_in_the_cache_is_downloaded(cache, monkeypatc
   snapshot = put(cache, RELEASED[0], files - {missing})
   asked = []
 
-  def fetch(repository, *, allow_patterns, local_files_only=False):
+  def fetch(repository, *, allow_patterns, ignore_patterns, local_files_only=False):
     asked.append((repository, local_files_only, allow_patterns))
     if not local_files_only:
       (snapshot / missing).touch()

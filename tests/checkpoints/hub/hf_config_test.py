@@ -203,6 +203,15 @@ def test_what_is_not_supported_is_refused(tmp_path, field, value):
     ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "'layer_types' is ['full"),
     ({"layer_types": ["full_attention"] * 27}, "once for each of the 28 layers"),
     ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
+    ({"partial_rotary_factor": True}, "'partial_rotary_factor' is True"),
+    ({"quantization_config": {"bits": 4}}, "'quantization_config' is {'bits': 4}; only null"),
+    (
+      {
+        "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768},
+        "original_max_position_embeddings": 4096,
+      },
+      "'rope_scaling.original_max_position_embeddings' (32768) contradicts",
+    ),
     ({"text_config": {"hidden_size": 8}}, "'text_config' is {'hidden_size': 8}; only null"),
     ({"mm_hidden_size": 1408}, "'mm_hidden_size' (1408) contradicts the encoder, whose width is"),
     (
@@ -230,6 +239,7 @@ def test_fields_that_contradict_each_other_are_refused(tmp_path, fields, words):
   "fields",
   [
     {"dtype": "bfloat16"},
+    {"dtype": "torch.bfloat16"},
     {"torch_dtype": None, "dtype": "float32"},
     {"layer_types": ["full_attention"] * 28},
     {"layer_types": None, "partial_rotary_factor": 1.0, "text_config": None},

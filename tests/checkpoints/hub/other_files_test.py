@@ -17,7 +17,11 @@ from videochat_flash_jax.checkpoints.convert import (
   write_checkpoint,
 )
 from videochat_flash_jax.checkpoints.hub import other_files
-from videochat_flash_jax.checkpoints.hub.other_files import DOWNLOADED, copy_other_files
+from videochat_flash_jax.checkpoints.hub.other_files import (
+  DOWNLOADED,
+  NEVER_DOWNLOADED,
+  copy_other_files,
+)
 from videochat_flash_jax.checkpoints.runs.manager import RunCheckpoints
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train.initial_weights import copy_hub_files
@@ -33,8 +37,10 @@ ALONG = {
   "video_preprocessor_config.json",
   # Papers.
   *("README.md", "LICENSE", "License.txt", "LICENCE.md", "NOTICE", "USE_POLICY.md", "COPYING"),
+  *("MODEL_LICENSE", "Tongyi Qianwen LICENSE AGREEMENT", "COPYRIGHT", "THIRD_PARTY_NOTICES.txt"),
+  *("Acceptable_Use.pdf", "TERMS.txt"),
 }
-CODE = {"modeling_videochat_flash.py"}
+CODE = {"modeling_videochat_flash.py", "license.py"}
 BEHIND = {
   # Weights of other programs and of before; their indices; adapters.
   *("pytorch_model.bin", "model-00001-of-00002.safetensors", "model.gguf", "flax_model.msgpack"),
@@ -89,10 +95,12 @@ def test_all_files_but_weights_go_along_through_runs(checkpoint, tmp_path):
 
 
 def test_all_files_but_code_and_pickles_are_downloaded():
-  downloaded = set(filter_repo_objects([*ALONG, *CODE, *BEHIND], allow_patterns=DOWNLOADED))
+  files = [*ALONG, *CODE, *BEHIND, "license.pkl"]
+  patterns = {"allow_patterns": DOWNLOADED, "ignore_patterns": NEVER_DOWNLOADED}
+  downloaded = set(filter_repo_objects(files, **patterns))
   assert downloaded >= ALONG and not downloaded & CODE
-  pickles = {name for name in BEHIND if name.endswith((".bin", ".pt", ".pth"))}
-  assert len(pickles) == 7 and not downloaded & pickles
+  pickles = {name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))}
+  assert len(pickles) == 8 and not downloaded & pickles
 
 
 def test_links_of_the_hubs_cache_are_followed(tmp_path):

@@ -6,7 +6,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from videochat_flash_jax.checkpoints.hub.other_files import DOWNLOADED
+from videochat_flash_jax.checkpoints.hub.other_files import DOWNLOADED, NEVER_DOWNLOADED
 from videochat_flash_jax.checkpoints.hub.safetensors_files import is_whole
 from videochat_flash_jax.errors import InputError
 
@@ -63,7 +63,8 @@ def _cached_or_downloaded(repository):
 
   def snapshot(**options):
     """Returns the directory of the repository's files in the local cache."""
-    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=DOWNLOADED, **options))
+    patterns = {"allow_patterns": DOWNLOADED, "ignore_patterns": NEVER_DOWNLOADED}
+    return Path(huggingface_hub.snapshot_download(repository, **patterns, **options))
 
   try:
     cached = snapshot(local_files_only=True)

@@ -70,7 +70,12 @@ _UNMODELLED = {
 
 
 # Upstream's fields for which this package supports one value only, with that value.
-_FIXED_OF_DECODER = {"hidden_act": "silu", "use_sliding_window": False, "text_config": None}
+_FIXED_OF_DECODER = {
+  "hidden_act": "silu",
+  "use_sliding_window": False,
+  "text_config": None,
+  "quantization_config": None,
+}
 
 
 def _fixed_fields(vision: VisionConfig) -> dict:
@@ -253,7 +258,9 @@ def stated_dtype(path: Path, fields: Mapping[str, Any]) -> str | None:
   Raises:
     InputError: it states two.
   """
-  return agreed(path, {name: fields[name] for name in _DTYPES if fields.get(name)})
+  stated = {name: fields[name] for name in _DTYPES if fields.get(name)}
+  plain = {name: str(dtype).removeprefix("torch.") for name, dtype in stated.items()}
+  return agreed(path, plain, stated)
 
 
 def _check_stated_twice(path, fields, config):

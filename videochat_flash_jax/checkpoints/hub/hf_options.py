@@ -103,8 +103,15 @@ def _read_yarn(path: Path, fields: Mapping[str, Any], name: str) -> YarnConfig |
   fixed = _FIXED_ROPE
   if kind == "yarn":
     factor = scaling.pop("factor", None)
-    own = fields.get("max_position_embeddings")
-    original = scaling.pop("original_max_position_embeddings", own)
+    originals = {
+      "original_max_position_embeddings": fields.get("original_max_position_embeddings"),
+      f"{name}.original_max_position_embeddings": scaling.pop(
+        "original_max_position_embeddings", None
+      ),
+    }
+    original = agreed(path, {key: value for key, value in originals.items() if value is not None})
+    if original is None:
+      original = fields.get("max_position_embeddings")
     if not (type(factor) in (int, float) and 1 <= factor < 1e6):
       _refuse(path, fields, name, wanted)
     if type(original) is not int or original <= 0:
@@ -120,6 +127,9 @@ def _read_yarn(path: Path, fields: Mapping[str, Any], name: str) -> YarnConfig |
 
 
 def _is_near(value, number):
+  """Whether a value is about a number; a bool is only so if the number is one."""
+  if type(value) is bool or type(number) is bool:
+    return value is number
   return isinstance(value, int | float) and math.isclose(value, number, rel_tol=1e-6)
 
 

@@ -27,14 +27,18 @@ def _any_case(name):
 
 _TOKENIZER = (
   *("*.json", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab"),
-  *("*merges*.txt", "*vocab*.txt"),
+  *("*merges*.txt", "*vocab*.txt", "dict.txt", "*.codes"),
 )
 _PAPERS = tuple(
-  _any_case(f"{start}*")
-  for start in ("readme", "model_card", "license", "licence", "copying", "notice", "use_policy")
+  f"*{_any_case(word)}*"
+  for word in (
+    *("readme", "model_card", "license", "licence", "copying", "copyright", "notice"),
+    *("agreement", "terms", "use_policy", "acceptable_use"),
+  )
 )
 # What is downloaded: never code, nor pickles, which could run code.
 DOWNLOADED = ("*.safetensors", *_TOKENIZER, *_PAPERS)
+NEVER_DOWNLOADED = ("*.py", "*.pkl", "*.pickle", "*.bin", "*.pt", "*.pth")
 _COPIED = (*_TOKENIZER, *_PAPERS, "*.py")
 _NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json", "trainer_state.json", ".*")
 
