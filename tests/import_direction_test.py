@@ -33,7 +33,7 @@ MAY_IMPORT = {
   "models": {"ops", "parallel", "lazy_names", *LEAVES},
   # The stages of data, level by level.
   "data": set(),
-  "data.media": {"models.config", "errors"},
+  "data.media": {"models.config", "errors", "fields"},
   "data.text": {"errors", "plain_paths"},
   "data.mixture": {"data.media", "data.text", "errors"},
   "data.features": {"data.media", "models.config", "errors", "plain_paths"},

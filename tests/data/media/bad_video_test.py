@@ -170,10 +170,41 @@ def test_a_file_that_cannot_be_opened_is_not_held_open(tmp_path, has_timeline):
   assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_folder_needs_a_rate_above_zero(tmp_path):
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    *(("picture_fps", value) for value in (0.0, -1, "1", True, float("nan"), float("inf"))),
+    *(("num_threads", value) for value in (0, -1, 1.5, "2", True)),
+  ],
+)
+def test_arguments_of_another_type_are_refused_by_name(tmp_path, name, value):
   Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
-  with pytest.raises(InputError, match="rate above 0"):
-    open_video(tmp_path, picture_fps=0.0)
+  with pytest.raises(InputError, match=f"^{name} is "):
+    open_video(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "224", True, (1,), (8, 0), (8, 8, 3), 10**7])
+def test_an_image_size_that_cannot_be_is_refused(tmp_path, size):
+  Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+  with open_video(tmp_path) as video:
+    for indices in ([0], []):
+      with pytest.raises(InputError, match=r"^image_size is .*pixels, from 1 to 32768"):
+        video.read(indices, size)
+
+
+@pytest.mark.parametrize("index", ["a", None, 0.5, True])
+def test_a_frame_that_is_no_number_is_refused(tmp_path, index):
+  Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+  with open_video(tmp_path) as video, pytest.raises(InputError, match=r"^index of a frame is "):
+    video.read([index])
+
+
+def test_no_frames_at_all_may_be_read(tmp_path):
+  Image.new("RGB", (8, 6)).save(tmp_path / "1.png")
+  with open_video(tmp_path, num_threads=np.int64(2)) as video:
+    assert video.read([]).shape == (0, 6, 8, 3)
+    assert video.read([], np.int64(16)).shape == (0, 16, 16, 3)
+    assert video.read(np.zeros(1, np.int32), [16, 4]).shape == (1, 16, 4, 3)
 
 
 def test_a_truncated_mp4_names_how_many_frames_are_left(tmp_path):

@@ -32,6 +32,15 @@ from videochat_flash_jax.data.media.resize import resize
 from videochat_flash_jax.data.media.video_decoder import VideoDecoder
 from videochat_flash_jax.data.media.video_timeline import Timeline
 from videochat_flash_jax.errors import InputError, one_line
+from videochat_flash_jax.fields import (
+  Rule,
+  argument,
+  count,
+  is_integer,
+  is_pair,
+  number,
+  optional,
+)
 
 _logger = logging.getLogger("videochat_flash_jax")
 _MAX_THREADS = 4  # each thread holds its own frames
@@ -41,7 +50,9 @@ _NUM_KNOWN = 4  # an hour of video takes some megabytes
 known_files: dict[tuple[Path, int, int], tuple[Timeline, tuple[int, int]]] = {}
 _known_files_lock = threading.Lock()
 _Result = TypeVar("_Result")
-_ImageSize = int | tuple[int, int] | None
+_ImageSize = tuple[int, int] | None
+_INTEGER = Rule(is_integer, "an integer")
+_SIDE = Rule(lambda n: is_integer(n) and 0 < n <= 1 << 15, "pixels, from 1 to 32768")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +90,13 @@ def open_video(
     logs_damage: whether to log once that the video has damaged frames, when the first is read.
 
   Raises:
-    InputError: there is no such file, it is a pipe or a playlist, or no frame can be read from it.
+    InputError: there is no such file, it is a pipe or a playlist, or no frame can be read from it;
+      or an argument is of another type.
   """
   if not isinstance(path, str | os.PathLike) or not str(path):
     raise InputError(f"{path!r} is not a path; give a video file or a folder of pictures")
+  picture_fps = argument("picture_fps", picture_fps, number(above=0))
+  num_threads = argument("num_threads", num_threads, optional(count()))
   if is_address(path):
     return _VideoFile(str(path), num_threads, logs_damage)
   path = Path(path)
@@ -113,7 +127,11 @@ class VideoReader:
     self, indices: Sequence[int] | np.ndarray, image_size: int | tuple[int, int] | None = None
   ) -> np.ndarray:
     """Returns the frames `indices`, in this order, as uint8 `[F, H, W, 3]`; see `frames`."""
-    return np.stack(list(self.frames(indices, image_size)))
+    frames = list(self.frames(indices, image_size))
+    if frames:
+      return np.stack(frames)
+    height, width = _size_of(image_size) or (self.info.height, self.info.width)
+    return np.empty((0, height, width, 3), np.uint8)
 
   def frames(
     self, indices: Iterable[int], image_size: int | tuple[int, int] | None = None
@@ -129,17 +147,18 @@ class VideoReader:
 
     Raises:
       InputError: the file ends early or cannot be decoded, or its frames differ in size and no
-        `image_size` is given.
+        `image_size` is given; or an argument is of another type.
       IndexError: there is no such frame.
     """
-    indices = [int(index) for index in indices]
+    image_size = _size_of(image_size)
+    indices = [argument("index of a frame", index, _INTEGER) for index in indices]
     for index in indices:
       if not 0 <= index < self.info.num_frames:
         raise IndexError(f"{self.path}: frame {index} of {self.info.num_frames}")
     repeats = [(index, len(list(same))) for index, same in itertools.groupby(indices)]
     frames = self._frames([index for index, _ in repeats], image_size)
-    for (_, count), frame in zip(repeats, frames, strict=True):
-      yield from itertools.repeat(frame, count)
+    for (_, times), frame in zip(repeats, frames, strict=True):
+      yield from itertools.repeat(frame, times)
 
   def close(self) -> None:
     """Closes the file."""
@@ -166,14 +185,21 @@ class VideoReader:
     self.close()
 
 
+def _size_of(image_size: int | tuple[int, int] | None) -> _ImageSize:
+  """Returns (height, width) of what is given as `image_size`, or None."""
+  if image_size is None:
+    return None
+  sides = image_size if is_pair(image_size) else (image_size, image_size)
+  height, width = (argument("image_size", side, _SIDE) for side in sides)
+  return height, width
+
+
 class _PictureFolder(VideoReader):
   """A folder of pictures, in natural order."""
 
   def __init__(self, path: Path, fps: float):
     self.path = path
     self._pictures = list_pictures(path)
-    if fps <= 0:
-      raise InputError(f"{path}: {fps:g} pictures a second; give a rate above 0")
     num_frames = len(self._pictures)
     height, width = read_image(self._pictures[0]).shape[:2]
     self.info = VideoInfo(num_frames, fps, num_frames / fps, height, width)
