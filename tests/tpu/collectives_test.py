@@ -98,7 +98,7 @@ def test_where_it_is_asked_for_all_gradients_are_added_up_in_float32():
     for computation in computations.values()
     for instruction in computation.instructions.values()
     for array in instruction.arrays
-    if len(array.shape) > 1 or instruction.opcode == "scatter"
+    if len(array.shape) == 2  # weights of a layer, or the head; hidden states have a batch, too
   }
   assert {("all-reduce", 4), ("reduce-scatter", 4), ("all-gather", 2)} <= arrays
   assert not {("all-reduce", 2), ("reduce-scatter", 2)} & arrays

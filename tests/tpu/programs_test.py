@@ -16,6 +16,7 @@ from videochat_flash_jax.benchmarks.hlo_costs import program_costs
 from videochat_flash_jax.benchmarks.hlo_text import parse
 from videochat_flash_jax.cli.config_file import read_config
 from videochat_flash_jax.models.qwen2 import Qwen2
+from videochat_flash_jax.ops.precision import exact_products
 from videochat_flash_jax.ops.sharded_attention import self_attention
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import make_mesh
@@ -174,10 +175,10 @@ def test_flops_of_a_step_are_those_counted_by_hand(ring):
   assert program_costs(ring).flops == pytest.approx(2 * products / CHIPS, rel=0.1)
 
 
-def decoder_gradients(depth):
+def decoder_gradients(depth, dtype=jnp.bfloat16):
   """A decoder's gradients on four chips, its weights spread over them: compiled."""
   config = dataclasses.replace(small_settings().model.decoder, depth=depth)
-  model = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+  model = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0), param_dtype=dtype))
   graph, weights = nnx.split({"decoder": model})
   weights = nnx.to_pure_dict(weights)
   layout = Layout(make_mesh(MeshConfig(), ahead_of_time.topology_devices("v5e:2x2")), "none")
@@ -188,14 +189,25 @@ def decoder_gradients(depth):
     return hidden.astype(jnp.float32).sum()
 
   rows = NamedSharding(layout.mesh, layout.spec("batch"))
-  x = jax.ShapeDtypeStruct((32, 128, config.width), jnp.bfloat16, sharding=rows)
+  x = jax.ShapeDtypeStruct((32, 128, config.width), dtype, sharding=rows)
   weights = jax.tree.map(
     lambda w, sharding: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=sharding),
     weights,
     shardings,
   )
-  gradients = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(shardings, rows))
+  gradients = exact_products(dtype)(jax.grad(loss, (0, 1)))
+  gradients = jax.jit(gradients, out_shardings=(shardings, rows))
   return gradients.lower(weights, x).compile()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_products_of_float32_keep_all_digits_and_those_of_bfloat16_stay_fast(dtype, in_haste):
+  with jax.default_matmul_precision(None):  # as users have it
+    text = decoder_gradients(1, dtype).as_text()
+  products = [line for line in text.splitlines() if " convolution(" in line]
+  exact = ["operand_precision={highest,highest}" in line for line in products]
+  assert len(products) > 10 and set(exact) == {dtype == jnp.float32}
+  assert "splash_mha_fwd" in text and "splash_mha_dkv" in text
 
 
 def test_loops_count_as_often_as_they_run(monkeypatch, in_haste):
