@@ -7,6 +7,7 @@ from jax.lax import Precision
 
 from tests.train.run_test import small
 from videochat_flash_jax.inference import programs
+from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.precision import exact_products
 from videochat_flash_jax.parallel.mesh import make_mesh
 from videochat_flash_jax.parallel.mesh_config import MeshConfig
@@ -14,6 +15,7 @@ from videochat_flash_jax.train.config import train_settings
 from videochat_flash_jax.train.program import train_program
 
 EXACT = (Precision.HIGHEST, Precision.HIGHEST)
+DEFAULT = (Precision.DEFAULT, Precision.DEFAULT)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +85,19 @@ def test_in_bfloat16_only_what_merges_tokens_is_exact(make):
     rounded = [precision for dtypes, precision in products(program) if "bfloat16" in dtypes]
     assert len(rounded) > 5
     assert sum(precision == EXACT for precision in rounded) <= 2  # the sums of merged features
+
+
+@pytest.mark.parametrize("dtype, expected", [(jnp.float32, EXACT), (jnp.bfloat16, DEFAULT)])
+def test_the_kernel_for_tpus_computes_in_the_precision_of_its_program(dtype, expected):
+  q, k, v = (jnp.ones((1, 128, heads, 128), dtype) for heads in (2, 1, 1))
+
+  def loss(*qkv):
+    return attention(*qkv, causal=True, implementation="splash").astype(jnp.float32).sum()
+
+  gradients = exact_products(jnp.dtype(dtype))(jax.value_and_grad(loss, (0, 1, 2)))
+  found = list(products(jax.make_jaxpr(gradients)(q, k, v).jaxpr))
+  assert len(found) >= 2 + 5
+  assert {precision for _, precision in found} == {expected}
 
 
 def test_other_programs_keep_the_precision_that_their_caller_asks_for():

@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from videochat_flash_jax.ops.attention import attention
+from videochat_flash_jax.ops.precision import exact_products
 from videochat_flash_jax.ops.sharded_attention import self_attention
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.parallel.mesh import make_mesh
@@ -28,7 +29,7 @@ def layout_on(topology, kind="ring", **options):
   return Layout(make_mesh(MeshConfig(fsdp=1, sequence=4), devices), kind, zigzag=True)
 
 
-def compiled(layout, attend, shapes, axes):
+def compiled(layout, attend, shapes, axes, dtype=jnp.bfloat16):
   """The program for the result and gradients of `attend`, whose operands have these shapes."""
 
   def loss(*operands):
@@ -36,10 +37,11 @@ def compiled(layout, attend, shapes, axes):
 
   sharding = NamedSharding(layout.mesh, layout.spec(*axes))
   operands = [
-    jax.ShapeDtypeStruct(shape, jnp.bfloat16 if len(shape) == 4 else jnp.int32, sharding=sharding)
+    jax.ShapeDtypeStruct(shape, dtype if len(shape) == 4 else jnp.int32, sharding=sharding)
     for shape in shapes
   ]
-  return jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*operands).compile()
+  gradients = exact_products(dtype)(jax.value_and_grad(loss, (0, 1, 2)))
+  return jax.jit(gradients).lower(*operands).compile()
 
 
 @functools.cache
@@ -55,6 +57,15 @@ def program(kind, model, length):
 def kernels(program):
   call = r"%(splash_mha_[a-z]+)\S* = .* custom_call_target=\"tpu_custom_call\""
   return set(re.findall(call, program.as_text()))
+
+
+def test_the_kernels_of_an_exact_float32_program_compile():
+  layout, axes = layout_on("v5e:2x2"), ("batch", "sequence")
+  shapes = [(1, 2048, heads, HEAD_SIZE) for heads in (12, 2, 2)]
+  attend = functools.partial(self_attention, layout=layout)
+  with jax.default_matmul_precision(None):  # as users have it
+    exact = compiled(layout, attend, [*shapes, (1, 2048)], axes, jnp.float32)
+  assert kernels(exact) == KERNELS
 
 
 @pytest.mark.parametrize("model", HEADS)

@@ -207,7 +207,6 @@ def test_products_of_float32_keep_all_digits_and_those_of_bfloat16_stay_fast(dty
   products = [line for line in text.splitlines() if " convolution(" in line]
   exact = ["operand_precision={highest,highest}" in line for line in products]
   assert len(products) > 10 and set(exact) == {dtype == jnp.float32}
-  assert "splash_mha_fwd" in text and "splash_mha_dkv" in text
 
 
 def test_loops_count_as_often_as_they_run(monkeypatch, in_haste):

@@ -123,7 +123,8 @@ def answer_loss(
       frozen encoder made of them, `features [B, C, V, E]` and `tile_features [B, I, V, E]`. In
       addition, `[B, T]` each: `token_ids`, `labels` (of the token itself, IGNORE_LABEL where it is
       not learnt), `visual_index`, `positions`, `segment_ids`. With a `dropout`
-      (`models.token_dropout.DropoutPlan`), visual tokens are dropped by that plan.
+      (`models.token_dropout.DropoutPlan`), visual tokens are dropped by that plan, and without
+      `positions` these are counted from 0 in each segment.
     layout: how the batch is sharded over a mesh.
   """
   if "features" in batch:
@@ -143,7 +144,7 @@ def sequence_loss(
   sequence = batch["token_ids"], visual_tokens, batch["visual_index"]
   labels, segment_ids = batch["labels"], batch["segment_ids"]
   if "dropout" in batch:
-    plan, positions = batch["dropout"], batch["positions"]
+    plan, positions = batch["dropout"], batch.get("positions")
     hidden, kept = model.read_and_drop(*sequence, plan, layout, positions)
     kept = layout.from_zigzag(kept)
     labels = gather_tokens(layout.from_zigzag(labels), kept, fill=IGNORE_LABEL)
