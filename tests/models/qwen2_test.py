@@ -134,3 +134,19 @@ def test_bfloat16_weights_give_float32_logits_near_the_exact_ones():
   logits = rough.logits(hidden)
   assert logits.dtype == jnp.float32
   assert_close(logits, exact.logits(read(exact, exact.embed(ids))), relative=0.05)
+
+
+def test_what_remat_keeps_of_a_layer():
+  """ "dots" makes only the two products of attention again, "full" those with seven kernels too."""
+
+  def products(remat):
+    def loss(weights, x):
+      model = nnx.merge(graph, weights)
+      model.layers.remat = remat
+      return model(x).sum()
+
+    return str(jax.make_jaxpr(jax.grad(loss))(weights, embedded())).count("dot_general[")
+
+  graph, weights = nnx.split(fill_randomly(lambda: Qwen2(DECODER, rngs=nnx.Rngs(0))))
+  assert products("dots") == products("none") + 2
+  assert products("full") == products("dots") + 6  # the last product of a layer is its result

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from videochat_flash_jax.ops.linear import PRODUCT
 from videochat_flash_jax.parallel.sharding import dotted_path
 
 
@@ -71,7 +72,10 @@ class LayerStack(nnx.Module):
   def _remat(self, body):
     if self.remat == "none":
       return body
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    dots = policies.save_from_both_policies(
+      policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT)
+    )
     return jax.checkpoint(body, prevent_cse=False, policy=dots if self.remat == "dots" else None)
 
   def layer(self, index: int) -> nnx.Module:

@@ -8,8 +8,11 @@ where weights come as float32, the gradients of a step in bfloat16 are summed in
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from videochat_flash_jax.shapes import Array, Float
+
+PRODUCT = "product"
 
 
 class Linear(nnx.Linear):
@@ -21,9 +24,16 @@ class Linear(nnx.Linear):
     return y if self.bias is None else plus(y, self.bias[...])
 
 
-@jax.custom_vjp
 def product(x: Float[Array, "*batch E"], weight: Float[Array, "E M"]) -> Float[Array, "*batch M"]:
-  """Returns x W in the dtype of x. The gradient of W is summed in the dtype of W."""
+  """Returns x W in the dtype of x. The gradient of W is summed in the dtype of W.
+
+  `jax.checkpoint` does not look into it: policies know the result by the name `PRODUCT`.
+  """
+  return checkpoint_name(_product(x, weight), PRODUCT)
+
+
+@jax.custom_vjp
+def _product(x, weight):
   return x @ weight.astype(x.dtype)
 
 
@@ -32,7 +42,7 @@ def _product_forward(x, weight):
   keep_x = x.value if weight.perturbed else None
   keep_weight = weight.value if x.perturbed else None
   dtype = jnp.zeros((), weight.value.dtype)
-  return product(x.value, weight.value), (keep_x, keep_weight, dtype)
+  return _product(x.value, weight.value), (keep_x, keep_weight, dtype)
 
 
 def _product_backward(residuals, gradient):
@@ -47,7 +57,7 @@ def _product_backward(residuals, gradient):
   return d_x, d_weight
 
 
-product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def plus(
