@@ -9,10 +9,12 @@ SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] 
 # Numbers are compared in float32 on the CPU; compiled programs are kept for the next run.
 PYTEST := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 $(BIN)/python -m pytest --quiet
-# Most take longer to compile than to run: the compiler is asked for little optimisation. Its old way to
-# compile what is fused, which jaxlib 0.10 has and 0.12 has not, takes half as long as the new one.
+# Most take longer to compile than to run: the compiler is asked for little optimisation, and not to
+# divide small programs among threads. Its old way to compile what is fused, which jaxlib 0.10 has and
+# 0.12 has not, takes half as long as the new one.
 OLD_FUSIONS := print("--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."))
 QUICK = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
+  --xla_cpu_parallel_codegen_split_count=1 \
   $(shell $(BIN)/python -c 'from importlib.metadata import version; $(OLD_FUSIONS)')
 ONE_DEVICE = XLA_FLAGS="$(QUICK)"
 # Collectives keep their order with these flags, and without a cache: see parallel/mesh.py.

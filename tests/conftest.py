@@ -1,6 +1,7 @@
 """Shared fixtures: where the golden numbers are, and float32 arithmetic at full precision."""
 
 import functools
+import gc
 import json
 import logging
 import os
@@ -22,6 +23,12 @@ quick_jit = functools.partial(
 
 # Needs 8 fake devices, from the start of the process: `make test` runs it in one of its own.
 collect_ignore = [] if jax.device_count() == 8 else ["multidevice"]
+
+
+def pytest_collection_finish():
+  """Spares thousands of tests the search of all that was imported whenever garbage is collected."""
+  gc.freeze()
+  gc.set_threshold(100_000)
 
 
 OUR_COPY = Path(__file__).parent / "golden"

@@ -54,6 +54,7 @@ def test_vit_reports():
   assert_well_formed(vit.run(1, clips=1, config=TINY.vision), ["encode"])
 
 
+@pytest.mark.slow
 def test_decode_reports():
   report = decode.run(1, prompt_tokens=8, new_tokens=3, config=TINY.decoder)
   assert_well_formed(report, ["prefill", "decode_token"])
@@ -109,6 +110,7 @@ def test_flops_of_the_encoder_agree_with_the_compiler():
   )
 
 
+@pytest.mark.slow
 def test_flops_of_the_decoder_agree_with_the_compiler():
   config, tokens, num_slots = TINY.decoder, 64, 80
   model = Qwen2(config, rngs=nnx.Rngs(0))

@@ -12,6 +12,7 @@ SMALL = pipeline.Load(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_pipeline_reports(monkeypatch):
   monkeypatch.setattr(pipeline, "_step_seconds", lambda load: 0.01)
   report = pipeline.run(SMALL)

@@ -65,7 +65,9 @@ def test_path_picture_and_array_give_the_same_answer(chat, tmp_path):
   assert len({ask(chat.look(source), QUESTIONS[0]) for source in sources}) == 1
 
 
-@pytest.mark.parametrize("shape, num_tiles", [((1, 1, 3), 2), ((10, 10_000, 3), 2)])
+@pytest.mark.parametrize(
+  "shape, num_tiles", [((1, 1, 3), 2), pytest.param((10, 10_000, 3), 2, marks=pytest.mark.slow)]
+)
 def test_an_image_of_any_size_is_answered(chat, shape, num_tiles):
   seen = chat.look(np.full(shape, 200, np.uint8))
   assert seen.num_tiles == num_tiles
@@ -73,6 +75,7 @@ def test_an_image_of_any_size_is_answered(chat, shape, num_tiles):
   assert chat.look([np.full(shape, 200, np.uint8)] * 2).num_tiles == 2
 
 
+@pytest.mark.slow
 def test_the_largest_grid_is_answered(chat):
   seen = chat.look(np.tile(WIDE, (7, 4, 1)))
   assert seen.num_tiles == 37

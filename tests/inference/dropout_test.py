@@ -127,7 +127,10 @@ def reads(chats, monkeypatch):
   return reads
 
 
-@pytest.mark.parametrize("kind, may_go_on", [("uniform", True), ("uniform0_attention", False)])
+@pytest.mark.parametrize(
+  "kind, may_go_on",
+  [pytest.param("uniform", True, marks=pytest.mark.slow), ("uniform0_attention", False)],
+)
 def test_a_question_is_answered_as_if_all_were_read_anew(chats, path, reads, kind, may_go_on):
   video = chats[kind].watch(path)
   answers = [ask(video, question) for question in QUESTIONS]
@@ -139,6 +142,7 @@ def test_a_question_is_answered_as_if_all_were_read_anew(chats, path, reads, kin
   assert ask(video, QUESTIONS[0]) == answers[0]
 
 
+@pytest.mark.slow
 def test_an_extended_video_is_read_anew(chats, path, reads):
   frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
   whole, grown = chats["uniform"].watch(path), chats["uniform"].watch(path)
@@ -150,6 +154,7 @@ def test_an_extended_video_is_read_anew(chats, path, reads):
   assert not any(after for _, after in reads)
 
 
+@pytest.mark.slow
 def test_text_alone_is_read_once_whatever_is_dropped_elsewhere(chats, reads):
   chat = chats["uniform0_attention"]
   conversation = Conversation(chat.engine, chat.tokenizer)

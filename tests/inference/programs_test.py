@@ -46,6 +46,7 @@ def taken_by(monkeypatch, name, run):
 
 
 @pytest.mark.parametrize("dropout", DROPOUT)
+@pytest.mark.slow
 def test_the_engine_pads_prompts_as_the_compiled_programs_say(monkeypatch, dropout):
   config = dataclasses.replace(VideoChatFlashConfig.tiny(), dropout=DROPOUT[dropout])
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])

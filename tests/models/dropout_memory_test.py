@@ -31,6 +31,7 @@ def wide():
   return graph, weights, num_bytes / WIDE.depth
 
 
+@pytest.mark.slow
 def test_layers_are_never_copied_to_cut_the_stack(wide):
   graph, weights, layer_bytes = wide
   x = jax.ShapeDtypeStruct((1, 14, WIDE.width), jnp.float32)
@@ -51,6 +52,7 @@ def test_layers_are_never_copied_to_cut_the_stack(wide):
   assert parts < whole + 0.5 * layer_bytes
 
 
+@pytest.mark.slow
 def test_gradients_of_parts_take_the_memory_of_the_whole(wide):
   graph, weights, layer_bytes = wide
   x = jax.ShapeDtypeStruct((1, 14, WIDE.width), jnp.float32)

@@ -202,6 +202,7 @@ def read_and_write(decoder, x, lengths, plan, new):
   return [cache.length for cache in caches], hidden.swapaxes(0, 1)
 
 
+@pytest.mark.slow
 def test_decoding_many_tokens_is_reading_all_that_is_left_at_once(model):
   prompts, num_new = SAMPLES[:4], 64
   x, new = padded_batch(prompts), normal(num_new, len(prompts), DECODER.width, seed=9)

@@ -155,6 +155,7 @@ raise ValueError("of its own")
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_fails_tells_its_own_error_alone(mixture):
   assert_tells_its_own_error_alone(FAILING, mixture)
 

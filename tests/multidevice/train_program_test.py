@@ -88,6 +88,7 @@ def test_the_step_of_a_config_lowers_the_loss(rows, accumulate):
   assert losses[-1] < 0.5 * losses[0], losses
 
 
+@pytest.mark.slow
 def test_a_production_step_on_a_mesh_equals_one_on_one_device():
   """Frozen parts and shardings as a run has them; in bfloat16, no farther from float32."""
   sizes = ["model=tiny", "image_size=32", "rows=2", "tokens_per_row=96", "clips_per_shard=2"]

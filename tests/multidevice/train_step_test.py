@@ -185,16 +185,9 @@ def assert_same(actual, expected):
       assert error <= relative * np.abs(their_leaf).max(), jax.tree_util.keystr(path)
 
 
-def cases():
-  """Every mesh without dropout and with it; a few that use each axis are not slow."""
-  for name in MESHES:
-    slow = () if name == "sequence 8" else pytest.mark.slow
-    yield pytest.param(name, False, id=f"{name}, dropout off", marks=slow)
-    slow = () if name == "fsdp 2 x sequence 2 x tensor 2" else pytest.mark.slow
-    yield pytest.param(name, True, id=f"{name}, dropout on", marks=slow)
-
-
-@pytest.mark.parametrize("name, dropout", list(cases()))
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [False, True], ids=["all tokens", "dropout"])
+@pytest.mark.parametrize("name", MESHES)
 def test_a_step_on_a_mesh_equals_a_step_on_one_device(name, dropout):
   assert_same(step_on_mesh(name, dropout), expected(dropout))
 

@@ -123,6 +123,7 @@ def test_gradients_are_those_of_the_reference(implementation, case):
 
 @pytest.mark.parametrize("num_heads, num_kv_heads", [(3, 3), (6, 1)])
 @pytest.mark.parametrize("implementation", ["blockwise", "splash"], indirect=True)
+@pytest.mark.slow
 def test_a_key_head_gets_gradients_from_all_its_query_heads(
   implementation, num_heads, num_kv_heads
 ):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import assert_close
+from tests.conftest import assert_close, quick_jit
 from videochat_flash_jax.ops import blockwise
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.blockwise import merge
@@ -55,12 +55,15 @@ def test_merged_parts_of_the_keys_are_attention_to_all(qkv):
     out = attention(*qkv, implementation="dense", **segments)
     return jnp.sum(out * weights), out
 
-  (_, out), expected = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*qkv)
-  parts = [of_part(qkv, keys) for keys in PARTS]
-  merged = merge(*(blockwise.attend(*part) for part in parts))
-  assert_close(merged.out, out, relative=2e-6)
+  @quick_jit
+  def by_parts(*qkv):
+    parts = [of_part(qkv, keys) for keys in PARTS]
+    merged = merge(*(blockwise.attend(*part) for part in parts))
+    return merged, [blockwise.attend_backward(*part, merged, weights) for part in parts]
 
-  gradients = [blockwise.attend_backward(*part, merged, weights) for part in parts]
+  (_, out), expected = quick_jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*qkv)
+  merged, gradients = by_parts(*qkv)
+  assert_close(merged.out, out, relative=2e-6)
   d_q, d_k, d_v = zip(*gradients, strict=True)
   assert_close(sum(d_q), expected[0], relative=2e-6)
   assert_close(jnp.concatenate(d_k, axis=1), expected[1], relative=2e-6)

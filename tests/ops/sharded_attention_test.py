@@ -34,7 +34,8 @@ def test_segments_are_passed_on_and_never_invented(monkeypatch, layout, packed):
   random = np.random.default_rng(0)
   q, k, v = jnp.asarray(random.standard_normal((3, BATCH, LENGTH, 2, 8)), jnp.float32)
   segments = jnp.repeat(jnp.arange(2), LENGTH // 2)[None].repeat(BATCH, 0) if packed else None
-  out = self_attention(q, k, v, segments, LAYOUTS[layout]())
+  layout = LAYOUTS[layout]()
+  out = jax.jit(lambda q, k, v: self_attention(q, k, v, segments, layout))(q, k, v)
   assert passed_on == [not packed, not packed]
   expected = attention(q, k, v, causal=True, query_segments=segments, key_segments=segments)
   assert_close(out, expected, relative=1e-6)

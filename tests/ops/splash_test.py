@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import assert_close
+from tests.conftest import assert_close, quick_jit
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.ops import blockwise, splash
 from videochat_flash_jax.ops.attention import attention
@@ -109,9 +109,14 @@ def test_a_part_of_the_keys_gives_its_part_of_result_and_gradients(causal):
 
 def test_bfloat16_is_merged_in_float32():
   q, k, v = (x[:1, :100].astype(jnp.bfloat16) for x in operands())
-  arguments = q, k, v, False, None, None, None
-  part = splash.attend(*arguments)
-  gradients = splash.attend_backward(*arguments, part, part.out)
+
+  @quick_jit
+  def both_passes(q, k, v):
+    arguments = q, k, v, False, None, None, None
+    part = splash.attend(*arguments)
+    return part, splash.attend_backward(*arguments, part, part.out)
+
+  part, gradients = both_passes(q, k, v)
   assert {x.dtype for x in (*part, *gradients)} == {jnp.dtype("float32")}
   exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="dense")
   assert_close(part.out, exact, relative=1e-2)

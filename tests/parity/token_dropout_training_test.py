@@ -226,7 +226,8 @@ def with_gradients():
     key = row["key"]
     if any(name.startswith(f"{key}.grad.") for name in TRAINED):
       rows, kind = [training_row(row)], key.split(".")[2]
-      yield pytest.param(key, training_setting(), kind, rows, TRAINED, id=key)
+      arguments = key, training_setting(), kind, rows, TRAINED
+      yield pytest.param(*arguments, id=key, marks=pytest.mark.slow)
   for run in RUNS:
     key = run["key"]
     if any(name.startswith(f"{key}.grad.") for name in BATCHED):

@@ -43,7 +43,7 @@ SHARDED = {"num_shards": 2, "zigzag": True}
 
 
 @pytest.mark.parametrize("row_shape", [{}, SHARDED], ids=["whole rows", "zigzag"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_saved_state_goes_on_exactly_whoever_reads(make_tokenizer, workers, row_shape):
   run, states, digests = batches(make_tokenizer, row_shape=row_shape), [], []
   for _ in range(6):

@@ -68,6 +68,7 @@ def test_rows_hold_features_instead_of_pixels_and_are_otherwise_the_same(rows, s
       np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_on_stored_features_is_that_on_rounded_features(rows, store):
   model, layout = make_model(), {"num_shards": 1, "zigzag": False, "rows": 1}
   pixels, features = next(batches(rows, None, **layout)), next(batches(rows, store, **layout))
@@ -85,6 +86,7 @@ def test_the_loss_on_stored_features_is_that_on_rounded_features(rows, store):
   assert_close(loss, exact, relative=0.01)
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_features(rows, store):
   alone, shared = batches(rows, store), batches(rows, store, workers=1)
   assert [digest(next(shared)) for _ in range(2)] == [digest(next(alone)) for _ in range(2)]

@@ -29,7 +29,14 @@ def settings_of(stage, **changes):
   return dataclasses.replace(settings, model=model)
 
 
-@pytest.mark.parametrize("stage", ["stage1_align.py", "stage3_long.py", "stage4_highres.py"])
+@pytest.mark.parametrize(
+  "stage",
+  [
+    pytest.param("stage1_align.py", marks=pytest.mark.slow),
+    "stage3_long.py",
+    pytest.param("stage4_highres.py", marks=pytest.mark.slow),
+  ],
+)
 def test_the_number_of_operations_is_that_counted_by_xla(stage, monkeypatch):
   monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
   settings = settings_of(stage)
@@ -51,6 +58,7 @@ def test_operations_grow_with_rows_clips_and_trained_parts():
   assert frozen < step_flops(with_adapters, 1) < step_flops(settings, 1)
 
 
+@pytest.mark.slow
 def test_with_stored_features_the_encoder_has_no_operations(monkeypatch):
   monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
   ours, counted = [], []

@@ -69,13 +69,17 @@ def test_a_tokenizer_with_ids_that_the_model_does_not_embed_is_refused(tmp_path)
   with pytest.raises(InputError, match=f"{model}: the {said}"):
     loop.train(small(init_from=model), tmp_path / "run")
   assert not (tmp_path / "run").exists()
-  patches = small(init_from=model, objective="patches", num_steps=1)  # it reads no text
-  assert loop.train(patches, tmp_path / "patches")
   shutil.copytree(model, tmp_path / "run" / "hub")
   settings = train_settings(small())
   program = train_program(settings, jax.devices())
   with pytest.raises(InputError, match=said):
     run_batches(settings, program, tmp_path / "run" / "hub")
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_no_text_takes_any_tokenizer(tmp_path):
+  model = str(with_far_token(tmp_path / "far"))
+  assert loop.train(small(init_from=model, objective="patches", num_steps=1), tmp_path / "run")
 
 
 def test_the_address_of_a_bucket_is_refused_as_a_workdir(tmp_path, monkeypatch):
@@ -200,6 +204,7 @@ def test_a_run_resumes_with_another_learning_rate_and_with_accumulation(
   assert after == pytest.approx([*before[:2], before[2] / 2])
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_with_one_line_and_the_same_command_resumes_it(
   undisturbed, tmp_path, monkeypatch
 ):
@@ -221,6 +226,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_the_same_command_resumes_it
   assert losses(tmp_path) == losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_its_examples_are_written(tmp_path):
   config = small(optimizer__learning_rate=1e30, optimizer__max_skipped=0, checkpoint__every=1)
   with pytest.raises(InputError, match=r"the loss of step (\d+) is (nan|inf)") as error:
@@ -294,6 +300,7 @@ def test_a_few_steps_that_are_not_finite_change_nothing_and_are_logged(
   assert "the loss of step 4 is nan" in said[1] and "number 2 of at most 3" in said[1]
 
 
+@pytest.mark.slow
 def test_one_such_step_too_many_in_a_row_stops_the_run(tmp_path, poisoned):
   poisoned({2, *range(4, 9)})
   config = small(num_steps=9, optimizer__max_skipped=2, checkpoint__every=1)
@@ -305,6 +312,7 @@ def test_one_such_step_too_many_in_a_row_stops_the_run(tmp_path, poisoned):
   assert files == {f"nan_step_{step}.json" for step in (2, 4, 5, 6)}
 
 
+@pytest.mark.slow
 def test_a_step_copies_nothing_from_the_host(tmp_path, monkeypatch):
   step = run._Steps._next_batch
   on_host = lambda self: jax.tree.map(np.asarray, step(self))  # noqa: E731
@@ -313,6 +321,7 @@ def test_a_step_copies_nothing_from_the_host(tmp_path, monkeypatch):
     loop.train(small(num_steps=1), tmp_path)
 
 
+@pytest.mark.slow
 def test_frozen_weights_do_not_change_by_a_bit(tmp_path, monkeypatch):
   """Neither on the devices nor on disk, where they are written only once."""
   held, save = [], RunCheckpoints.save

@@ -50,6 +50,7 @@ def logits(model):
   return model.decoder.logits(model.decoder(x, segment_ids=batch["segment_ids"]))
 
 
+@pytest.mark.slow
 def test_twenty_steps_change_adapters_and_no_other_weights():
   tiny = VideoChatFlashConfig.tiny()
   model = VideoChatFlash(tiny, rngs=nnx.Rngs(0))

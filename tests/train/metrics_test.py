@@ -82,6 +82,7 @@ def write_on(log, fields):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_tensorboard_is_reported_and_does_not_block_the_run(
   tmp_path, monkeypatch
 ):

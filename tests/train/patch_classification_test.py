@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.conftest import quick_jit
 from tests.data.batches.saved_batches import digest
 from tests.train.program_test import small_program
 from tests.train.run_test import small
@@ -32,6 +33,11 @@ def patch_settings(**changes):
   return train_settings(small(objective="patches", rows=2, clips_per_shard=3, **changes))
 
 
+@quick_jit
+def loss_of(model, batch):
+  return patch_loss(model, batch)
+
+
 def test_the_loss_falls_when_the_heads_are_right():
   model = VideoChatFlash(MODEL, rngs=nnx.Rngs(0))
   add_heads(model, nnx.Rngs(1), {"kinds": 3})
@@ -40,9 +46,9 @@ def test_the_loss_falls_when_the_heads_are_right():
   labels[0] = 2
   labels[1, ::2] = IGNORE_LABEL
   batch = {"frames": jnp.asarray(frames), "kinds": jnp.asarray(labels)}
-  before = patch_loss(model, batch).means()
+  before = loss_of(model, batch).means()
   model.heads["kinds"].bias[...] = jnp.array([-50.0, 0.0, 0.0])
-  after = patch_loss(model, batch).means()
+  after = loss_of(model, batch).means()
   assert after["loss"] < before["loss"] and 0 <= after["kinds"] <= 1
 
 
@@ -54,7 +60,7 @@ def test_clips_with_fewer_patches_than_they_may_have_tokens_are_classified():
     "frames": jnp.zeros((1, 4, 16, 16, 3), jnp.uint8),
     "kinds": jnp.ones((1, 16), jnp.int32),
   }
-  assert patch_loss(model, batch).means()["targets"] == 16
+  assert loss_of(model, batch).means()["targets"] == 16
 
 
 @pytest.mark.slow

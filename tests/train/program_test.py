@@ -76,7 +76,10 @@ def test_two_steps_of_each_stage_of_the_tiny_config_have_shapes(stage):
   assert set(assert_two_steps_have_shapes(program)) == {"loss", "targets", "grad_norm", *metrics}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(name, marks=() if name == "stage3_long.py" else pytest.mark.slow) for name in RUNS],
+)
 def test_two_steps_of_a_config_have_shapes_and_frozen_weights_have_no_optimizer_state(name):
   program = program_of(name, *ONE_DEVICE)
   state = program.state
@@ -134,6 +137,7 @@ def test_the_first_state_holds_the_given_weights_and_random_adapters():
     program.begin(given)
 
 
+@pytest.mark.slow
 def test_steps_with_dropout_lower_the_loss_and_frozen_weights_do_not_change_by_a_bit():
   dropout = DropoutConfig("uniform0_attention", layers=(1, 2), ratios=(1.0, 0.75, 0.25))
   rates = ("optimizer.scales=(('connector', 1.0), ('', 0.0))", "optimizer.learning_rate=0.01")

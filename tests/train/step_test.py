@@ -97,7 +97,8 @@ def with_dropout(batch):
   return batch | {"dropout": jax.tree.map(jnp.asarray, plan)}
 
 
-@WITH_AND_WITHOUT_DROPOUT
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [False, True], ids=["all tokens", "dropout"])
 def test_accumulation_over_parts_of_a_batch_gives_the_same_step(dropout):
   batch = with_dropout(four_rows()) if dropout else four_rows()
   results = []
@@ -149,5 +150,6 @@ def test_frozen_weights_need_no_memory_for_gradients(dropout):
   assert temporary_bytes_per_layer(lambda path: path.startswith("connector."), batch) < 0.2
 
 
+@pytest.mark.slow
 def test_trained_weights_need_memory_for_gradients():
   assert temporary_bytes_per_layer(lambda path: True, four_rows()) > 0.9

@@ -105,7 +105,9 @@ def rows(tmp_path_factory):
   ]
 
 
-@pytest.mark.parametrize("image_size, clip_tokens", [(32, 24), (56, 64), (16, 64)])
+@pytest.mark.parametrize(
+  "image_size, clip_tokens", [(32, 24), pytest.param(56, 64, marks=pytest.mark.slow), (16, 64)]
+)
 def test_in_a_packed_row_every_slot_has_the_token_of_its_own_picture(rows, image_size, clip_tokens):
   """Tiles of 16, 49 and 4 tokens; clips of 24, 64 and 16."""
   config = sized(dummy_config(), image_size, clip_tokens=clip_tokens)

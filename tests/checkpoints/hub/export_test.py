@@ -42,7 +42,7 @@ def greedy_tokens(model):
   return np.concatenate([new for new, _ in engine.write(reading, 32)], axis=1).tolist()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_a_model_writes_the_same_tokens_after_going_in_and_out(tmp_path, dtype):
   save_model(random_model(dtype=dtype), CONFIG, tmp_path / "small")
   rewrite(tmp_path / "small", tmp_path / "out")

@@ -78,6 +78,7 @@ def test_an_epoch_delivers_every_healthy_row_and_counts_every_broken_one(mutated
   assert resident_bytes() - before < 50e6
 
 
+@pytest.mark.slow
 def test_workers_give_batches_of_such_a_mixture_with_the_same_counts(rows):
   batches = iter(mixture_batches(config(max_broken_share=1.0, workers=2), rows, make_tokenizer))
   for _ in range(6):

@@ -145,6 +145,7 @@ raise ValueError("of its own")
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_fails_with_workers_tells_its_own_error_alone(mixture):
   assert_tells_its_own_error_alone(FAILING, mixture)
 
@@ -162,6 +163,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_program_that_is_killed(mixture):
   process = subprocess.run(
     [sys.executable, "-c", KILLED, str(mixture)],

@@ -89,6 +89,7 @@ def test_a_new_process_with_two_workers_goes_on_exactly_from_any_of_20_states(mi
   check_stops(mixture, run, [2] * NUM_STOPS)
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_same_and_their_state_goes_on_without_any(rows, run):
   states, digests = run
   batches = iter(mixture_batches(config(rows=1, workers=2), rows, make_tokenizer))

@@ -124,9 +124,10 @@ def test_a_dark_picture_whose_format_has_16_bits_stays_dark(tmp_path):
 
 
 @pytest.mark.parametrize("white", [1, 255, 65535])
-def test_the_floats_of_a_pfm_are_read_by_their_range(tmp_path, white):
-  Image.fromarray(GRADIENT.astype(np.float32) / 255 * white).save(tmp_path / "a.pfm")
-  np.testing.assert_array_equal(read_image(tmp_path / "a.pfm")[..., 0], GRADIENT)
+def test_the_floats_of_a_pfm_are_read_by_their_range(white):
+  picture = Image.fromarray(GRADIENT.astype(np.float32) / 255 * white)
+  picture.format = "PPM"  # as the newer Pillows report a .pfm file; the oldest reads none
+  np.testing.assert_array_equal(read_image(picture)[..., 0], GRADIENT)
 
 
 @pytest.mark.parametrize(

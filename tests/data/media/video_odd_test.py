@@ -25,7 +25,13 @@ def orders(num_frames: int) -> dict[str, list[int]]:
   }
 
 
-@pytest.mark.parametrize("name", ODD_VIDEOS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=pytest.mark.slow if odd.num_frames > 1000 else ())
+    for name, odd in ODD_VIDEOS.items()
+  ],
+)
 def test_picked_frames_are_those_of_decoding_everything(tmp_path, name, caplog):
   odd = make_odd_video(tmp_path / name)
   expected = decode_everything(tmp_path / name)
