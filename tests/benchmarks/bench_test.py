@@ -50,6 +50,7 @@ def test_merge_reports():
   assert_well_formed(report, ["merge"])
 
 
+@pytest.mark.slow
 def test_vit_reports():
   assert_well_formed(vit.run(1, clips=1, config=TINY.vision), ["encode"])
 
@@ -60,6 +61,7 @@ def test_decode_reports():
   assert_well_formed(report, ["prefill", "decode_token"])
 
 
+@pytest.mark.slow
 def test_read_reports():
   films = {
     "repeated scenes": read.Film(750, 48, 64, 50, picks=9, repeats=1),
@@ -98,6 +100,7 @@ def assert_counted_like_the_compiler(flops, function, *arguments):
   assert flops <= counted <= 1.15 * flops
 
 
+@pytest.mark.slow
 def test_flops_of_the_encoder_agree_with_the_compiler():
   model = UMT(TINY.vision, rngs=nnx.Rngs(0))
   model.blocks = unstack(model.blocks)  # of a scan, one step would be counted

@@ -85,6 +85,20 @@ def test_the_table_names_rows_that_cannot_be_used(folder, capsys):
   assert lines[4].startswith(r"  half \ud83d: row 2: fields 'start' and 'end' are 9 and 2")
 
 
+def test_rows_that_are_used_otherwise_than_they_seem_are_told(folder, capsys):
+  (row, *_) = json.loads((folder / "e_bom.json").read_text("utf-8-sig"))
+  (folder / "half.json").write_text(json.dumps([row | {"start": 0.5}]))
+  code, out, _ = evaluated(capsys, folder / "half.json")
+  assert code == 0 and "1 rows with only one of start and end" in out
+
+
+def test_nothing_is_a_share_of_no_questions(folder, capsys):
+  code, report = report_of(capsys, folder / "ev_empty_truth.json")
+  assert (code, report["questions"], report["accuracy"]) == (1, 0, None)
+  _, out, _ = evaluated(capsys, folder / "ev_empty_truth.json")
+  assert out.splitlines()[0] == "all              0 of     0 right"
+
+
 def test_what_cannot_be_evaluated_is_refused_in_one_line(folder, capsys):
   for options, said in (
     ([folder / "gone.json"], "gone.json: cannot be read"),

@@ -49,7 +49,7 @@ def test_a_seed_is_that_of_all_stages():
     ("--config.sed=1", "did you mean seed"),
     ("--config.xyzzy=1", "did you mean"),
     ("--config.stages.stage3_long.mesh=2", "mesh takes fields by name: set it in a copy"),
-    ("--config.stages.stage1_align.rows=many", r"rows=many: the field holds a int"),
+    ("--config.stages.stage1_align.rows=many", r"rows=many: the field is of type int"),
     ("--config.seed", r"write --config\.FIELD=VALUE"),
     ("--confg.seed=1", r"write --config\.FIELD=VALUE"),
   ],

@@ -98,10 +98,10 @@ def test_keys_and_values_travel_while_a_block_is_computed():
 
 @pytest.mark.parametrize("kind", ["ring", "all_gather"])
 def test_memory_is_linear_in_the_length(kind):
-  sizes = [
-    program(kind, "7B", n).memory_analysis().temp_size_in_bytes for n in (LENGTH, 2 * LENGTH)
-  ]
-  assert 0 < sizes[1] < 2.2 * sizes[0]
+  """Four times the length: at single lengths the compiler finds more arrays that share memory."""
+  lengths = LENGTH // 2, 2 * LENGTH
+  sizes = [program(kind, "7B", n).memory_analysis().temp_size_in_bytes for n in lengths]
+  assert 0 < sizes[1] < 4 * 1.1 * sizes[0]
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def apply_override(config: ConfigDict, override: str):
       raise TypeError
     config.update_from_flattened_dict({name: value})
   except (TypeError, OverflowError):
-    message = f"--config.{name}={text}: the field holds a {kind.__name__}; give one"
+    message = f"--config.{name}={text}: the field is of type {kind.__name__}; give one"
     raise InputError(message) from None
 
 

@@ -156,7 +156,7 @@ def _index(args) -> int:
 
 def _encode(args) -> int:
   from videochat_flash_jax.data.batches.data_config import ExampleConfig
-  from videochat_flash_jax.data.check.check_report import broken_lines
+  from videochat_flash_jax.data.check.check_report import findings
   from videochat_flash_jax.data.check.media_check import check_roots
   from videochat_flash_jax.data.mixture.mixture import read_mixture
   from videochat_flash_jax.data.mixture.rows import open_rows
@@ -172,7 +172,7 @@ def _encode(args) -> int:
   config = ExampleConfig(tuple(args.frames), args.sampling, image_size=size, tiling=tiling)
   report = encode_mixture(rows, config, chat.engine, chat.features)
   for source in report.sources:
-    for line in broken_lines(source):
+    for line in findings(source):
       print(line)
   print(
     f"{one_line(args.out)}: {report.rows:,} row(s) read, {report.clips:,} new clip(s) and tile(s), "

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
   """
   if args.max_frames is not None and args.max_frames < 1:
     raise InputError(f"--max-frames is {args.max_frames}; give at least 1")
-  from videochat_flash_jax.data.check.check_report import as_json, broken_lines
+  from videochat_flash_jax.data.check.check_report import as_json, findings
   from videochat_flash_jax.data.mixture.mixture import read_mixture
   from videochat_flash_jax.data.mixture.rows import open_rows
   from videochat_flash_jax.evals.exact_match import evaluate
@@ -55,9 +55,10 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps({**checked, **total, "by_kind": scores, "wrong": wrong}))
   else:
     for kind, score in (*sorted(scores.items()), ("all", total)):
-      right = f"{score['right']:5d} of {score['questions']:5d} right  {score['accuracy']:.1%}"
-      print(f"{one_line(kind):12s} {right}")
+      right = f"{score['right']:5d} of {score['questions']:5d} right"
+      share = f"  {score['accuracy']:.1%}" if score["questions"] else ""
+      print(f"{one_line(kind):12s} {right}{share}")
     for source in found.sources:
-      for line in broken_lines(source):
+      for line in findings(source):
         print(line)
   return int(checked["broken"] > 0)

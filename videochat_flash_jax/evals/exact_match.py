@@ -23,16 +23,16 @@ from videochat_flash_jax.inference.chat import VideoChat
 
 @dataclasses.dataclass
 class Score:
-  """Number of annotation rows, of their questions, and of right answers to these."""
+  """Number of annotation rows that were scored, of their questions, and of right answers."""
 
   rows: int = 0
   questions: int = 0
   right: int = 0
 
   @property
-  def accuracy(self) -> float:
-    """The share of right answers; 0 if there are no questions."""
-    return self.right / self.questions if self.questions else 0.0
+  def accuracy(self) -> float | None:
+    """The share of right answers; None if there are no questions."""
+    return self.right / self.questions if self.questions else None
 
 
 @dataclasses.dataclass

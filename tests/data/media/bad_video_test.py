@@ -246,6 +246,7 @@ def test_a_damaged_end_is_noticed_when_it_is_reached(tmp_path):
   [
     ("", "'' is not a path; "),
     (None, "None is not a path; "),
+    (bytes(10_000), r"^b'\\x00.{,100} is not a path; [a-z ]+$"),
     ("nonsense://example.org/a.mp4", "nonsense:// is an unknown protocol"),
     ("a" * 300 + ".mp4", "there is no such video"),
     ("a\0b", "there is no such video"),

@@ -166,6 +166,7 @@ def test_any_size_is_read(shape):
     (np.zeros((0, 4, 3), np.uint8), "no pixels"),
     (None, "None is not an image"),
     ([[0, 1]], "is not an image"),
+    (bytes(10_000), r"^b'\\x00.{,100} is not an image; .{,60}$"),
     ("", "'' is not an image"),
     ("nothing.png", "nothing.png.*no such image file"),
     ("nonsense://example.org/a.png", "nonsense:// is an unknown protocol"),

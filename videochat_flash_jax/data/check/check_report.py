@@ -43,16 +43,7 @@ def as_table(reports: Sequence[SourceReport]) -> str:
     for line in (_HEADER, *lines)
   ]
   for report in reports:
-    source = one_line(report.source)
-    if report.damaged:
-      text += ["", f"{report.damaged:,} damaged videos in {source}; a run uses them"]
-    if report.half_clips:
-      found = f"{report.half_clips:,} rows with only one of start and end in {source}"
-      text += ["", f"{found}; a run takes the whole video"]
-    if report.cut:
-      found = f"{report.cut:,} rows with answers too long for a training row in {source}"
-      text += ["", f"{found}; a run cuts them"]
-    text += broken_lines(report)
+    text += findings(report)
   if not any(map(is_broken, reports)):
     text += ["", "nothing is broken"]
   return "\n".join(text)
@@ -63,13 +54,23 @@ def is_broken(report: SourceReport) -> bool:
   return bool(report.problem or report.broken)
 
 
-def broken_lines(report: SourceReport) -> list[str]:
-  """Returns the lines about what is broken in a source, by reason, with a few names of rows.
+def findings(report: SourceReport) -> list[str]:
+  """Returns lines about rows that are used otherwise than they may seem, and about broken ones.
 
-  There is an empty line before each reason.
+  Broken rows are told by reason, with a few of their names. Each paragraph begins with an empty
+  line.
   """
-  source = one_line(report.source)
-  text = ["", f"nothing of {source}", f"  {report.problem}"] if report.problem else []
+  source, text = one_line(report.source), []
+  if report.damaged:
+    text += ["", f"{report.damaged:,} damaged videos in {source}; they are used"]
+  if report.half_clips:
+    found = f"{report.half_clips:,} rows with only one of start and end in {source}"
+    text += ["", f"{found}; the whole video is taken"]
+  if report.cut:
+    found = f"{report.cut:,} rows with answers too long for a training row in {source}"
+    text += ["", f"{found}; a run cuts them"]
+  if report.problem:
+    text += ["", f"nothing of {source}", f"  {report.problem}"]
   for reason in REASONS:
     if count := report.broken[reason]:
       messages = report.offenders[reason]

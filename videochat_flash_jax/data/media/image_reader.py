@@ -40,7 +40,9 @@ def read_image(source: ImageSource) -> np.ndarray:
     with _named_errors("the image"):
       return _as_rgb(source)
   if not isinstance(source, str | os.PathLike) or not str(source):
-    raise InputError(f"{source!r} is not an image; give a path, a Pillow image or a uint8 array")
+    raise InputError(
+      f"{source!r:.100} is not an image; give a path, a Pillow image or a uint8 array"
+    )
   if os.path.isdir(source):
     raise InputError(f"{source}: a folder, not an image; give its images one by one")
   if not is_address(source) and not os.path.exists(source):

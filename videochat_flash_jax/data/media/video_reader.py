@@ -94,7 +94,7 @@ def open_video(
       or an argument is of another type.
   """
   if not isinstance(path, str | os.PathLike) or not str(path):
-    raise InputError(f"{path!r} is not a path; give a video file or a folder of pictures")
+    raise InputError(f"{path!r:.100} is not a path; give a video file or a folder of pictures")
   picture_fps = argument("picture_fps", picture_fps, number(above=0))
   num_threads = argument("num_threads", num_threads, optional(count()))
   if is_address(path):
