@@ -22,6 +22,7 @@ from videochat_flash_jax.data.text.conversation import PLACEHOLDER
 from videochat_flash_jax.errors import InputError
 
 _COLUMNS = ("id", "video", "image", "question", "answer", "start", "end")
+_MOST_LINES = 6  # of broken rows that an error names
 
 
 def convert_rows(source: Path, out: Path) -> int:
@@ -66,8 +67,11 @@ def _write_rows(rows, source, file) -> int:
     if not broken:
       file.write(json.dumps(row, ensure_ascii=False) + "\n")
   if broken:
-    others = f" and {len(broken) - 1:,} more rows" if len(broken) > 1 else ""
-    raise InputError(f"{source} line {broken[0][0]}{others}: {broken[0][1]}; nothing was written")
+    line, error = broken[0]
+    others = ", ".join(str(line) for line, _ in broken[1:_MOST_LINES])
+    others = f"; rows of these lines are broken, too: {others}" if others else ""
+    others += f" and {len(broken) - _MOST_LINES:,} more" if len(broken) > _MOST_LINES else ""
+    raise InputError(f"{source} line {line}: {error}; nothing was written{others}")
   if not num_rows:
     raise InputError(f"{source}: holds no row, nothing is written; give a file with rows")
   return num_rows
