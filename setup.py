@@ -9,7 +9,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-PACKAGE = Path(__file__).parent / "videochat_flash_jax"
+ROOT = Path(__file__).parent
+PACKAGE = ROOT / "videochat_flash_jax"
 VERSION = re.search(r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_text(), re.M).group(1)
 JAX = ">=0.10.2,<0.13"
 TORCH = "torch>=2.6,<3"  # 2.6: the first that refuses to unpickle code by default
@@ -18,10 +19,17 @@ setup(
   name="videochat_flash_jax",
   version=VERSION,
   description="VideoChat-Flash in JAX: hours of video at 16 tokens a frame, on TPU, GPU and CPU.",
+  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  project_urls={
+    "Paper": "https://arxiv.org/abs/2501.00574",
+    "Original code": "https://github.com/OpenGVLab/VideoChat-Flash",
+    "Released weights": "https://huggingface.co/OpenGVLab",
+  },
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",
   packages=find_packages(include=["videochat_flash_jax", "videochat_flash_jax.*"]),
-  package_data={"videochat_flash_jax": ["assets/**/*"]},
+  package_data={"videochat_flash_jax": ["assets/**/*", "py.typed"]},
   install_requires=[
     f"jax{JAX}",
     "av>=18.1,<20",
@@ -35,7 +43,9 @@ setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=10.1,<14",
+    "prompt_toolkit>=3.0.40,<4",
     "pyyaml>=6.0.3,<7",
+    "qwix>=0.1.8,<0.2",
     "safetensors>=0.8,<0.9",
     "sentencepiece>=0.2.3,<0.3",
     "tokenizers>=0.23,<0.24",
@@ -47,6 +57,7 @@ setup(
     "test": [
       "aiohttp>=3.14,<4",  # with which fsspec reads http
       "beartype>=0.23,<0.24",
+      "pexpect>=4.9,<5",
       "pytest>=9.2,<10",
       "pytest-xdist>=3.8,<4",
       "ruff==0.17.6",

@@ -24,6 +24,8 @@ MAY_IMPORT = {
   "errors": set(),
   "fields": {"errors"},
   "plain_paths": {"errors"},
+  "caches": set(),
+  "__main__": {"cli"},
   "shapes": set(),
   "parallel": LEAVES,
   "parallel.zigzag": LEAVES,
@@ -35,13 +37,13 @@ MAY_IMPORT = {
   "data": set(),
   "data.media": {"models.config", "errors", "fields"},
   "data.text": {"errors", "plain_paths"},
-  "data.mixture": {"data.media", "data.text", "errors"},
+  "data.mixture": {"data.media", "data.text", "caches", "errors"},
   "data.features": {"data.media", "models.config", "errors", "plain_paths"},
   "data.batches": {*_LEVELS_BELOW_BATCHES, "models.config", "parallel.zigzag", "errors", "fields"},
   "data.check": {"data.media", "data.mixture", "data.batches", "errors"},
   "synthetic": {"data", "models.config", "errors", "fields"},
   "checkpoints": {"models.config", *_PARALLEL_OF_CHECKPOINTS, "errors"},
-  "checkpoints.hub": {"models.config", "parallel.sharding", "errors"},
+  "checkpoints.hub": {"models.config", "parallel.sharding", "caches", "errors"},
   "checkpoints.runs": {
     *{"checkpoints.hub", "models.config", "errors", "plain_paths"},
     *_PARALLEL_OF_CHECKPOINTS,
@@ -51,7 +53,7 @@ MAY_IMPORT = {
   "evals": {"", "data", "inference", *LEAVES},
   "testing": {"", "checkpoints", "data", "inference", "synthetic", *MODELS},
   "benchmarks": {"", "evals", "inference", "testing", "train", *MACHINERY},
-  "cli": {"", "benchmarks", "evals", "inference", "testing", "train", *MACHINERY},
+  "cli": {"", "caches", "benchmarks", "evals", "inference", "testing", "train", *MACHINERY},
 }
 # Host code: the readers of videos and rows run in worker processes that must not start a device.
 WITHOUT_JAX = {

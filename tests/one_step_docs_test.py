@@ -5,6 +5,7 @@ functions are watched: which arrays they give, and which gradients come back to 
 """
 
 import dataclasses
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.parallel.chip_order_test import chips_of
@@ -23,14 +25,14 @@ from tests.watched_functions import Kind, Watched, arrays_of, kind, normal, watc
 from videochat_flash_jax.cli.config_file import read_config
 from videochat_flash_jax.data.media.frame_sampling import inference_indices
 from videochat_flash_jax.data.media.resize import resize
-from videochat_flash_jax.data.text.conversation import VISUAL_SLOT
-from videochat_flash_jax.data.text.visual_slots import open_slots
+from videochat_flash_jax.inference import engine as engine_module
 from videochat_flash_jax.inference import programs
 from videochat_flash_jax.inference.conversation import MAX_NEW_TOKENS
-from videochat_flash_jax.inference.engine import CLIPS_PER_GROUP
+from videochat_flash_jax.inference.engine import Engine
 from videochat_flash_jax.inference.feature_encoding import group_clips
+from videochat_flash_jax.inference.prefix import Prefix
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
-from videochat_flash_jax.parallel.mesh import MeshConfig, make_mesh
+from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.parallel.sharding import dotted_path
 from videochat_flash_jax.train.config import train_settings
 from videochat_flash_jax.train.program import train_program
@@ -38,7 +40,8 @@ from videochat_flash_jax.train.program import train_program
 ROOT = Path(__file__).parents[1]
 FORWARD, BACK, QUESTION = range(3)
 MOST_LINES = 48  # of a walk
-SECONDS, FPS, TEXT_TOKENS = 128, 25, 76  # of the question
+SECONDS, FPS = 128, 25  # of the video
+TEXT_BEFORE, TEXT_BEHIND = 27, 49  # tokens
 
 
 class Row(NamedTuple):
@@ -215,22 +218,41 @@ def question():
   indices = inference_indices(SECONDS * FPS, FPS, config.sampling)
   frames = [resize(np.zeros((90, 120, 3), np.uint8), vision.image_size)] * len(indices)
   clips = list(group_clips(frames, vision.clip_frames))
-  num_visual = len(clips) * config.connector.clip_tokens
-  row = open_slots([*range(TEXT_TOKENS), VISUAL_SLOT], [num_visual])
-  sizes = {"rows": 1, "num_tokens": len(row[0]), "num_visual": num_visual}
-  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  with watching(map(function_of, TABLES[QUESTION])) as watched:
-    for program in (programs.prefill_program, programs.decode_program):
-      function, arguments = program(config, mesh, **sizes, max_new_tokens=MAX_NEW_TOKENS)
-      watched.note_shapes(f"inference/programs.py {function.__name__}", function, *arguments)
-      model = arguments[:3]
-    group = jax.ShapeDtypeStruct((1, CLIPS_PER_GROUP, *clips[0].shape), jnp.uint8)
-    watched.note_shapes("inference/programs.py encode", programs.encode, *model, group)
+  with (
+    watching(map(function_of, TABLES[QUESTION])) as watched,
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    patch.setattr(engine_module, "unstack_decoder", lambda decoder: None)
+    for name in ("encode", "read", "last_queries", "score", "decode"):
+      patch.setattr(programs, name, zeros_of(getattr(programs, name), watched))
+    shapes = nnx.eval_shape(
+      lambda: VideoChatFlash(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    )
+    engine = Engine(shapes, stop_ids=[0])
+    prefix = Prefix(engine)
+    prefix.add_text(np.arange(TEXT_BEFORE))
+    prefix.expect(len(clips) * config.clip_tokens)
+    for visual_tokens in engine.encode_groups(clips):
+      prefix.add_visual(visual_tokens)
+    prefix.settle()
+    reading = engine.read([np.arange(TEXT_BEHIND)], MAX_NEW_TOKENS, behind=[prefix])
+    next(engine.write(reading, MAX_NEW_TOKENS))
   watched.note("data/media/frame_sampling.py inference_indices", indices)
   watched.note("data/media/resize.py resize", frames[0])
   watched.note("inference/feature_encoding.py group_clips", clips[0])
-  watched.note("data/text/visual_slots.py open_slots", row)
   return watched
+
+
+def zeros_of(program, watched: Watched):
+  """In place of a program of the engine: traces it, and gives zeros of its shapes."""
+
+  @functools.wraps(program)
+  def run(*arguments):
+    """Takes in what the program would give."""
+    watched.note_shapes(f"inference/programs.py {program.__name__}", program, *arguments)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.eval_shape(*arguments))
+
+  return run
 
 
 def test_the_mesh_in_the_text_is_that_of_the_step(step):

@@ -15,7 +15,7 @@ def test_the_wheel_holds_every_module_and_the_shipped_model(tmp_path):
   source = tmp_path / "source"
   ignored = shutil.ignore_patterns("__pycache__")
   shutil.copytree(ROOT / "videochat_flash_jax", source / "videochat_flash_jax", ignore=ignored)
-  for name in ("setup.py", "pyproject.toml", "LICENSE"):
+  for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(ROOT / name, source)
   build = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "-w", tmp_path, source]
   subprocess.run(build, check=True)

@@ -25,11 +25,34 @@ STAGES = load_config(ROOT / "configs" / "tiny.py").stages
 # A run of half an hour is cut to its first steps, which take less time than to compile them well;
 # everything else runs as it is written, and as it does for users.
 SHORTENED = {"train": [f"--config.stages.{stage}.num_steps=2" for stage in STAGES]}
-# The films of ten minutes are cut to 20 seconds: most of the time goes into writing them.
-SHORT_FILMS = """
+# Films of ten minutes are cut to 20 seconds: most of the time goes into writing them. Films of
+# hours are cut to a minute or two, and one model is asked about them.
+SHORT_BENCHMARKS = {
+  "read": """
 from videochat_flash_jax.benchmarks.read import FILMS
 FILMS |= {name: film._replace(num_frames=min(film.num_frames, 600)) for name, film in FILMS.items()}
-"""
+""",
+  "watch": """
+from functools import partial
+from videochat_flash_jax.benchmarks import watch
+watch.run = partial(watch.run, frames=(64, 128))
+""",
+  "prefill": """
+from videochat_flash_jax.benchmarks.prefill import PROMPTS
+PROMPTS |= {name: prompt._replace(num_tokens=600) for name, prompt in PROMPTS.items()}
+""",
+  "second-question": """
+from functools import partial
+from videochat_flash_jax.benchmarks import second_question
+cases = {"tiny": second_question.CASES["tiny"]}
+second_question.run = partial(second_question.run, frames=(64,), cases=cases, repeats=1)
+""",
+  "length": """
+from functools import partial
+from videochat_flash_jax.benchmarks import length
+length.run = partial(length.run, frames=(64, 128), stream=160, window=32)
+""",
+}
 
 
 def run(arguments, folder, *, compile_quickly=False):
@@ -46,7 +69,7 @@ def run(arguments, folder, *, compile_quickly=False):
 
 def vcflash(arguments, folder):
   code = "import sys; from videochat_flash_jax.cli.main import main; sys.exit(main())"
-  code = SHORT_FILMS + code if arguments[:2] == ["bench", "read"] else code
+  code = SHORT_BENCHMARKS.get(arguments[1], "") + code if arguments[0] == "bench" else code
   more = SHORTENED.get(arguments[0], [])
   return run(["-c", code, *arguments, *more], folder, compile_quickly=bool(more))
 

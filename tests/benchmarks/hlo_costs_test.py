@@ -74,10 +74,16 @@ def test_of_stacked_weights_each_run_reads_its_own():
 
 def test_of_a_stack_that_a_fusion_within_a_fusion_cuts_the_piece_counts():
   text = """
+%retiled (r0: bf16[28,8,128]) -> bf16[28,8,128] {
+  %r0 = bf16[28,8,128] parameter(0)
+  ROOT %copied = bf16[28,8,128] copy(%r0)
+}
+
 %cut (p0: bf16[28,8,128], p1: s32[]) -> bf16[8,128] {
   %p0 = bf16[28,8,128] parameter(0)
   %p1 = s32[] parameter(1)
-  %flat = bf16[28,1024] bitcast(%p0)
+  %tiles = bf16[28,8,128] fusion(%p0), kind=kLoop, calls=%retiled
+  %flat = bf16[28,1024] bitcast(%tiles)
   %zero = s32[] constant(0)
   %layer = bf16[1,1024] dynamic-slice(%flat, %p1, %zero), dynamic_slice_sizes={1,1024}
   ROOT %out = bf16[8,128] bitcast(%layer)

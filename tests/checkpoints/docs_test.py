@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from videochat_flash_jax.checkpoints.hub.int8_tensors import int8_shapes
 from videochat_flash_jax.cli import convert
 from videochat_flash_jax.cli.main import main
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
@@ -40,14 +41,18 @@ def test_every_released_model_has_its_row():
 @pytest.mark.parametrize("config", RELEASED, ids=lambda config: config.name)
 def test_memory_and_frames_are_those_of_the_config(config):
   make = lambda: VideoChatFlash(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)  # noqa: E731
-  leaves = jax.tree.leaves(nnx.state(nnx.eval_shape(make)))
-  weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  wide = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))
+  weights, in_int8 = (
+    sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    for tree in (wide, int8_shapes(wide))
+  )
   decoder = config.decoder
   cache_of_token = 2 * 2 * decoder.depth * decoder.num_kv_heads * decoder.head_size
   cache = 1000 * TOKENS_PER_FRAME * cache_of_token
   frames = decoder.max_positions // TOKENS_PER_FRAME // 1000 * 1000
   assert ROWS[config.name][1:] == [
     f"{weights / 1e9:.2f} GB",
+    f"{in_int8 / 1e9:.2f} GB",
     f"{cache / 1e9:.2f} GB",
     f"{frames:,}",
   ]
@@ -71,4 +76,4 @@ def test_every_command_is_one(tmp_path, monkeypatch):
     if parser.parse_args(arguments).model == "tiny":
       assert main([verb, *arguments]) == 0
       ran += 1
-  assert ran == 2 < len(COMMANDS)
+  assert ran == 3 < len(COMMANDS)

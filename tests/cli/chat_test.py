@@ -1,7 +1,10 @@
 """`vcflash chat`, and what it says to bad input: one line, exit code 2, nothing else."""
 
+import io
 import os
+import re
 import shutil
+import signal
 
 import av
 import numpy as np
@@ -10,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from videochat_flash_jax.cli.main import main
+from videochat_flash_jax.inference import fitting, programs
 from videochat_flash_jax.testing.dummy import write_dummy_checkpoint, write_dummy_video
 
 QUESTION = "What colour is the star?"
@@ -45,9 +49,15 @@ def refusal(capsys, code):
 
 def test_a_question_gets_an_answer(folder, capsys):
   assert chat(folder, "--max-frames", "8") == 0
-  seen, _, answer = capsys.readouterr().out.partition("\n")
-  assert "24.0 s, 8 frames seen" in seen
-  assert len(answer) > 1  # that of a random model may hold anything, a line's end, too
+  output = capsys.readouterr()
+  assert output.err == "a.mp4: 24.0 s, 8 frames, one every 3 s\n"
+  assert len(output.out) > 1 and "a.mp4" not in output.out
+
+
+def test_weights_may_be_int8_and_nothing_else(folder, capsys):
+  assert chat(folder, "--max-frames", "4", "--weights", "int8") == 0
+  line = refusal(capsys, chat(folder, "--weights", "int4"))
+  assert "argument --weights: invalid choice: 'int4'" in line and "int8" in line
 
 
 def test_images_are_looked_at(folder, capsys, tmp_path):
@@ -56,15 +66,53 @@ def test_images_are_looked_at(folder, capsys, tmp_path):
     Image.new("RGB", (64, 32), "red").save(path)
   assert chat(folder, images=paths[:1]) == 0
   assert chat(folder, images=paths) == 0
-  output = capsys.readouterr().out
-  assert output.startswith(f"{paths[0]}: 3 tiles seen\n")
-  assert f"\n{paths[0]}, {paths[1]}: 2 tiles seen\n" in output
+  assert capsys.readouterr().err.splitlines() == [
+    f"{paths[0]}: 1 image in 3 tiles", f"{paths[0]}, {paths[1]}: 2 images in 2 tiles"
+  ]  # fmt: skip
 
 
-def test_either_a_video_or_images_are_asked_about(folder, capsys):
-  assert "not allowed with" in refusal(capsys, chat(folder, "--image", "a.png"))
+@pytest.mark.parametrize(
+  "options, said",
+  [
+    (["--tensor", "0"], "--tensor is 0; give at least 1"),
+    (["--tensor", "7"], "--tensor 7 x --sequence 1 does not divide"),
+    (["--dropout"], "--dropout drops tokens at layers 4 and 18, but .* has 3 layers; leave it out"),
+  ],
+)
+def test_settings_that_the_model_cannot_have_are_refused(folder, capsys, options, said):
+  assert re.search(said, refusal(capsys, chat(folder, *options)))
+
+
+def test_images_are_not_refused_for_the_memory_of_a_video(folder, capsys, tmp_path, monkeypatch):
+  config, _ = fitting.sizes_of(str(folder / "model"))
+  needs = fitting.Fitting(config, "float32").needs(config.vision.clip_frames, fitting.Setting())
+  monkeypatch.setattr(fitting, "device_memory", lambda: needs.total)
+  Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+  assert chat(folder, images=[tmp_path / "a.png"]) == 0
+  assert "give" in refusal(capsys, chat(folder, "--max-frames", "512000"))
+
+
+def test_videos_and_images_are_asked_about_together(folder, capsys, tmp_path):
+  Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+  more = ["--video", str(folder / "a.mp4"), "--image", str(tmp_path / "a.png")]
+  assert chat(folder, *more, "--max-frames", "8") == 0
+  assert len(capsys.readouterr().err.splitlines()) == 3
   line = refusal(capsys, main(["chat", "--model", "tiny", "--question", QUESTION]))
-  assert "one of the arguments --video --image is required" in line
+  assert "give --video or --image" in line
+
+
+def test_files_are_checked_before_a_model_is_loaded(folder, capsys, tmp_path, monkeypatch):
+  monkeypatch.setattr("videochat_flash_jax.inference.chat.VideoChat.from_pretrained", None)
+  Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+  for options, said in (
+    (["--video", "none.mp4"], "none.mp4: there is no such"),
+    (["--image", "none.png"], "none.png: there is no such"),
+    (["--video", str(tmp_path / "a.png")], "a.png: a picture, not a video"),
+    (["--end", "-1"], "end is -1"),
+    (["--start", "99"], "start is 99: the video ends at 24.00 s"),
+    (["--fps", "0"], "fps is 0"),
+  ):
+    assert said in refusal(capsys, chat(folder, *options))
 
 
 def test_frames_of_images_cannot_be_counted(folder, capsys):
@@ -82,19 +130,62 @@ def test_a_video_is_no_image(folder, capsys):
 
 
 def test_without_a_question_a_prompt_asks_until_told_to_quit(folder, capsys, monkeypatch):
-  typed = iter([QUESTION, "star " * 3000, "", "And then?", "quit"])
-  monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+  typed = io.StringIO("\n".join([QUESTION, "star " * 3000, "", "And then?", "quit", "not read"]))
+  monkeypatch.setattr("sys.stdin", typed)
   assert chat(folder, question=None) == 0
-  assert "context" in capsys.readouterr().out
-  assert next(typed, None) is None  # the question that is too long did not end the conversation
+  assert "context" in capsys.readouterr().err
+  assert typed.read() == "not read"  # the question that is too long did not end the conversation
 
 
-def test_the_end_of_input_ends_the_prompt(folder, monkeypatch):
-  def closed(prompt):
-    raise EOFError
+def test_commands_of_the_prompt(folder, capsys, tmp_path, monkeypatch):
+  Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+  commands = (
+    f"/help\n/video {folder}/a.mp4\n/image {tmp_path}/a.png\n/frames\n/video none\n/reset\n"
+  )
+  monkeypatch.setattr("sys.stdin", io.StringIO(commands))
+  assert chat(folder, "--max-frames", "4", question=None) == 0
+  output = capsys.readouterr()
+  assert output.out == ""
+  for said in (
+    "/reset",
+    "  at 2.9, 8.9, 14.9, 20.9 s",
+    "none: there is no such",
+    "a new conversat",
+  ):
+    assert said in output.err
+  assert output.err.count("a.mp4: 24.0 s, 4 frames, one every 6 s") == 4
 
-  monkeypatch.setattr("builtins.input", closed)
+
+def test_ctrl_c_stops_an_answer_and_the_prompt_goes_on(folder, capsys, monkeypatch):
+  decode, pressed = programs.decode, []
+
+  def with_ctrl_c(*arguments):
+    result = decode(*arguments)
+    if not pressed:
+      pressed.append(True)
+      os.kill(os.getpid(), signal.SIGINT)
+    return result
+
+  monkeypatch.setattr(programs, "decode", with_ctrl_c)
+  monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n/frames\n{QUESTION}\n"))
+  # A process that was started in the background ignores the signal.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    assert chat(folder, "--max-frames", "4", question=None) == 0
+  finally:
+    signal.signal(signal.SIGINT, before)
+  output = capsys.readouterr()
+  _, stopped, later = output.err.partition("(stopped)\n")
+  assert stopped and "4 frames, one every 6 s" in later
+  assert chat(folder, "--max-frames", "4") == 0
+  assert output.out.strip() == capsys.readouterr().out.strip()
+
+
+def test_a_prompt_without_input_ends_or_is_refused(folder, capsys, monkeypatch):
+  monkeypatch.setattr("sys.stdin", io.StringIO(""))
   assert chat(folder, question=None) == 0
+  monkeypatch.setattr("sys.stdin", None)
+  assert "give --question" in refusal(capsys, chat(folder, question=None))
 
 
 def test_a_missing_video_is_named(folder, capsys):
@@ -126,7 +217,7 @@ def test_a_file_without_pictures_is_named(folder, capsys, tmp_path):
 def test_a_video_of_one_frame_is_answered(folder, capsys, tmp_path):
   write_dummy_video(tmp_path / "one.mp4", num_frames=1)
   assert chat(folder, video=tmp_path / "one.mp4") == 0
-  assert "4 frames seen" in capsys.readouterr().out
+  assert "one.mp4: 0.5 s, 1 frame\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("question", ["", "  \n"])
@@ -144,11 +235,10 @@ def test_a_question_in_another_encoding_is_refused_before_the_video_is_encoded(f
 def test_names_and_questions_in_another_encoding_are_no_traceback(folder, capsys, monkeypatch):
   path = folder / os.fsdecode(b"caf\xe9\n.mp4")
   shutil.copy(folder / "a.mp4", path)
-  typed = iter(["caf\udce9?", QUESTION, "quit"])
-  monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+  monkeypatch.setattr("sys.stdin", io.StringIO(f"caf\udce9?\n{QUESTION}\n"))
   assert chat(folder, question=None, video=path) == 0
-  first, *others = capsys.readouterr().out.splitlines()
-  assert first == rf"{folder}/caf\udce9\n.mp4: 24.0 s, 24 frames seen"
+  first, *others = capsys.readouterr().err.splitlines()
+  assert first == r"caf\udce9\n.mp4: 24.0 s, 24 frames, one every 1 s"
   assert "vcflash: the question is not valid UTF-8 text; write it again" in others
 
 
@@ -173,6 +263,13 @@ def test_all_tensors_that_do_not_fit_are_listed(folder, capsys, tmp_path):
   line = refusal(capsys, chat(folder, model=tmp_path / "model"))
   for name in ("model.norm.weight", "model.surplus", "model.mm_projector.mlp.0.bias", "(3,)"):
     assert name in line
+
+
+@pytest.mark.parametrize("flag", ["--tensor", "--sequence"])
+def test_a_number_of_devices_that_cannot_be_is_refused(folder, capsys, flag):
+  assert refusal(capsys, chat(folder, flag, "0")) == f"vcflash: {flag} is 0; give at least 1"
+  line = refusal(capsys, chat(folder, flag, "5"))
+  assert f"{flag} 5" in line and re.search(r"does not divide the \d+ devices here; change", line)
 
 
 def test_numbers_out_of_range_are_refused(folder, capsys):

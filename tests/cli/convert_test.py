@@ -67,9 +67,23 @@ def test_a_model_that_is_none_is_refused(tmp_path, capsys):
     (["--encoder", "a.pt", "--tower", "siglip"], "invalid choice: 'siglip'"),
     (["--to", "orbax"], "invalid choice: 'orbax'"),
     (["--dtype", "int8"], "invalid choice: 'int8'"),
+    (["--weights", "int4"], "argument --weights: invalid choice: 'int4' (choose from "),
     (["--seed", "-1"], "--seed is -1"),
   ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path, capsys, flags, complaint):
   assert complaint in refusal(capsys, "--model", "tiny", "--out", tmp_path / "out", *flags)
   assert not list(tmp_path.iterdir())
+
+
+def test_int8_weights_are_written_once_and_stay(tmp_path, capsys):
+  assert run("--model", "tiny", "--out", tmp_path / "int8", "--weights", "int8") == 0
+  assert run("--model", tmp_path / "int8", "--out", tmp_path / "same") == 0
+  assert run("--model", tmp_path / "int8", "--out", tmp_path / "again", "--weights", "int8") == 0
+  files = [
+    (tmp_path / name / "model.safetensors").read_bytes() for name in ("int8", "same", "again")
+  ]
+  assert files[0] == files[1] == files[2]
+  wide = checkpoint_directory("tiny") / "model.safetensors"
+  assert len(files[0]) < 0.5 * wide.stat().st_size
+  assert "tensors" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 import io
+import os
 import subprocess
 import sys
 import types
@@ -17,6 +18,7 @@ def fake_verb(monkeypatch):
   module.EXAMPLE = "vcflash fake --count 3"
   module.add_arguments = lambda parser: parser.add_argument("--count", type=int, default=1)
   module.run = lambda args: print(f"count {args.count}")
+  module.MEANT = {"--number": "--count"}
   monkeypatch.setitem(sys.modules, module.__name__, module)
   monkeypatch.setitem(main.VERBS, "fake", "Do nothing much.")
   return module
@@ -92,13 +94,32 @@ def test_a_fault_of_the_package_keeps_its_traceback(fake_verb):
     (["fkae"], "unknown verb 'fkae': did you mean fake?"),
     (["xyz"], "unknown verb 'xyz': the verbs are chat, "),
     (["fake", "--count", "three"], "argument --count: invalid int value: 'three'"),
-    (["fake", "--coun", "3"], "unknown argument --coun 3; see `vcflash fake --help`"),
+    (["fake", "--coun", "3"], "unknown argument --coun; did you mean --count?; see `vcflash fake "),
+    (["fake", "--number=3"], "unknown argument --number; did you mean --count?"),
+    (["fake", "--xyz"], "unknown argument --xyz; see"),
+    (["fake", "three " * 100], "unknown argument three three"),
   ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(fake_verb, capsys, argv, message):
   assert main.main(argv) == 2
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 1 and lines[0].startswith("vcflash: ") and message in lines[0]
+  assert len(lines[0]) < 400
+
+
+def test_the_module_is_the_command():
+  command = [sys.executable, "-m", "videochat_flash_jax", "--version"]
+  result = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert result.stdout == f"vcflash {videochat_flash_jax.__version__}\n"
+
+
+def test_all_caches_can_be_moved(fake_verb, monkeypatch, tmp_path, capsys):
+  monkeypatch.setenv("VCF_CACHE_DIR", str(tmp_path))
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")  # is put back after the test
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+  fake_verb.run = lambda args: print(os.environ["JAX_COMPILATION_CACHE_DIR"])
+  assert main.main(["fake"]) == 0
+  assert capsys.readouterr().out == f"{tmp_path / 'programs'}\n"
 
 
 def test_overrides_reach_only_the_verb_that_takes_them(fake_verb, capsys):

@@ -29,7 +29,7 @@ import videochat_flash_jax
 from videochat_flash_jax.cli.config_file import load_config
 from videochat_flash_jax.cli.main import main
 from videochat_flash_jax.inference.chat import VideoChat
-from videochat_flash_jax.inference.engine import Prompt
+from videochat_flash_jax.inference.prefix import Prefix
 from videochat_flash_jax.models.config import (
   ConnectorConfig,
   DecoderConfig,
@@ -107,11 +107,10 @@ def computed(hub: Path) -> dict[str, list[float]]:
   chat = VideoChat.from_pretrained(hub)
   clip = (np.arange(4 * 8 * 8 * 3) * 37 % 256).astype(np.uint8).reshape(4, 8, 8, 3)
   question = chat.tokenizer.encode(QUESTION)
-  tokens = chat.engine.encode([clip])
-  token_ids = np.array([0] * len(tokens) + question, np.int32)
-  visual_index = np.where(np.arange(len(token_ids)) < len(tokens), np.arange(len(token_ids)), -1)
-  prompt = Prompt(token_ids, visual_index.astype(np.int32), tokens)
-  reading = chat.engine.read([prompt], _NEW_TOKENS)
+  prefix = Prefix(chat.engine)
+  prefix.add_visual(chat.engine.encode([clip]))
+  prefix.settle()
+  reading = chat.engine.read([question], _NEW_TOKENS, behind=[prefix])
   logits = np.asarray(reading.logits)[0, ::40].tolist()
   ((answer, _),) = chat.engine.write(reading, _NEW_TOKENS)
   return {"question": question, "logits": logits, "answer": answer[0].tolist()}

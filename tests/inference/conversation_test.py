@@ -14,7 +14,7 @@ from videochat_flash_jax.data.text.conversation import (
 from videochat_flash_jax.data.text.visual_slots import open_slots
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.chat import VideoChat
-from videochat_flash_jax.inference.engine import Prompt
+from videochat_flash_jax.inference.reading import Prompt
 from videochat_flash_jax.testing.dummy import write_dummy_checkpoint, write_dummy_video
 
 QUESTIONS = ("What colour is the star?", "Where does it go?")
@@ -30,29 +30,28 @@ def chat(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def video(chat, tmp_path_factory):
-  path = write_dummy_video(tmp_path_factory.mktemp("video") / "a.mp4", num_frames=16, fps=2)
-  return chat.watch(path)
+def video_path(tmp_path_factory):
+  return write_dummy_video(tmp_path_factory.mktemp("video") / "a.mp4", num_frames=16, fps=2)
 
 
 def ask(seen, question, **options):
   return seen.ask(question, max_new_tokens=NEW_TOKENS, **options)
 
 
-def test_an_image_is_seen_as_tiles_and_a_base_view(chat):
+def test_an_image_is_seen_as_tiles_and_a_base_view(chat, visual_tokens):
   seen = chat.look(WIDE)
-  assert repr(seen) == "SeenImages(1 images in 3 tiles, 0 questions answered)"
+  assert repr(seen) == "SeenImages(images: 1, tiles: 3, questions answered: 0)"
   tiles = cut_tiles(WIDE, 2, 1, SIDE)
   tokens = np.asarray(chat.engine.encode(tiles[:, None]))
   expected = tokens[sequence_order(2, 1, chat.config.connector.clip_tokens)]
-  np.testing.assert_array_equal(seen._visual_tokens, expected)
+  np.testing.assert_array_equal(visual_tokens(seen), expected)
 
 
-def test_each_of_several_images_is_seen_as_a_padded_square(chat):
+def test_each_of_several_images_is_seen_as_a_padded_square(chat, visual_tokens):
   seen = chat.look([WIDE, HIGH])
   assert (seen.num_images, seen.num_tiles) == (2, 2)
   tiles = np.stack([resize(pad_to_square(image), SIDE) for image in (WIDE, HIGH)])
-  np.testing.assert_array_equal(seen._visual_tokens, chat.engine.encode(tiles[:, None]))
+  np.testing.assert_array_equal(visual_tokens(seen), chat.engine.encode(tiles[:, None]))
 
 
 def test_a_list_of_one_image_is_a_single_image(chat):
@@ -82,24 +81,16 @@ def test_the_largest_grid_is_answered(chat):
   assert ask(seen, QUESTIONS[0])
 
 
-def test_a_conversation_about_images_goes_on_streams_and_begins_anew(chat, monkeypatch):
+def test_a_conversation_about_images_goes_on_streams_and_begins_anew(chat, reads):
   seen = chat.look([WIDE, HIGH] * 8)
-  lengths = []
-  read = chat.engine.read
-  monkeypatch.setattr(
-    chat.engine,
-    "read",
-    lambda prompts, *rest, **more: (
-      lengths.append(len(prompts[0].token_ids)) or read(prompts, *rest, **more)
-    ),
-  )
+  num_seen = len(reads)
   first, second = (ask(seen, question) for question in QUESTIONS)
   assert seen.history == [(QUESTIONS[0], first), (QUESTIONS[1], second)]
   seen.reset()
   assert "".join(ask(seen, QUESTIONS[0], stream=True)) == first
-  num_visual = len(seen._visual_tokens)
-  assert lengths[0] > num_visual > lengths[1]  # what was read once is not read again
-  assert lengths[2] < num_visual
+  num_visual = 16 * chat.config.tile_tokens
+  assert sum(length for _, length in reads[:num_seen]) > num_visual
+  assert all(length < num_visual / 2 for _, length in reads[num_seen:])  # and is not read again
 
 
 def test_without_anything_seen_the_question_alone_is_answered(chat):
@@ -111,18 +102,20 @@ def test_without_anything_seen_the_question_alone_is_answered(chat):
   assert "".join(ask(chat, QUESTIONS[0], stream=True)) == answer
 
 
-def test_rows_of_video_image_images_and_text_answer_in_one_batch_as_alone(chat, video):
+def test_rows_of_video_image_images_and_text_answer_in_one_batch_as_alone(
+  chat, video_path, visual_tokens
+):
   def prompt(seen, opening, counts):
     ids = inference_prompt(QUESTIONS[0], chat.tokenizer, opening)
-    return Prompt(*open_slots(ids, counts), seen._visual_tokens)
+    return Prompt(*open_slots(ids, counts), visual_tokens(seen))
 
-  image, images = chat.look(WIDE), chat.look([HIGH, WIDE, HIGH])
+  video, image, images = chat.watch(video_path), chat.look(WIDE), chat.look([HIGH, WIDE, HIGH])
   num_tokens = chat.config.connector.clip_tokens
   nothing = Prompt(
     *open_slots(inference_prompt(QUESTIONS[0], chat.tokenizer), []), np.zeros((0, 48))
   )
   prompts = [
-    prompt(video, video_opening(video.num_frames, video.seconds), [len(video._visual_tokens)]),
+    prompt(video, video_opening(video.num_frames, video.seconds), [len(visual_tokens(video))]),
     nothing,
     prompt(image, image_opening(1), [3 * num_tokens]),
     prompt(images, image_opening(3), [num_tokens] * 3),

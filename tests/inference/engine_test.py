@@ -7,7 +7,11 @@ from videochat_flash_jax.data.text.conversation import VISUAL_SLOT
 from videochat_flash_jax.data.text.visual_slots import open_slots
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference import engine as engine_module
-from videochat_flash_jax.inference.engine import CLIPS_PER_GROUP, Engine, Prompt, bucket
+from videochat_flash_jax.inference import prefix as prefix_module
+from videochat_flash_jax.inference.engine import CLIPS_PER_GROUP, Engine
+from videochat_flash_jax.inference.prefix import CHUNK, piece_sizes
+from videochat_flash_jax.inference.programs import bucket
+from videochat_flash_jax.inference.reading import Prompt
 from videochat_flash_jax.inference.sampler import Sampling
 from videochat_flash_jax.testing.dummy import dummy_config, dummy_model
 
@@ -50,30 +54,42 @@ def test_two_runs_give_the_same_tokens(engine, prompts, alone):
   assert engine.generate([prompts[0]], NEW_TOKENS)[0] == alone[0]
 
 
-def test_a_larger_bucket_gives_the_same_tokens(engine, prompts, alone, monkeypatch):
-  monkeypatch.setattr(engine_module, "bucket", lambda size, smallest=64: 2 * bucket(size))
+def test_another_padding_gives_the_same_tokens(engine, prompts, alone, monkeypatch):
+  for module in (engine_module, prefix_module):
+    monkeypatch.setattr(module, "bucket", lambda size, smallest=64: 2 * bucket(size))
+  monkeypatch.setattr(prefix_module, "_SMALL_CHUNKS", (256, 32))
   assert engine.generate(prompts, NEW_TOKENS) == alone
 
 
-def test_a_prompt_read_in_two_parts_gives_the_same_tokens(engine, prompts, alone):
-  prompt = prompts[0]
-  for cut in (3, 20, 40):
-    parts = [
-      prompt._replace(token_ids=prompt.token_ids[part], visual_index=prompt.visual_index[part])
-      for part in (slice(0, cut), slice(cut, None))
-    ]
-    reading = engine.read(parts[:1], NEW_TOKENS)
-    reading = engine.read(parts[1:], NEW_TOKENS, after=reading)
-    written = np.concatenate([new for new, _ in engine.write(reading, NEW_TOKENS)], axis=1)[0]
-    assert [t for t in written.tolist() if t not in (3, -1)] == alone[0]
+def test_chunks_of_any_size_give_the_same_tokens(engine, prompts, alone, monkeypatch):
+  monkeypatch.setattr(prefix_module, "CHUNK", 16)
+  monkeypatch.setattr(prefix_module, "_SMALL_CHUNKS", (8, 4))
+  assert engine.generate(prompts, NEW_TOKENS) == alone
 
 
-def test_a_cache_grows_when_a_later_turn_needs_more_room(engine, prompts):
-  reading = engine.read([prompts[2]], 1)
+def test_a_text_read_in_two_parts_gives_the_same_tokens(engine, prompts, alone):
+  text = prompts[2].token_ids
+  for cut in (1, 5, len(text) - 1):
+    reading = engine.read([text[:cut]], NEW_TOKENS)
+    reading = engine.read([text[cut:]], NEW_TOKENS, after=reading)
+    assert engine.answers(reading, NEW_TOKENS) == [alone[2]]
+
+
+def test_caches_grow_when_a_later_turn_needs_more_room(engine, prompts):
+  texts = [prompts[i].token_ids for i in (2, 3)]
+  reading = engine.read(texts[:1], 1)
   small = reading.caches[0].num_slots
-  reading = engine.read([prompts[1]], 200, after=reading)
+  reading = engine.read(texts[1:], 200, after=reading)
   assert reading.caches[0].num_slots > small
-  assert int(reading.caches[0].length[0]) == sum(len(prompts[i].token_ids) for i in (1, 2))
+  assert reading.lengths.tolist() == [sum(map(len, texts))]
+
+
+def test_pieces_cover_all_tokens_and_have_few_sizes():
+  for num_tokens in (1, 64, 65, 512, 4095, 4096, 5000, 12345):
+    pieces = piece_sizes(num_tokens)
+    assert sum(length for length, _ in pieces) == num_tokens
+    assert all(length == size for length, size in pieces[:-1])
+    assert {size for _, size in pieces} <= {64, 512, CHUNK}
 
 
 def test_writing_stops_at_the_stop_token(engine, prompts, alone):
@@ -106,7 +122,7 @@ def test_clips_are_encoded_alike_in_any_group(engine):
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(engine, prompts):
   available = dummy_config().decoder.max_positions
   with pytest.raises(InputError, match=f"{len(prompts[0].token_ids)} tokens.*{available}"):
-    engine.read(prompts[:1], available)
+    engine.generate(prompts[:1], available)
 
 
 def test_buckets_waste_at_most_half():

@@ -17,6 +17,7 @@ from videochat_flash_jax.cli.main import main
 from videochat_flash_jax.data.batches.data_config import ExampleConfig
 from videochat_flash_jax.data.batches.row_media import read_row_video
 from videochat_flash_jax.data.features.feature_key import frames_entry
+from videochat_flash_jax.data.media import open_source
 from videochat_flash_jax.data.media.frame_sampling import inference_indices
 from videochat_flash_jax.data.mixture.broken import BrokenRow
 from videochat_flash_jax.errors import InputError
@@ -53,35 +54,35 @@ def no_encoder(monkeypatch):
     def fail(*_):
       raise AssertionError("the encoder was run, or a video was opened")
 
-    monkeypatch.setattr("videochat_flash_jax.inference.chat.open_video", fail)
+    monkeypatch.setattr(open_source, "open_video", fail)
     monkeypatch.setattr(feature_encoding, "open_row_video", fail)
     monkeypatch.setattr(Engine, "encode_features", fail)
-    monkeypatch.setattr(Engine, "encode", fail)
+    monkeypatch.setattr(Engine, "encode_groups", fail)
 
   return run
 
 
-def tokens(video):
-  return np.asarray(video._visual_tokens)
-
-
-def test_a_video_watched_before_is_neither_decoded_nor_encoded(chat, path, tmp_path, no_encoder):
+def test_a_video_watched_before_is_neither_decoded_nor_encoded(
+  chat, path, tmp_path, no_encoder, visual_tokens
+):
   first = chat.watch(path)
   answer = first.ask(QUESTION, max_new_tokens=12)
   copy = shutil.copy(path, tmp_path / "renamed.mp4")
   no_encoder()
   for seen in (path, copy):
     again = chat.watch(seen)
-    assert np.array_equal(tokens(again), tokens(first))
+    assert np.array_equal(visual_tokens(again), visual_tokens(first))
     assert (again.num_frames, again.seconds) == (first.num_frames, first.seconds)
     assert again.ask(QUESTION, max_new_tokens=12) == answer
   with pytest.raises(AssertionError, match="encoder was run"):
     chat.watch(path, max_frames=8)
 
 
-def test_visual_tokens_are_those_without_a_store_but_for_the_rounding(chat, checkpoint, path):
+def test_visual_tokens_are_those_without_a_store_but_for_the_rounding(
+  chat, checkpoint, path, visual_tokens
+):
   plain = VideoChat.from_pretrained(checkpoint)
-  stored, exact = tokens(chat.watch(path)), tokens(plain.watch(path))
+  stored, exact = visual_tokens(chat.watch(path)), visual_tokens(plain.watch(path))
   assert stored.shape == exact.shape
   np.testing.assert_allclose(stored, exact, atol=0.02 * np.abs(exact).max())
   clips = np.random.default_rng(0).integers(0, 256, (11, 4, 32, 32, 3), np.uint8)
@@ -98,7 +99,9 @@ def test_a_folder_of_pictures_and_another_choice_of_frames_are_entries_of_their_
   assert len(chat.features) == before + len(set(counts)) == before + 2
 
 
-def test_a_video_that_ends_early_leaves_nothing_in_the_store(chat, path, tmp_path, monkeypatch):
+def test_a_video_that_ends_early_leaves_nothing_in_the_store(
+  chat, path, tmp_path, monkeypatch, visual_tokens
+):
   from videochat_flash_jax.data.media.video_reader import VideoReader
 
   cut, whole, before = (
@@ -120,7 +123,7 @@ def test_a_video_that_ends_early_leaves_nothing_in_the_store(chat, path, tmp_pat
     with pytest.raises(InputError, match="ends early"):
       chat.watch(cut)
   assert len(chat.features) == before
-  assert np.array_equal(tokens(chat.watch(cut)), tokens(chat.watch(path)))
+  assert np.array_equal(visual_tokens(chat.watch(cut)), visual_tokens(chat.watch(path)))
 
 
 def test_features_of_another_model_are_refused(chat, tmp_path):

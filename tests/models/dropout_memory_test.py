@@ -1,15 +1,19 @@
 """What dropping tokens costs in memory: no copy of the stacked weights, forwards or backwards."""
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from tests.conftest import quick_jit
 from tests.models.lettered_rows import config_of, plan_of
 from tests.models.small_models import DECODER
+from videochat_flash_jax.models.kv_cache import KVCache
 from videochat_flash_jax.models.qwen2 import Qwen2
 
 ROW = "S v v v v v v v v ? a a ? a"
@@ -35,21 +39,29 @@ def wide():
 def test_layers_are_never_copied_to_cut_the_stack(wide):
   graph, weights, layer_bytes = wide
   x = jax.ShapeDtypeStruct((1, 14, WIDE.width), jnp.float32)
-  plan = plan_of(config_of("attention", (1, 3)), ROW)
 
-  def read(weights, x, plan):
-    return nnx.merge(graph, weights).prefill(x, jnp.array([14]), 16, plan)
+  def read(edges, weights, x, caches):
+    """Reads tokens with parts of the layers, one after another."""
+    decoder, longer = nnx.merge(graph, weights), []
+    for edge, cache in zip(itertools.pairwise(edges), caches, strict=True):
+      x, cache = decoder.read(x, cache, jnp.array([x.shape[1]]), layers=range(*edge))
+      longer.append(cache)
+    return x, longer
 
-  def write(weights, caches):
-    decoder, x = nnx.merge(graph, weights), jnp.zeros((1, 1, WIDE.width))
-    step = lambda _, state: decoder.extend(*state, jnp.array([1]))  # noqa: E731
-    return jax.lax.fori_loop(0, 2, step, (x, caches))
+  def write(edges, weights, caches):
+    """Reads two tokens, one by one."""
+    step = lambda _, state: read(edges, weights, *state)  # noqa: E731
+    return jax.lax.fori_loop(0, 2, step, (jnp.zeros((1, 1, WIDE.width)), caches))
 
-  whole, parts = (temporary_bytes(read, weights, x, dropped) for dropped in (None, plan))
-  assert parts < whole + 0.5 * layer_bytes
-  caches = [jax.eval_shape(read, weights, x, dropped)[1] for dropped in (None, plan)]
-  whole, parts = (temporary_bytes(write, weights, some) for some in caches)
-  assert parts < whole + 0.5 * layer_bytes
+  read_bytes, write_bytes = [], []
+  for edges in ((0, WIDE.depth), (0, 1, 3, WIDE.depth)):
+    depths = np.diff(edges).tolist()
+    caches = jax.eval_shape(lambda d=depths: [KVCache.empty(WIDE, 1, 16, depth=n) for n in d])
+    of_parts = functools.partial(read, edges), functools.partial(write, edges)
+    read_bytes.append(temporary_bytes(of_parts[0], weights, x, caches))
+    write_bytes.append(temporary_bytes(of_parts[1], weights, caches))
+  for whole, parts in (read_bytes, write_bytes):
+    assert parts < whole + 0.5 * layer_bytes
 
 
 @pytest.mark.slow

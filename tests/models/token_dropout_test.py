@@ -11,12 +11,14 @@ from flax import nnx
 from tests.conftest import assert_close, quick_jit
 from tests.models.lettered_rows import CHOICE, config_of, marks, plan_of
 from tests.models.small_models import DECODER, fill_randomly, normal
+from videochat_flash_jax.models.kv_cache import KVCache
 from videochat_flash_jax.models.qwen2 import Qwen2
 from videochat_flash_jax.models.token_dropout import (
   EvenDrop,
   before_answer,
   drop_tokens,
   kept_positions,
+  ranked_indices,
   segment_positions,
   token_indices,
 )
@@ -189,17 +191,35 @@ def test_no_gradient_flows_through_the_choice(model):
 
 
 @quick_jit
-def read_and_write(decoder, x, lengths, plan, new):
-  """Reads prompts, then `new` [tokens, B, D] one by one; lengths of caches, and hidden states."""
+def read_and_write(decoder, x, read, new):
+  """Reads prompts, part after part of the layers, then `new` [tokens, B, D] one by one.
+
+  Args:
+    decoder: from `nnx.split`.
+    x: embedded prompts.
+    read: for each part, indices of the tokens that it reads, in the part before; and their numbers.
+    new: embedded.
+
+  Returns:
+    The lengths of the caches, and the hidden states of the new tokens.
+  """
   decoder = nnx.merge(*decoder)
-  _, caches = decoder.prefill(x, lengths, x.shape[1] + len(new), plan)
+  caches, parts = [], [range(layer, layer + 1) for layer in range(DECODER.depth)]
+  for layers, (indices, num_tokens) in zip(parts, read, strict=True):
+    x = jnp.take_along_axis(x, indices[..., None], axis=1)
+    cache = KVCache.empty(DECODER, len(x), x.shape[1] + len(new), depth=len(layers))
+    x, cache = decoder.read(x, cache, num_tokens, layers=layers)
+    caches.append(cache)
 
   def one_token(caches, x):
-    hidden, caches = decoder.extend(x[:, None], caches, jnp.ones_like(lengths))
-    return caches, hidden[:, 0]
+    x, longer = x[:, None], []
+    for layers, cache in zip(parts, caches, strict=True):
+      x, cache = decoder.read(x, cache, jnp.ones(len(x), jnp.int32), layers=layers)
+      longer.append(cache)
+    return longer, decoder.norm(x[:, 0])
 
   caches, hidden = jax.lax.scan(one_token, caches, new)
-  return [cache.length for cache in caches], hidden.swapaxes(0, 1)
+  return [cache.length[:, 0] for cache in caches], hidden.swapaxes(0, 1)
 
 
 @pytest.mark.slow
@@ -208,13 +228,12 @@ def test_decoding_many_tokens_is_reading_all_that_is_left_at_once(model):
   x, new = padded_batch(prompts), normal(num_new, len(prompts), DECODER.width, seed=9)
   plan = plan_of(CHOICE, *prompts)
   lengths = np.array([len(prompt.split()) for prompt in prompts])
-  decoder = nnx.split(model)
-  cached, hidden = read_and_write(decoder, x, jnp.asarray(lengths), plan, new)
   # From scratch: prompts and new tokens in one row, and at each drop the same tokens stay.
   width = lengths.max() + num_new
   rows = [jnp.concatenate([x[row, :length], new[:, row]]) for row, length in enumerate(lengths)]
   rows = jnp.stack([jnp.pad(row, ((0, width - len(row)), (0, 0))) for row in rows])
   before, drops = [np.arange(length) for length in lengths], {}
+  read = [(np.tile(np.arange(x.shape[1]), (len(rows), 1)), lengths)]
   for number in (1, 2):
     first = {layer: plan.drops[layer] for layer in range(1, number + 1)}
     _, kept = read_and_drop(model, x, plan._replace(drops=first))
@@ -224,13 +243,29 @@ def test_decoding_many_tokens_is_reading_all_that_is_left_at_once(model):
       indices[row, : len(stays)] = np.searchsorted(was, stays)
       indices[row, len(stays) : len(stays) + num_new] = len(was) + np.arange(num_new)
     drops[number], before = EvenDrop(indices), after
-    np.testing.assert_array_equal(cached[number], [len(stays) + num_new for stays in after])
+    within = np.minimum(indices[:, :-num_new], x.shape[1] - 1)  # any token in the padding
+    read.append((within, np.array([len(stays) for stays in after])))
+  lengths_after, hidden = read_and_write(nnx.split(model), x, read, new)
+  for length, (_, num_read) in zip(lengths_after, read, strict=True):
+    np.testing.assert_array_equal(length, num_read + num_new)
   text = plan_of(CHOICE, *[" ".join(["S"] * (length + num_new)) for length in lengths])
   segment_ids = np.minimum(text.segment_ids, 1)
   expected, kept = read_and_drop(model, rows, text._replace(segment_ids=segment_ids, drops=drops))
   for row, length in enumerate(lengths):
     written = (kept[row] >= length) & (kept[row] < length + num_new)
     assert_close(hidden[row], expected[row][written], relative=TOLERANCE)
+
+
+SCORES = [[0.5, 0.1, 0.4, 0.2, 0.3, 1.0], [1.0, 0.2, 0.2, 0.2, 0.2, 0.1]]
+
+
+@pytest.mark.parametrize("row", ["S v v v v ?", "S v ? v v ?", "S v v v v v"])
+@pytest.mark.parametrize("scores", SCORES)
+def test_the_host_ranks_as_the_device_does(row, scores):
+  is_visual, _, _ = marks(row)
+  plan = plan_of(config_of("attention", (1,), (1.0, 0.5)), row)
+  on_host = ranked_indices(np.array(scores, np.float32), is_visual[0], plan.drops[1])
+  assert on_host.tolist() == drop_by(scores, row)
 
 
 def test_bfloat16_weights_drop_as_many_tokens():

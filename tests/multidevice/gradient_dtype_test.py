@@ -32,8 +32,7 @@ MESHES = [
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("replicated", [False, True])
-def test_the_gradient_of_a_split_table_is_that_on_one_device(mesh, replicated):
+def test_the_gradient_of_a_split_table_is_that_on_one_device(mesh):
   rng = np.random.default_rng(0)
   ids = rng.integers(-3, VOCABULARY, (8, 64)).astype(np.int32)
   ids[:, :32] = 7
@@ -48,7 +47,7 @@ def test_the_gradient_of_a_split_table_is_that_on_one_device(mesh, replicated):
 
     return jax.jit(jax.value_and_grad(loss))(table)
 
-  layout = Layout(make_mesh(MeshConfig(**mesh)), replicate_weights=replicated)
+  layout = Layout(make_mesh(MeshConfig(**mesh)))
   for ours, expected in zip(computed(layout), computed(ONE_DEVICE), strict=True):
     assert_close(ours, expected, relative=1e-5)
 

@@ -26,8 +26,8 @@ SEGMENTS = {  # of the two rows; the last segment of the first row is its paddin
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  monkeypatch.setattr(blockwise, "_BLOCK_SCORES", 7)
-  monkeypatch.setattr(blockwise, "_BLOCK_QUERIES", 3)
+  monkeypatch.setattr(blockwise, "_TILE_QUERIES", 6)
+  monkeypatch.setattr(blockwise, "_TILE_KEYS", 7)
   monkeypatch.setattr(attention_module, "_DENSE_SCORES", 0)  # blocks, as for any real length
 
 

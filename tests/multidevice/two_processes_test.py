@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PROCESS = """
 import sys, jax, numpy
 from videochat_flash_jax.parallel.processes import join_processes
-address, number, name, dropout, path = sys.argv[1:]
+address, number, path, name, dropout = sys.argv[1:]
 join_processes(address, 2, int(number))
 jax.config.update("jax_default_matmul_precision", "highest")
 from tests.multidevice.train_step_test import step_on_mesh
@@ -32,6 +32,29 @@ def free_port():
     return probe.getsockname()[1]
 
 
+def run_two(program, paths, *arguments):
+  """Runs a program in two processes of four devices, each with a path of its own.
+
+  Its arguments are the address of the first process, its number, its path, and the others.
+  """
+  address = f"localhost:{free_port()}"
+  environment = os.environ | {**fake_devices(4, num_processes=2), "PYTHONPATH": str(ROOT)}
+  logs = [path.with_suffix(".log") for path in paths]  # no pipes: a full one would stop a process
+  processes = []
+  for number, (path, log) in enumerate(zip(paths, logs, strict=True)):
+    command = [sys.executable, "-c", program, address, number, path, *arguments]
+    with log.open("w") as output:
+      processes.append(
+        subprocess.Popen(map(str, command), env=environment, stdout=output, stderr=output)
+      )
+  try:
+    codes = [process.wait(timeout=500) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()  # one that waits for another that failed; nothing, if it has ended
+  assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "name, dropout",
@@ -41,25 +64,8 @@ def free_port():
   ],
 )
 def test_two_processes_take_the_step_of_one(tmp_path, name, dropout):
-  address = f"localhost:{free_port()}"
-  environment = os.environ | {
-    **fake_devices(4, num_processes=2),
-    "PYTHONPATH": str(ROOT),
-  }
   paths = [tmp_path / f"{number}.npz" for number in range(2)]
-  logs = [path.with_suffix(".log") for path in paths]  # no pipes: a full one would stop a process
-  command = [sys.executable, "-c", PROCESS, address]
-  processes = []
-  for number, (path, log) in enumerate(zip(paths, logs, strict=True)):
-    with log.open("w") as errors:
-      arguments = [str(number), name, str(dropout), str(path)]
-      processes.append(subprocess.Popen([*command, *arguments], env=environment, stderr=errors))
-  try:
-    codes = [process.wait(timeout=500) for process in processes]
-  finally:
-    for process in processes:
-      process.kill()  # one that waits for another that failed; nothing, if it has ended
-  assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+  run_two(PROCESS, paths, name, dropout)
   of_one = expected(dropout)
   for path in paths:
     with np.load(path) as saved:

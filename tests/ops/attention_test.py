@@ -69,8 +69,8 @@ CASES = {
 @pytest.fixture(params=["dense", "blockwise", "splash"])
 def implementation(request, monkeypatch):
   # Several blocks and several spans, the last of each not full.
-  monkeypatch.setattr(blockwise, "_BLOCK_SCORES", 1)
-  monkeypatch.setattr(blockwise, "_BLOCK_QUERIES", 3)
+  monkeypatch.setattr(blockwise, "_TILE_QUERIES", 6)
+  monkeypatch.setattr(blockwise, "_TILE_KEYS", 7)
   monkeypatch.setattr(splash, "_INTERPRET", True)
   return request.param
 
@@ -238,3 +238,18 @@ def test_bfloat16_is_summed_in_float32(implementation):
   out = compiled(implementation)(q, k, v)
   assert out.dtype == jnp.bfloat16
   assert_close(out, np.ones(out.shape), absolute=0.0)
+
+
+def test_few_queries_of_a_long_cache_are_multiplied_with_all_keys_at_once(monkeypatch):
+  q, k, v = operands(queries=16, keys=96)
+  order = jnp.full((1, 1), 70)
+  monkeypatch.setattr(module, "_DENSE_SCORES", 100)
+  wanted = blockwise.attend(q, k, v, True, jnp.broadcast_to(order, (1, 16)), None, None)
+  calls = []
+  monkeypatch.setattr(blockwise, "attend", lambda *operands: calls.append(operands) or wanted)
+  few = module.partial_attention(q, k, v, order)
+  assert not calls
+  monkeypatch.setattr(module, "_CACHED_SCORES", few.lse.size * 96)
+  assert module.partial_attention(q, k, v, order) is wanted and len(calls) == 1
+  for one, other in zip(few, wanted, strict=True):
+    assert_close(one, other, relative=2e-6)

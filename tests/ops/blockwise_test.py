@@ -17,8 +17,8 @@ BATCH, LENGTH, KEYS, HEADS, KV_HEADS, HEAD_SIZE = 2, 23, 31, 6, 2, 8
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  monkeypatch.setattr(blockwise, "_BLOCK_SCORES", 1 << 12)
-  monkeypatch.setattr(blockwise, "_BLOCK_QUERIES", 4)
+  monkeypatch.setattr(blockwise, "_TILE_QUERIES", 12)
+  monkeypatch.setattr(blockwise, "_TILE_KEYS", 6)  # 3 in causal order
 
 
 def random(*shape, seed):
@@ -91,13 +91,51 @@ def test_bfloat16_is_merged_in_float32(qkv):
   assert_close(part.out, exact.out, relative=1e-2)
 
 
-def test_queries_in_order_are_not_multiplied_with_all_keys():
-  q = jnp.zeros((1, 64, 1, 1))
-  spans = list(blockwise._spans(q, q, 4, in_order=True))
-  blocks, keys = zip(*spans, strict=True)
-  assert [span.stop for span in keys] == [8, 16, 24, 32, 40, 48, 56, 64]
-  assert [(span.start, span.stop) for span in blocks] == [(i, i + 2) for i in range(0, 16, 2)]
-  assert list(blockwise._spans(q, q, 4, in_order=False)) == [(slice(0, 16), slice(64))]
+@pytest.mark.parametrize("filled", [1, 2, 3, 4, KEYS - 1])
+def test_the_empty_end_of_a_cache_is_not_read(qkv, filled):
+  """Tiles have 3 keys: the one that is partly filled is masked, and all later ones are not read."""
+  q, k, v = qkv
+  end_of_tile = -(-filled // 3) * 3
+  dirty_k, dirty_v = (x.at[:, filled:].set(-1e30).at[:, end_of_tile:].set(jnp.nan) for x in (k, v))
+
+  @quick_jit
+  def to_filled(q, k, v, filled):
+    order = jnp.full((1, LENGTH), filled - 1)
+    part = blockwise.attend(q, k, v, True, order, None, None)
+    return part, blockwise.attend_backward(q, k, v, True, order, None, None, part, part.out)
+
+  part, gradients = to_filled(q, dirty_k, dirty_v, filled)
+  clean, clean_gradients = to_filled(q, k, v, filled)
+  for ours, theirs in zip((*part, *gradients), (*clean, *clean_gradients), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  expected = attention(q, k[:, :filled], v[:, :filled], implementation="dense")
+  assert_close(part.out, expected, relative=1e-6)
+
+
+def test_queries_in_order_are_not_multiplied_with_later_tiles(qkv):
+  q, k, v = qkv
+  clean = blockwise.attend(q, k, v, True, None, None, None)
+  # The first two blocks, of 4 queries, end in the third tile of 3 keys.
+  k, v = (x.at[:, 9:].set(jnp.nan) for x in (k, v))
+  part = blockwise.attend(q, k, v, True, None, None, None)
+  np.testing.assert_array_equal(part.out[:, :8], clean.out[:, :8])
+
+
+def test_queries_of_packed_rows_are_not_multiplied_with_far_segments():
+  q, k, v = (random(1, 40, 1, HEAD_SIZE, seed=seed) for seed in range(3))
+  segments = jnp.arange(40)[None] // 10
+  clean = blockwise.attend(q, k, v, False, None, segments, segments)
+  # The third block has queries of the segment of tokens 20 to 29 alone, and tiles have 6 keys.
+  k, v = (x.at[:, :18].set(jnp.nan).at[:, 30:].set(jnp.nan) for x in (k, v))
+  part = blockwise.attend(q, k, v, False, None, segments, segments)
+  np.testing.assert_array_equal(part.out[:, 20:30], clean.out[:, 20:30])
+
+
+@pytest.mark.parametrize("order", [-1, -100])
+def test_a_query_before_all_keys_sees_nothing(qkv, order):
+  part = blockwise.attend(*qkv, True, jnp.full((1, LENGTH), order), None, None)
+  np.testing.assert_array_equal(part.out, 0)
+  np.testing.assert_array_equal(part.lse, jnp.float32(blockwise.NOTHING))
 
 
 @pytest.mark.parametrize("packed", [False, True])

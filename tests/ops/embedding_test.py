@@ -1,9 +1,10 @@
-"""The embedding's gradient: summed in float32, and not by tokens that are no text."""
+"""The embedding's gradient: summed in float32, and not by tokens that are no text; int8 tables."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 
 from videochat_flash_jax.ops.embedding import embed
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
@@ -51,3 +52,15 @@ def test_ids_below_zero_read_a_row_and_give_it_no_gradient(layout):
   expected = np.zeros((VOCABULARY, WIDTH))
   expected[0], expected[5] = 1, 2
   np.testing.assert_array_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ids", [[[7]], [[7, -1, 31], [0, 3, 3]]])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_of_an_int8_table_are_read_in_the_dtype_of_its_scales(layout, ids, dtype):
+  wide = jnp.asarray(np.random.default_rng(0).standard_normal((VOCABULARY, WIDTH)), jnp.float32)
+  table = qwix.quantize(wide, jnp.int8, channelwise_axes=(0,)).astype(dtype)
+  embedded = jax.jit(embed, static_argnums=2)(table, jnp.asarray(ids), LAYOUTS[layout]())
+  assert embedded.dtype == dtype
+  expected = qwix.dequantize(table)[np.maximum(ids, 0)]
+  np.testing.assert_array_equal(embedded, expected)

@@ -7,6 +7,7 @@ from jax.lax import Precision
 
 from tests.train.run_test import small
 from videochat_flash_jax.inference import programs
+from videochat_flash_jax.inference.program_shapes import decode_program, prefill_program
 from videochat_flash_jax.ops.attention import attention
 from videochat_flash_jax.ops.precision import exact_products
 from videochat_flash_jax.parallel.mesh import make_mesh
@@ -52,20 +53,21 @@ def step_program(compute_dtype, **changes):
 
 
 def inference_programs(dtype):
-  """The programs that encode a clip, read prompts and write an answer."""
+  """The programs that encode a clip, read a part of a video and write answers."""
   model = train_settings(small()).model
   mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-  sizes = {"rows": 1, "num_tokens": 64, "num_visual": 24, "max_new_tokens": 8}
+  sizes = {"num_tokens": 64, "num_visual": 24}
 
   def in_dtype(x):
     is_rounded = getattr(x, "dtype", None) == jnp.bfloat16
     return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding) if is_rounded else x
 
-  for build in (programs.prefill_program, programs.decode_program):
-    program, arguments = build(model, mesh, **sizes)
-    graph, layout, *others = arguments
-    others = jax.tree.map(in_dtype, others)
-    yield program.trace(graph, layout, *others).jaxpr.jaxpr
+  program, arguments = prefill_program(model, mesh, **sizes)
+  yield program.trace(*jax.tree.map(in_dtype, arguments)).jaxpr.jaxpr
+  program, arguments = decode_program(model, mesh, rows=2, **sizes, max_new_tokens=8)
+  graph, layout, *others = arguments
+  others = jax.tree.map(in_dtype, others)
+  yield program.trace(graph, layout, *others).jaxpr.jaxpr
   clips = jax.ShapeDtypeStruct((1, 1, 4, 32, 32, 3), jnp.uint8)
   yield programs.encode.trace(graph, layout, others[0], clips).jaxpr.jaxpr
 

@@ -44,6 +44,12 @@ def mesh(**sizes):
     ("decoder.lm_head.kernel", 2, (GATHERED, "tensor")),
     ("vision.blocks.stacked.qkv.kernel", 3, (None, None, GATHERED)),
     ("connector.fc1.kernel", 2, (None, GATHERED)),
+    ("decoder.layers.stacked.up_proj.kernel.qvalue", 3, (None, GATHERED, "tensor")),
+    ("decoder.layers.stacked.up_proj.kernel.scale", 3, (None, None, "tensor")),
+    ("decoder.layers.stacked.k_proj.kernel.scale", 3, (None, None, "tensor")),
+    ("decoder.layers.stacked.down_proj.kernel.scale", 3, ()),
+    ("decoder.embed_tokens.embedding.scale", 2, ("tensor", None)),
+    ("decoder.lm_head.kernel.scale", 2, (None, "tensor")),
   ],
 )
 def test_the_table_says_how_a_weight_is_split(path, ndim, spec):

@@ -10,6 +10,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.conftest import assert_close
 from tests.parity.golden_flash import (
@@ -33,6 +34,9 @@ from videochat_flash_jax.models import qwen2, token_dropout
 from videochat_flash_jax.models.config import DropoutConfig
 from videochat_flash_jax.models.token_dropout import DropoutPlan, RankedDrop, plan_dropout
 
+PREFILLED, GENERATED = FAMILY.tensors("b_prefill"), FAMILY.tensors("b_generate")
+PREFILLS = MANIFEST["prefill"]
+GENERATIONS = [row for row in MANIFEST["generate"] if not row["key"].startswith("none.")]
 BATCHES = FAMILY.json("manifest_compressed_batch.json")
 BATCHED = FAMILY.tensors("e_compressed_batch")
 TRAINED = FAMILY.tensors("c_train")
@@ -114,6 +118,25 @@ def prompt_row(row: dict) -> Row:
   """A row of `prefill` or `generate`; a key's fourth part names another prompt than the first."""
   _, _, name, *prompt = row["key"].split(".")
   return Row(row["key"], name, *row_of(prompt_ids(row, *prompt), name))
+
+
+def prompts(setting: str) -> dict:
+  """All rows of a setting by `prompt_of`, whatever kind of dropout they are stored for."""
+  stored = [row for row in PREFILLS + GENERATIONS if row["key"].startswith(f"{setting}.")]
+  rows = [prompt_row(row) for row in stored]
+  if setting == batched_setting():
+    rows += [row for run in batched_runs("eval") for row in batched_rows(run["key"], run["order"])]
+  return {prompt_of(row): row for row in rows}
+
+
+def prompt_of(row: Row):
+  """What a prompt shows and says: equal for equal prompts."""
+  return row.name, row.token_ids.tobytes()
+
+
+def by_key(rows: list[dict]) -> list:
+  """Stored rows as parameters of tests."""
+  return [pytest.param(row, id=row["key"]) for row in rows]
 
 
 def training_row(row: dict) -> Row:

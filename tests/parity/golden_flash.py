@@ -11,7 +11,7 @@ from tests.parity.golden_models import decoder_config, load_golden, pixels_of, v
 from videochat_flash_jax.data.media.image_tiling import sequence_order
 from videochat_flash_jax.data.text.conversation import IGNORE_LABEL, VISUAL_SLOT
 from videochat_flash_jax.data.text.visual_slots import open_slots
-from videochat_flash_jax.models.config import ConnectorConfig, VideoChatFlashConfig
+from videochat_flash_jax.models.config import ConnectorConfig, DropoutConfig, VideoChatFlashConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 
 FAMILY = Golden("06_flash_full")
@@ -39,8 +39,8 @@ LOGIT_TOLERANCE = 1e-4  # absolute
 LOSS_TOLERANCE = 1e-5  # absolute
 
 
-@functools.cache
-def load_flash() -> VideoChatFlash:
+def make_flash(dropout: DropoutConfig | None = None) -> VideoChatFlash:
+  """The model, with arrays of its own."""
   tensors = FAMILY.tensors("weights")
   sizes = MANIFEST["config"]
   fc1_bias = next(tensors[name] for name in tensors if name.endswith("blocks.0.mlp.fc1.bias"))
@@ -49,8 +49,15 @@ def load_flash() -> VideoChatFlash:
     vision_config(sizes["tower"], len(fc1_bias)),
     ConnectorConfig(TILE_TOKENS, sizes["projector"]["num_attention_heads"]),
     decoder_config(sizes["llm"]),
+    dropout=dropout,
   )
   return load_golden(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0)), tensors)
+
+
+@functools.cache
+def load_flash() -> VideoChatFlash:
+  """The model, for all tests that leave it as it is."""
+  return make_flash()
 
 
 def clips_of(name: str):

@@ -12,6 +12,7 @@ from videochat_flash_jax.checkpoints.hub.hf_mapping import hub_tensors
 from videochat_flash_jax.checkpoints.hub.safetensors_files import StoredTensor
 from videochat_flash_jax.checkpoints.hub.weights import load_weights
 from videochat_flash_jax.models.config import DecoderConfig, VisionConfig
+from videochat_flash_jax.models.kv_cache import KVCache
 from videochat_flash_jax.models.layer_stack import LayerStack
 
 # What stands before the names of a part's tensors when the whole model is stored.
@@ -95,36 +96,29 @@ class RecordedLayers:
     return carry
 
 
-@nnx.jit(static_argnames="num_slots")
-def prefill(decoder, prompts, lengths, num_slots, plan=None):
-  """The logits after each prompt, and the caches."""
-  hidden, caches = decoder.prefill(prompts, lengths, num_slots, plan)
-  return decoder.logits(hidden[jnp.arange(len(lengths)), caches[-1].length - 1]), caches
-
-
 @nnx.jit
-def extend(decoder, tokens, caches):
-  """The logits after one more token in each row, and the caches."""
-  hidden, caches = decoder.extend(decoder.embed(tokens[:, None]), caches, jnp.ones_like(tokens))
-  return decoder.logits(hidden[:, 0]), caches
+def read(decoder, x, cache, num_tokens):
+  """The logits after the new tokens `x` of each row, and the cache with them."""
+  hidden, cache = decoder.read(x, cache, num_tokens)
+  return decoder.logits(decoder.norm(hidden[jnp.arange(len(x)), num_tokens - 1])), cache
 
 
-def decode_greedily(
-  decoder: nnx.Module, prompts: list[jax.Array], num_tokens: int, width: int, plan=None
-):
+def decode_greedily(decoder: nnx.Module, prompts: list[jax.Array], num_tokens: int, width: int):
   """Greedy tokens after embedded prompts [T, D], read as one batch of rows padded to `width`.
 
   Returns:
     tokens [B, num_tokens], the logits that chose them [B, num_tokens, vocab], and the lengths
     [num_tokens - 1, layers, B] of every layer's cache before each chosen token was read.
   """
-  lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+  config, lengths = decoder.config, jnp.array([len(prompt) for prompt in prompts], jnp.int32)
   batch = jnp.stack([jnp.pad(prompt, ((0, width - len(prompt)), (0, 0))) for prompt in prompts])
-  logits, caches = prefill(decoder, batch, lengths, width + num_tokens, plan)
+  cache = KVCache.empty(config, len(batch), width + num_tokens, depth=config.depth)
+  logits, cache = read(decoder, batch, cache, lengths)
   all_logits, cache_lengths = [logits], []
   for _ in range(num_tokens - 1):
-    cache_lengths.append([cache.length for cache in caches for _ in range(cache.depth)])
-    logits, caches = extend(decoder, all_logits[-1].argmax(-1), caches)
+    cache_lengths.append([cache.length[:, 0]] * cache.depth)
+    x = decoder.embed(all_logits[-1].argmax(-1)[:, None])
+    logits, cache = read(decoder, x, cache, jnp.ones_like(lengths))
     all_logits.append(logits)
   all_logits = np.stack(all_logits, axis=1)
   return all_logits.argmax(-1), all_logits, np.array(cache_lengths)

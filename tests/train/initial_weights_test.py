@@ -13,8 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from tests.checkpoints.small_checkpoints import edit_weights, make_model, random_model
 from tests.models.small_models import CONFIG
-from videochat_flash_jax.checkpoints.convert import flat_weights, open_checkpoint, save_model
+from videochat_flash_jax.checkpoints.convert import (
+  flat_weights,
+  open_checkpoint,
+  save_model,
+  write_checkpoint,
+)
 from videochat_flash_jax.checkpoints.hub.hf_config import read_config
+from videochat_flash_jax.checkpoints.hub.int8_tensors import in_int8
 from videochat_flash_jax.checkpoints.runs.manager import RunCheckpoints
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.train.initial_weights import copy_hub_files, initial_weights
@@ -207,3 +213,8 @@ def test_a_model_of_other_sizes_is_refused_with_the_first_field_that_differs(
 def test_an_init_from_that_names_nothing_is_refused(init_from):
   with pytest.raises(InputError, match=re.escape("no such") + "|config.init_from"):
     initial_weights(init_from, CONFIG, wanted())
+
+
+def test_int8_weights_are_not_trained(checkpoint, tmp_path):
+  write_checkpoint(in_int8(open_checkpoint(checkpoint)), make_model, tmp_path / "out")
+  assert_refused(tmp_path / "out", f"{tmp_path / 'out'} has int8 weights, which cannot be trained")

@@ -1,5 +1,6 @@
 """Times the phases of a benchmark, compared with a peer and with the limits of the machine."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from flax import nnx
 
 from videochat_flash_jax.benchmarks.floors import Limits, Work, limit_pieces, measured_limits
 from videochat_flash_jax.benchmarks.timing import Seconds, time_in_turns
+
+NO_PEER = "no peer: pip install 'videochat_flash_jax[bench]'"
 
 
 class Phase(NamedTuple):
@@ -36,7 +39,6 @@ def compare(
   shapes: Mapping[str, int],
   repeats: int,
   peer: str | None = None,
-  note: str | None = None,
 ) -> dict[str, Any]:
   """Times our code, the peer's code and the limits of the machine in turns, in the same minutes.
 
@@ -45,8 +47,7 @@ def compare(
     phases: in the order in which they run.
     shapes: sizes of the measured arrays.
     repeats: number of runs; the report has their median.
-    peer: name and version of the peer.
-    note: for the reader of the report.
+    peer: its name, with a version; None without one.
 
   Returns:
     A report for JSON. All times are in seconds; a ratio to the peer below 1 means that we are
@@ -68,7 +69,7 @@ def compare(
     "repeats": repeats,
     "limits": limits._asdict(),
     "peer": peer,
-    "note": note,
+    "note": None if peer else NO_PEER,
     "phases": {
       phase_name: _report(phase, times[phase_name, "ours"], times.get((phase_name, "peer")), limits)
       for phase_name, phase in phases.items()
@@ -97,6 +98,11 @@ def _report(phase: Phase, ours: Seconds, peer: Seconds | None, limits: Limits) -
     report["peer_seconds"], report["peer_best_seconds"] = peer
     report["ratio_to_peer"] = ours.median / peer.median
   return report
+
+
+def installed(*packages: str) -> bool:
+  """Whether a peer can be imported."""
+  return all(importlib.util.find_spec(package) for package in packages)
 
 
 def usable_cores() -> int:

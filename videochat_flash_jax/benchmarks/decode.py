@@ -1,6 +1,5 @@
 """`vcflash bench decode`: reading a long prompt and writing after it, beside `transformers`."""
 
-import importlib.util
 from typing import Any
 
 import jax
@@ -8,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from videochat_flash_jax.benchmarks.comparison import Phase, compare, random_weights
+from videochat_flash_jax.benchmarks.comparison import (
+  Phase,
+  compare,
+  installed,
+  random_weights,
+)
 from videochat_flash_jax.benchmarks.floors import FLOAT_BYTES, Work
 from videochat_flash_jax.benchmarks.qwen2_peer import Qwen2Peer
 from videochat_flash_jax.inference.cpu_layers import unstack_decoder
@@ -33,10 +37,7 @@ def run(
   rng = np.random.default_rng(0)
   prompt = rng.standard_normal((1, prompt_tokens, config.width), np.float32)
   ours = _Decoder(config, prompt, new_tokens)
-  peer, peer_name, note = None, None, "no peer: pip install 'videochat_flash_jax[bench]'"
-  if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-    peer = Qwen2Peer(config, prompt, new_tokens)
-    peer_name, note = peer.name, None
+  peer = Qwen2Peer(config, prompt, new_tokens) if installed("torch", "transformers") else None
   phases = {
     "prefill": Phase(ours.prefill, prefill_work(config, prompt_tokens), peer and peer.prefill),
     "decode_token": Phase(
@@ -51,7 +52,7 @@ def run(
     "width": config.width, "num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads,
     "head_size": config.head_size, "mlp_width": config.mlp_width,
   }  # fmt: skip
-  return compare("decode", phases, shapes=shapes, repeats=repeats, peer=peer_name, note=note)
+  return compare("decode", phases, shapes=shapes, repeats=repeats, peer=peer and peer.name)
 
 
 class _Decoder:
@@ -63,16 +64,20 @@ class _Decoder:
       unstack_decoder(model)
     graph, self._weights = nnx.split(model)
     self._prompt, self._cache = jnp.asarray(prompt), None
-    length, num_slots = jnp.array([prompt.shape[1]]), prompt.shape[1] + new_tokens
+    num_slots = prompt.shape[1] + new_tokens
+
+    def read(weights, x, cache):
+      decoder = nnx.merge(graph, weights)
+      x, cache = decoder.read(x, cache, jnp.array([x.shape[1]]))
+      return decoder.norm(x), cache
 
     def prefill(weights, prompt):
-      return nnx.merge(graph, weights).prefill(prompt, length, num_slots)
+      empty = model.cache_type.empty(config, 1, num_slots, depth=config.depth)
+      return read(weights, prompt, empty)
 
     def decode(weights, cache):
-      decoder = nnx.merge(graph, weights)
-
       def one_token(_, state):
-        return decoder.extend(*state, jnp.ones(1, jnp.int32))
+        return read(weights, *state)
 
       x = jnp.ones((1, 1, config.width))
       return jax.lax.fori_loop(0, new_tokens, one_token, (x, cache))

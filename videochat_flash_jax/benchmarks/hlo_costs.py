@@ -151,7 +151,9 @@ class _Walk:
         total += user.num_bytes
       elif user.opcode == "fusion":  # a fusion inside a fusion
         inner = self.computations[user.called()["calls"][0]]
-        total += self._bytes_read(inner, _parameter(inner, user.operands.index(name)))
+        parameter = _parameter(inner, user.operands.index(name))
+        is_copy = _skip_bitcasts(inner, inner.root).name == parameter
+        total += self._bytes_read(fused if is_copy else inner, user.name if is_copy else parameter)
       elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
         return math.inf
     return total

@@ -1,4 +1,4 @@
-"""`vcflash bench merge`: token merging of clips, the first part of the connector."""
+"""`vcflash bench merge`: token merging of clips, the first part of the connector, beside ToMe."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from videochat_flash_jax.benchmarks.comparison import Phase, compare
+from videochat_flash_jax.benchmarks.comparison import Phase, compare, installed
 from videochat_flash_jax.benchmarks.floors import FLOAT_BYTES, Work
+from videochat_flash_jax.benchmarks.tome_peer import ToMePeer
 from videochat_flash_jax.models.token_merging import merge_schedule, merge_tokens
 
 
@@ -22,14 +23,17 @@ def run(
 ) -> dict[str, Any]:
   """Merges random tokens [clips, tokens, width]; the default sizes are those of UMT-L at 224 px."""
   rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.standard_normal((clips, tokens, width), np.float32))
+  tokens_of_clips = rng.standard_normal((clips, tokens, width), np.float32)
+  x = jnp.asarray(tokens_of_clips)
   merge = jax.jit(lambda x: merge_tokens(x, target=target, num_heads=num_heads))
+  peer = ToMePeer(tokens_of_clips, target, num_heads) if installed("torch") else None
   work = clip_work(tokens, target, width, num_heads)
-  phases = {"merge": Phase(lambda: merge(x), Work(clips * work.flops, clips * work.bytes))}
+  work = Work(clips * work.flops, clips * work.bytes)
+  phases = {"merge": Phase(lambda: merge(x), work, peer and peer.merge)}
   shapes = {
     "clips": clips, "tokens": tokens, "target": target, "width": width, "num_heads": num_heads,
   }  # fmt: skip
-  return compare("merge", phases, shapes=shapes, repeats=repeats)
+  return compare("merge", phases, shapes=shapes, repeats=repeats, peer=peer and peer.name)
 
 
 def clip_work(tokens: int, target: int, width: int, num_heads: int) -> Work:

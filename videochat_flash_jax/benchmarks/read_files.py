@@ -1,4 +1,4 @@
-"""Writes films for `vcflash bench read`, and counts the frames that a reader must decode."""
+"""Writes films for benchmarks, and counts the frames that a reader must decode."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,9 @@ _FPS = 30
 _SCENE_FRAMES = 250  # encoded once; longer films repeat them
 
 
-def write_film(path: Path, num_frames: int, height: int, width: int, key_frame_distance: int):
+def write_film(
+  path: Path, num_frames: int, height: int, width: int, key_frame_distance: int, fps: int = _FPS
+):
   """Writes an H.264 mp4 with B-frames and closed groups of pictures.
 
   Only 250 frames are encoded (all frames, if the film has at most 600). Their packets are written
@@ -26,10 +28,12 @@ def write_film(path: Path, num_frames: int, height: int, width: int, key_frame_d
     height: in pixels.
     width: in pixels.
     key_frame_distance: in frames; a divisor of 250.
+    fps: frames a second.
   """
   scene_frames = _SCENE_FRAMES if num_frames > 600 else num_frames
   scene = path.with_suffix(".scene.mp4")
-  _encode(scene, _moving_pictures(scene_frames, height, width), height, width, key_frame_distance)
+  pictures = _moving_pictures(scene_frames, height, width)
+  _encode(scene, pictures, height, width, key_frame_distance, fps)
   with av.open(str(scene)) as source, av.open(str(path), "w") as target:
     stream = target.add_stream_from_template(source.streams.video[0])
     time_base = source.streams.video[0].time_base
@@ -47,12 +51,14 @@ def write_film(path: Path, num_frames: int, height: int, width: int, key_frame_d
   scene.unlink()
 
 
-def _encode(path: Path, pictures: Iterator[np.ndarray], height: int, width: int, distance: int):
+def _encode(
+  path: Path, pictures: Iterator[np.ndarray], height: int, width: int, distance: int, fps: int
+):
   to_yuv = VideoReformatter()
   parameters = f"keyint={distance}:min-keyint={distance}:scenecut=0"
   with av.open(str(path), "w") as container:
     stream = container.add_stream(
-      "libx264", rate=_FPS, options={"preset": "fast", "crf": "23", "x264-params": parameters}
+      "libx264", rate=fps, options={"preset": "fast", "crf": "23", "x264-params": parameters}
     )
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
     for picture in pictures:

@@ -1,4 +1,4 @@
-"""`vcflash bench vit`: the video encoder, from pixels to features."""
+"""`vcflash bench vit`: the video encoder, from pixels to features, beside the same in torch."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from videochat_flash_jax.benchmarks.comparison import Phase, compare, random_weights
+from videochat_flash_jax.benchmarks.comparison import Phase, compare, installed, random_weights
 from videochat_flash_jax.benchmarks.floors import FLOAT_BYTES, Work
+from videochat_flash_jax.benchmarks.umt_peer import UMTPeer
 from videochat_flash_jax.models.config import VideoChatFlashConfig, VisionConfig
 from videochat_flash_jax.models.umt import UMT
 
@@ -20,15 +21,20 @@ def run(repeats: int = 3, *, clips: int = 2, config: VisionConfig = UMT_L) -> di
   graph, weights = random_weights(lambda: UMT(config, rngs=nnx.Rngs(0)))
   size = config.image_size
   rng = np.random.default_rng(0)
-  pixels = jnp.asarray(rng.standard_normal((clips, config.clip_frames, size, size, 3), np.float32))
+  frames = rng.standard_normal((clips, config.clip_frames, size, size, 3), np.float32)
+  pixels = jnp.asarray(frames)
   encode = jax.jit(lambda weights, pixels: nnx.merge(graph, weights)(pixels))
   num_weights = sum(leaf.size for leaf in jax.tree.leaves(weights))
-  phases = {"encode": Phase(lambda: encode(weights, pixels), work(config, clips, num_weights))}
+  least = work(config, clips, num_weights)
+  peer = None
+  if installed("torch"):
+    peer = UMTPeer(config, nnx.to_pure_dict(weights), frames)
+  phases = {"encode": Phase(lambda: encode(weights, pixels), least, peer and peer.encode)}
   shapes = {
     "clips": clips, "frames": config.clip_frames, "image_size": size, "depth": config.depth,
     "width": config.width, "num_heads": config.num_heads, "mlp_width": config.mlp_width,
   }  # fmt: skip
-  return compare("vit", phases, shapes=shapes, repeats=repeats)
+  return compare("vit", phases, shapes=shapes, repeats=repeats, peer=peer and peer.name)
 
 
 def work(config: VisionConfig, clips: int, num_weights: int) -> Work:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from videochat_flash_jax.checkpoints.hub.hf_config import (
   write_config,
 )
 from videochat_flash_jax.checkpoints.hub.hf_mapping import hub_tensors
+from videochat_flash_jax.checkpoints.hub.hf_options import INT8_FIELD, has_int8
+from videochat_flash_jax.checkpoints.hub.int8_tensors import in_int8, int8_shapes
 from videochat_flash_jax.checkpoints.hub.other_files import FULL_DISK, copy_other_files
 from videochat_flash_jax.checkpoints.hub.safetensors_files import (
   FLOATING,
@@ -74,28 +77,32 @@ def load_model(
   directory: Path,
   dtype: np.dtype = np.float32,
   sharding_of: ShardingOf = lambda path, shape: None,
+  weights: Literal["int8"] | None = None,
 ) -> nnx.Module:
   """Builds the model that a checkpoint directory describes, and loads its weights.
 
   Args:
     make_model: builds a model from a config.
     directory: see `open_checkpoint`.
-    dtype: dtype of the weights in memory.
+    dtype: dtype of the weights in memory; of int8 weights, that of their scales.
     sharding_of: returns the sharding of an array, given its path and shape. A path looks like
       `decoder.layers.stacked.q_proj.kernel`.
+    weights: "int8" makes the matrices of the decoder int8 while they are read, see
+      `hub.int8_tensors`; None keeps what the checkpoint has.
 
   Raises:
     InputError: something is wrong with the directory. All tensors that do not fit are named in one
       message.
   """
   checkpoint = open_checkpoint(directory)
-  graph, state = nnx.split(nnx.eval_shape(lambda: make_model(checkpoint.config)))
-  shapes = {path: leaf.shape for path, leaf in flat_weights(state)}
-  weights = load_weights(checkpoint.where, checkpoint.tensors, shapes, dtype, sharding_of)
-  filled = [
-    (path, leaf.replace(weights.pop(dotted_path(path)))) for path, leaf in nnx.to_flat_state(state)
-  ]
-  return nnx.merge(graph, nnx.from_flat_state(filled))
+  if weights == "int8":
+    checkpoint = in_int8(checkpoint)
+  graph, nested = _shapes(checkpoint, make_model)
+  flat = _flat(nested)
+  shapes = {path: leaf.shape for path, leaf in flat.items()}
+  dtypes = {path: leaf.dtype if leaf.dtype == jnp.int8 else dtype for path, leaf in flat.items()}
+  arrays = load_weights(checkpoint.where, checkpoint.tensors, shapes, dtypes, sharding_of)
+  return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(nested), map(arrays.pop, flat)))
 
 
 def save_model(
@@ -122,10 +129,13 @@ def save_model(
       unchanged), or a weight holds NaN or infinity.
   """
   weights = dict(flat_weights(nnx.state(model, nnx.Param)))
-  dtype = str(next(iter(weights.values())).dtype)
+  dtypes = [array.dtype for array in weights.values()]
+  dtype = next(str(dtype) for dtype in dtypes if dtype != jnp.int8)
+  quantization = INT8_FIELD if jnp.int8 in dtypes else {}
   with _staged(directory) as partial:
     write_directory(partial, "the model", hub_arrays(weights))
-    write_config(config, partial, dtype=dtype, base=source and read_fields(source))
+    fields = (read_fields(source) if source else {}) | quantization
+    write_config(config, partial, dtype=dtype, base=fields)
     if source is not None:
       copy_other_files(source, partial)
 
@@ -151,23 +161,32 @@ def write_checkpoint(
       is inside the checkpoint, or cannot be written.
   """
   if dtype not in (None, *map(str, FLOATING.values())):
-    raise InputError(f"dtype is {dtype!r}; give one of {', '.join(map(str, FLOATING.values()))}")
+    raise InputError(
+      f"dtype is {dtype!r:.80}; give one of {', '.join(map(str, FLOATING.values()))}"
+    )
   if os.path.lexists(out):
     raise InputError(f"{out}: exists already; give another directory, or remove it first")
   if out.resolve().is_relative_to(checkpoint.directory.resolve()):
     raise InputError(f"{out}: inside the checkpoint {checkpoint.directory}; give another directory")
-  state = nnx.state(nnx.eval_shape(lambda: make_model(checkpoint.config)))
-  shapes = {path: leaf.shape for path, leaf in flat_weights(state)}
+  _, nested = _shapes(checkpoint, make_model)
+  shapes = {path: leaf.shape for path, leaf in _flat(nested).items()}
   tensors = hub_tensors(shapes, checkpoint.tensors)
   check_tensors(checkpoint.where, checkpoint.tensors, tensors)
   stored = {name: checkpoint.tensors[name] for name in tensors}
-  first = str(FLOATING[next(iter(stored.values())).dtype])
+  first = next(str(FLOATING[t.dtype]) for t in stored.values() if t.dtype in FLOATING)
   stated = stated_dtype(checkpoint.directory / "config.json", checkpoint.fields)
   with _staged(out) as partial:
     num_bytes = write_directory(partial, checkpoint.where, stored, dtype and jnp.dtype(dtype))
     write_config(checkpoint.config, partial, dtype=dtype or stated or first, base=checkpoint.fields)
     copy_other_files(checkpoint.directory, partial)
   return num_bytes
+
+
+def _shapes(checkpoint, make_model):
+  """The graph of a model, and the shapes of its weights in nested dicts."""
+  graph, state = nnx.split(nnx.eval_shape(lambda: make_model(checkpoint.config)))
+  weights = nnx.to_pure_dict(state)
+  return graph, int8_shapes(weights) if has_int8(checkpoint.fields) else weights
 
 
 @contextlib.contextmanager
@@ -216,5 +235,13 @@ def _replace_files(partial, directory):
 
 
 def flat_weights(state: nnx.State) -> list[tuple[str, jax.Array]]:
-  """Returns the arrays of a model with their paths, such as `decoder.norm.scale`."""
-  return [(dotted_path(path), leaf.get_value()) for path, leaf in nnx.to_flat_state(state)]
+  """Returns the arrays of a model with their paths, such as `decoder.norm.scale`.
+
+  An int8 weight has two: `decoder.lm_head.kernel.qvalue` and `decoder.lm_head.kernel.scale`.
+  """
+  return list(_flat(nnx.to_pure_dict(state)).items())
+
+
+def _flat(nested):
+  leaves = jax.tree_util.tree_leaves_with_path(nested)
+  return {dotted_path(path): leaf for path, leaf in leaves}

@@ -1,10 +1,11 @@
 """`vcflash compile`: compiles the program of a config for TPUs, without having any."""
 
 import argparse
+import dataclasses
 import json
 
 from videochat_flash_jax.cli.config_file import add_config_argument, read_config
-from videochat_flash_jax.errors import one_line
+from videochat_flash_jax.errors import InputError, one_line
 
 EXAMPLE = "vcflash compile --config configs/stage3_long.py --topology v5e:8x8 --config.rows=16"
 TAKES_OVERRIDES = True
@@ -15,8 +16,11 @@ _TRAINING = (
   "tiles_per_shard, fewer trained parts, or a larger slice"
 )
 _ANSWERING = (
-  "more chips along mesh.tensor, fewer rows, tokens_per_row or clips_per_shard, or a larger slice"
+  "more chips along mesh.tensor, fewer rows (questions), tokens_per_row or clips_per_shard, or a "
+  "larger slice"
 )
+
+_TEXT_TOKENS = 32  # before a video
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -31,8 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser):
     "--program",
     choices=("train", "prefill", "decode"),
     default="train",
-    help="train: a training step; prefill: reading prompts of tokens_per_row tokens, which include "
-    "the tokens of clips_per_shard clips; decode: one token after such prompts",
+    help="train: a training step; prefill: reading a chunk of 4,096 tokens behind others; decode: "
+    "a token of the answers to questions about one video, as many as rows. A video has "
+    "tokens_per_row tokens with its text, which include those of clips_per_shard clips",
+  )
+  parser.add_argument(
+    "--frames", type=int, help="of prefill and decode: frames of the video, in place of tokens"
+  )
+  parser.add_argument("--weights", choices=["int8"], help="of prefill and decode; else bfloat16")
+  parser.add_argument(
+    "--cache", choices=["int8", "int4"], help="of prefill and decode; else bfloat16"
   )
   parser.add_argument("--table", action="store_true", help="print a row of markdown, not JSON")
 
@@ -43,6 +55,12 @@ def run(args: argparse.Namespace) -> int:
   Returns:
     The exit code: 2 if a program does not fit.
   """
+  answering = {name: getattr(args, name) for name in ("frames", "weights", "cache")}
+  answering = {name: value for name, value in answering.items() if value is not None}
+  if args.program == "train" and answering:
+    raise InputError(f"--{next(iter(answering))} is for --program prefill or decode; leave it out")
+  if answering.get("frames", 1) < 1:
+    raise InputError(f"--frames is {args.frames}; give at least 1")
   config = read_config(args.config, args.overrides, example="configs/stage3_long.py")
 
   # These import JAX, so they come after the config is read.
@@ -54,11 +72,12 @@ def run(args: argparse.Namespace) -> int:
   name = one_line(" ".join([args.config.name, *args.overrides]))
   if args.program != "train":
     name += f" --program {args.program}"
+    name += "".join(f" --{option} {value}" for option, value in answering.items())
   slices = {settings.mesh.num_slices for settings in runs.values()}
   devices = {number: ahead_of_time.topology_devices(args.topology, number) for number in slices}
   # All programs are built before the first is compiled, so that every mistake is reported at once.
   programs = {
-    stage: _program(args.program, settings, devices[settings.mesh.num_slices])
+    stage: _program(args.program, settings, devices[settings.mesh.num_slices], **answering)
     for stage, settings in runs.items()
   }
   reports = {stage: _report(args, runs[stage], *program) for stage, program in programs.items()}
@@ -84,7 +103,7 @@ def _report(args, settings, program, arguments):
   return {"model": model.name, "image_size": model.vision.image_size, **report}
 
 
-def _program(name, settings, devices):
+def _program(name, settings, devices, frames=None, **quantised):
   """The jitted program of this name, and the shapes of its arguments."""
   if name == "train":
     from videochat_flash_jax.benchmarks.ahead_of_time import beside_next_batch
@@ -94,16 +113,16 @@ def _program(name, settings, devices):
     step = beside_next_batch(program.jitted_step)
     return step, (program.state, program.batch, program.batch)
   from videochat_flash_jax.inference.conversation import MAX_NEW_TOKENS
-  from videochat_flash_jax.inference.programs import decode_program, prefill_program
+  from videochat_flash_jax.inference.program_shapes import decode_program, prefill_program
   from videochat_flash_jax.parallel.mesh import make_mesh
 
-  model = settings.model
-  build = prefill_program if name == "prefill" else decode_program
-  return build(
-    model,
-    make_mesh(settings.mesh, devices),
-    rows=settings.rows,
-    num_tokens=settings.tokens_per_row,
-    num_visual=settings.clips_per_shard * model.clip_tokens,
-    max_new_tokens=MAX_NEW_TOKENS,
-  )
+  mesh = make_mesh(settings.mesh, devices)
+  model = dataclasses.replace(settings.model, dropout=settings.dropout)
+  num_tokens, num_clips = settings.tokens_per_row, settings.clips_per_shard
+  if frames is not None:
+    num_clips = -(-frames // model.vision.clip_frames)
+    num_tokens = num_clips * model.clip_tokens + _TEXT_TOKENS
+  sizes = {"num_tokens": num_tokens, "num_visual": num_clips * model.clip_tokens, **quantised}
+  if name == "prefill":
+    return prefill_program(model, mesh, **sizes)
+  return decode_program(model, mesh, rows=settings.rows, **sizes, max_new_tokens=MAX_NEW_TOKENS)

@@ -90,13 +90,13 @@ def apply_override(config: ConfigDict, override: str):
   """
   left, equals, text = override.partition("=")
   if not left.startswith("--config.") or not equals:
-    raise InputError(f"unknown argument {override!r}: write --config.FIELD=VALUE")
+    raise InputError(f"unknown argument {override!r:.80}: write --config.FIELD=VALUE")
   name = left.removeprefix("--config.")
   fields = list(_field_names(config))
   if name not in fields:
     _refuse_sections(config, name)
     near = difflib.get_close_matches(name, fields, n=2, cutoff=0.0)
-    raise InputError(f"the config has no field {name!r}: did you mean {' or '.join(near)}?")
+    raise InputError(f"the config has no field {name!r:.80}: did you mean {' or '.join(near)}?")
   try:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):

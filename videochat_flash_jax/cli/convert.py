@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--dtype", choices=_TYPES, help="type of the weights; by default unchanged")
   parser.add_argument(
+    "--weights",
+    choices=["int8"],
+    help="write the matrices of the language model in int8, for inference; by default unchanged",
+  )
+  parser.add_argument(
     "--encoder", type=Path, help="raw .pt file of a video encoder, to join to --model"
   )
   parser.add_argument(
@@ -52,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
   from videochat_flash_jax.checkpoints.convert import open_checkpoint, write_checkpoint
   from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
+  from videochat_flash_jax.checkpoints.hub.int8_tensors import in_int8
   from videochat_flash_jax.checkpoints.hub.parts import join_parts
   from videochat_flash_jax.data.text.tokenizer import check_embedded, load_tokenizer
   from videochat_flash_jax.models.videochat_flash import VideoChatFlash
@@ -61,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(directory)
   else:
     checkpoint = join_parts(directory, args.encoder, args.tower, args.projector, args.seed)
+  if args.weights == "int8":
+    checkpoint = in_int8(checkpoint)
   with contextlib.suppress(InputError):  # a tokenizer that is not read here goes along unread
     tokenizer = load_tokenizer(checkpoint.directory)
   if tokenizer is not None:

@@ -134,12 +134,13 @@ def _convert(args) -> None:
 
 
 def _index(args) -> int:
+  from videochat_flash_jax.caches import cache_folder
   from videochat_flash_jax.data.mixture.mixture import read_mixture
   from videochat_flash_jax.data.mixture.row_index import remove_leftovers
-  from videochat_flash_jax.data.mixture.rows import open_usable_rows, rows_cache
+  from videochat_flash_jax.data.mixture.rows import INDICES, open_usable_rows
 
   start, mixture = time.perf_counter(), read_mixture(args.mixture)
-  remove_leftovers(rows_cache())
+  remove_leftovers(cache_folder(INDICES))
   rows, problems = open_usable_rows(mixture)
   if problems and len(mixture.sources) == 1:
     raise InputError(problems[mixture.sources[0]])

@@ -1,12 +1,12 @@
 """`vcflash demo`: writes a synthetic video, and the embedded model answers questions about it."""
 
 import argparse
-import logging
 import os
 import shlex
 import sys
 from pathlib import Path
 
+from videochat_flash_jax.cli.log import log_to_stderr
 from videochat_flash_jax.errors import InputError, one_line
 
 EXAMPLE = "vcflash demo"
@@ -30,8 +30,7 @@ def run(args: argparse.Namespace) -> int:
   from videochat_flash_jax.inference.chat import VideoChat
   from videochat_flash_jax.synthetic.world import write_dataset
 
-  logging.basicConfig(format="%(message)s")
-  logging.getLogger("videochat_flash_jax").setLevel(logging.INFO)
+  log_to_stderr()
   annotations = args.out / "annotations.json"
   if not os.path.exists(annotations):
     write_dataset(args.out, 1, (_SECONDS, _SECONDS), _SEED, questions_per_video=_QUESTIONS + 1)

@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="one annotation file (.json, .jsonl), or a mixture (.yaml) of them",
   )
   parser.add_argument("--max-frames", type=int, help="the most frames to encode of a video")
+  parser.add_argument("--weights", choices=["int8"], help="as for `vcflash chat`")
+  parser.add_argument("--cache", choices=["int8", "int4"], help="as for `vcflash chat`")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -44,8 +46,12 @@ def run(args: argparse.Namespace) -> int:
     if not right:
       wrong.append({"id": row.get("id"), "question": question, "answer": answer, "truth": truth})
 
+  def load():
+    """The model that answers."""
+    return VideoChat.from_pretrained(args.model, weights=args.weights, cache=args.cache)
+
   rows = open_rows(read_mixture(args.annotations))
-  found = evaluate(rows, lambda: VideoChat.from_pretrained(args.model), args.max_frames, note_wrong)
+  found = evaluate(rows, load, args.max_frames, note_wrong)
   scores = {
     kind: {**dataclasses.asdict(score), "accuracy": score.accuracy}
     for kind, score in found.scores.items()

@@ -8,6 +8,8 @@ A verb is a line in `VERBS`, and a module of this folder with
   TAKES_OVERRIDES = True  optional: options that argparse does not know are not errors; they are
                           put into `args.overrides` in their order (`train` gives them to
                           ml_collections)
+  MEANT = {"--for": "--of"}  optional: options that other programs have, and what they are here;
+                          "" stands for a word without an option
 
 Only the module of the chosen verb is imported, so that `--help` is fast.
 
@@ -20,14 +22,15 @@ import difflib
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 import videochat_flash_jax
-from videochat_flash_jax.errors import InputError
+from videochat_flash_jax.caches import cache_folder
+from videochat_flash_jax.errors import InputError, one_line
 
 VERBS = {
   "chat": "Ask questions about a video, or about images.",
@@ -36,6 +39,7 @@ VERBS = {
   "synth": "Write synthetic videos, with questions and their answers.",
   "data": "Check, convert, index and encode annotations.",
   "train": "Train a model from a config file.",
+  "fit": "Tell whether a model and a video fit into the memory of a chip.",
   "compile": "Compile a config's program for TPUs, on a machine without TPUs.",
   "convert": "Write a checkpoint, or join one from parts, in the layout of the hub.",
   "bench": "Measure speed, compared with a peer and with the machine's limits.",
@@ -65,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: arguments after the program's name, by default the process's own.
   """
   # The cache keeps compiled programs for the next command; JAX reads these when it is imported.
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "vcflash"))
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder("programs")))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
   _take_any_text()
   try:
@@ -112,12 +116,28 @@ def _run_verb(argv: list[str]) -> int:
   verb_parser = verb_parsers.choices[argv[0]]
   verb_parser.epilog = f"example:\n  {module.EXAMPLE}"
   module.add_arguments(verb_parser)
-  args, unknown = parser.parse_known_args(argv)
+  meant = getattr(module, "MEANT", {})
+  try:
+    args, unknown = parser.parse_known_args(argv)
+  except InputError:
+    for name in {word.partition("=")[0] for word in argv[1:] if word.startswith("--")}:
+      if near := _near(name, verb_parser, meant):  # misspelt: then another one seems to be missing
+        verb_parser.error(f"unknown argument {one_line(name):.60}{near}")
+    raise
   if getattr(module, "TAKES_OVERRIDES", False):
     args.overrides = unknown
   elif unknown:
-    verb_parser.error(f"unknown argument {' '.join(unknown)}")
+    name = unknown[0].partition("=")[0] if unknown[0].startswith("-") else ""
+    near = _near(name, verb_parser, meant)
+    verb_parser.error(f"unknown argument {one_line(name or unknown[0]):.60}{near}")
   return module.run(args) or 0
+
+
+def _near(name: str, parser: argparse.ArgumentParser, meant: dict[str, str]) -> str:
+  """A hint which option may be meant by a name that is none; "" without any such option."""
+  options = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", parser.format_help()))
+  near = [meant[name]] if name in meant else difflib.get_close_matches(name, options, n=2)
+  return f"; did you mean {' or '.join(near)}?" if near and name not in options else ""
 
 
 def _verb_module(verb: str) -> ModuleType:
@@ -125,5 +145,5 @@ def _verb_module(verb: str) -> ModuleType:
   if verb not in VERBS:
     near = difflib.get_close_matches(verb, VERBS, n=2)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the verbs are {', '.join(VERBS)}"
-    raise InputError(f"unknown verb {verb!r}: {hint}")
+    raise InputError(f"unknown verb {verb!r:.80}: {hint}")
   return importlib.import_module(f"videochat_flash_jax.cli.{verb}")

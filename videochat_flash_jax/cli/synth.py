@@ -55,5 +55,7 @@ def _frame_range(text: str) -> tuple[int, int]:
   try:
     least, most = (int(part) for part in text.split(":"))
   except ValueError:
-    raise InputError(f"--frames {text!r} is not MIN:MAX: give two numbers, such as 8:64") from None
+    raise InputError(
+      f"--frames {text!r:.80} is not MIN:MAX: give two numbers, such as 8:64"
+    ) from None
   return least, most

@@ -3,37 +3,29 @@
 import dataclasses
 import functools
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
 from videochat_flash_jax.checkpoints.convert import load_model
 from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
 from videochat_flash_jax.checkpoints.runs.run_files import hub_files
 from videochat_flash_jax.data.batches.row_media import (
-  VideoPart,
   open_row_video,
   read_row_images,
   row_part,
   row_video_path,
 )
-from videochat_flash_jax.data.media.frame_sampling import inference_indices
-from videochat_flash_jax.data.media.image_reader import ImageSource, read_image
-from videochat_flash_jax.data.media.image_tiling import (
-  choose_grid,
-  cut_tiles,
-  pad_to_square,
-  sequence_order,
-)
-from videochat_flash_jax.data.media.resize import resize
-from videochat_flash_jax.data.media.video_reader import VideoInfo, VideoReader, open_video
+from videochat_flash_jax.data.media.frame_choice import sampled_frames
+from videochat_flash_jax.data.media.frame_source import VideoSource
+from videochat_flash_jax.data.media.image_reader import ImageSource
+from videochat_flash_jax.data.media.open_source import Watchable
 from videochat_flash_jax.data.mixture.annotations import kind_of
 from videochat_flash_jax.data.mixture.broken import because
 from videochat_flash_jax.data.text.tokenizer import (
@@ -42,17 +34,14 @@ from videochat_flash_jax.data.text.tokenizer import (
   load_tokenizer,
 )
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.fields import Rule, argument, choice, count, flag, is_number, optional
+from videochat_flash_jax.fields import Rule, argument, choice, count, is_number, optional
 from videochat_flash_jax.inference.conversation import Conversation, SeenImages, WatchedVideo
 from videochat_flash_jax.inference.engine import Engine
-from videochat_flash_jax.inference.feature_encoding import (
-  group_clips,
-  open_features,
-  video_features,
-)
+from videochat_flash_jax.inference.feature_encoding import open_features
 from videochat_flash_jax.inference.limits import check_mesh
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig, YarnConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
+from videochat_flash_jax.ops.kv_formats import FORMATS
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.parallel.mesh import make_mesh
 from videochat_flash_jax.parallel.mesh_config import MeshConfig
@@ -74,6 +63,7 @@ class VideoChat:
     tokenizer: Tokenizer,
     layout: Layout = ONE_DEVICE,
     features: str | Path | None = None,
+    cache: str | None = None,
   ):
     """Takes over a model, which must not be used elsewhere afterwards.
 
@@ -82,6 +72,7 @@ class VideoChat:
       tokenizer: the one that the model was trained with.
       layout: see `Engine`.
       features: see `from_pretrained`.
+      cache: see `from_pretrained`.
 
     Raises:
       InputError: the tokenizer has ids that the model does not embed, or `features` cannot be
@@ -90,7 +81,9 @@ class VideoChat:
     check_embedded(tokenizer, model.config.decoder.vocab_size, model.config.name)
     self.config = model.config
     self.tokenizer = tokenizer
-    self.engine = Engine(model, tokenizer.stop_ids, layout)
+    self.engine = Engine(model, tokenizer.stop_ids, layout, cache)
+    if features is not None and self.engine.is_on_several_hosts:
+      raise InputError("features is for one host: another may have other features; leave it out")
     self.features = None if features is None else open_features(features, self.engine)
 
   def __repr__(self) -> str:
@@ -107,6 +100,8 @@ class VideoChat:
     dropout: DropoutConfig | Literal[False] | None = None,
     mesh: MeshConfig | None = None,
     features: str | Path | None = None,
+    weights: Literal["int8"] | None = None,
+    cache: Literal["int8", "int4"] | None = None,
   ) -> "VideoChat":
     """Loads a checkpoint in the released layout, or a checkpoint of a training run.
 
@@ -122,9 +117,14 @@ class VideoChat:
       dropout: which visual tokens are dropped between layers, such as `DropoutConfig.model_card()`.
         False: none are dropped. None: as the checkpoint says; the released ones drop none.
       mesh: how all devices share the work; None for one device. `MeshConfig(tensor=4)` shards the
-        model and its cache over four devices, and encodes videos on all devices.
+        model and its cache over four devices, and encodes videos on all devices. On several hosts
+        every process makes the same calls in the same order; see docs/sharding.md.
       features: a folder for the encoder's output, in bfloat16; it is made if it is missing. A video
         that is watched again with equally many frames is neither decoded nor encoded again.
+      weights: "int8" makes the matrices of the language model int8 while they are read; the
+        computation stays in `dtype`. None: as the checkpoint has them.
+      cache: "int8" or "int4": keep the keys and values of videos and images in so many bits, which
+        take a half or a quarter of the memory of bfloat16; see docs/memory.md for what it costs.
 
     Raises:
       InputError: there is no such model, its files cannot be used, or a setting is not valid.
@@ -133,21 +133,24 @@ class VideoChat:
     yarn = argument("yarn", yarn, optional(_YARN))
     if not (dropout is None or dropout is False or isinstance(dropout, DropoutConfig)):
       raise InputError(
-        f"dropout is {dropout!r}; give False, or a DropoutConfig such as DropoutConfig.model_card()"
+        f"dropout is {dropout!r:.80}; give False, or a DropoutConfig such as "
+        "DropoutConfig.model_card()"
       )
     features = argument("features", features, optional(_PATH))
+    cache = argument("cache", cache, optional(choice(*filter(None, FORMATS))))
     if not (mesh is None or isinstance(mesh, MeshConfig)):
       raise InputError(f"mesh is {mesh!r:.80}; give a MeshConfig such as MeshConfig(tensor=4)")
     directory = checkpoint_directory(name)
     if dtype is None:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     argument("dtype", _dtype_name(dtype), choice(*_DTYPES))
+    weights = argument("weights", weights, optional(choice("int8")))
     tokenizer = load_tokenizer(hub_files(directory))
     layout = ONE_DEVICE if mesh is None else Layout(make_mesh(mesh), replicate_weights=True)
 
     def make_model(config):
       """Builds the model with the settings of the caller."""
-      config = _with_settings(config, context, yarn, dropout)
+      config = with_settings(config, context, yarn, dropout)
       check_mesh(config, layout)  # before the weights, many gigabytes, are read
       check_embedded(tokenizer, config.decoder.vocab_size, directory)
       return VideoChatFlash(config, rngs=nnx.Rngs(0))
@@ -158,30 +161,64 @@ class VideoChat:
         return None
       return NamedSharding(layout.mesh, weight_spec(path, len(shape), replicated=True))
 
-    return cls(load_model(make_model, directory, dtype, sharding_of), tokenizer, layout, features)
+    model = load_model(make_model, directory, dtype, sharding_of, weights)
+    return cls(model, tokenizer, layout, features, cache)
 
   def watch(
-    self, path: str | Path, max_frames: int | None = None, *, progress: bool = True
+    self,
+    source: Watchable,
+    max_frames: int | None = None,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    fps: float | None = None,
+    times: Sequence[float] | np.ndarray | None = None,
+    window: int | None = None,
+    stall_seconds: float | None = None,
+    progress: bool = True,
   ) -> WatchedVideo:
-    """Decodes and encodes a video, once for all questions.
+    """Decodes, encodes and reads a video, once for all questions.
+
+    An error or Ctrl-C leaves no video. To keep what a camera has given before it fails, watch its
+    first frames, and `WatchedVideo.extend` them by the others.
 
     Args:
-      path: a video file, or a folder of numbered images (one per second).
-      max_frames: the most frames to encode; by default the model's own bound. One frame per second
-        is sampled, or fewer, evenly spaced, if the video has more seconds than this bound.
+      source: a video (its path or address), a folder of numbered images, an array uint8 [F, H, W,
+        3], a list of images, or an iterator or a queue of frames, such as a camera's.
+      max_frames: the most frames to encode, in whole clips of 4; by default the model's own bound.
+        Of a video one frame per second is sampled, or fewer, evenly spaced, if it has more seconds
+        than this bound. Fewer than 4 frames fill one clip by repeats.
+      start: the second from which the video is watched; by default its beginning.
+      end: the second until which it is watched; by default its end.
+      fps: of a video, the most frames a second to watch; of other sources, their frames a second.
+      times: the seconds of the frames to watch; of an array or a list, those of its frames. See
+        `data.media.open_source`.
+      window: the most frames to remember, from 32: the first 16, and the last ones, of a video of
+        any length. When it is full, the oldest quarter is forgotten at once, so at least three
+        quarters of it are remembered. Memory and the time for a clip are then bounded;
+        `num_dropped` of the result tells what is forgotten. Without `max_frames` an iterator is
+        watched to its end.
+      stall_seconds: the longest time to wait for a frame of an iterator; by default forever.
       progress: if True, a terminal shows a progress bar.
 
     Raises:
-      InputError: the file is missing, is no video, or ends early; an argument is of another type;
-        or another process is writing into the folder of features.
+      InputError: the source is missing, is no video, or ends early; an argument does not fit; the
+        context of the model has no room for the frames; or another process is writing into the
+        folder of features.
     """
-    progress = argument("progress", progress, flag())
-
-    def whole(info):
-      """The part that is watched: all of the video."""
-      return VideoPart(0.0, info.seconds, range(info.num_frames), info.fps)
-
-    return self._watch(path, functools.partial(open_video, path), whole, max_frames, progress)
+    video = WatchedVideo(self.engine, self.tokenizer, self.features)
+    video.watch(
+      source,
+      max_frames,
+      start=start,
+      end=end,
+      fps=fps,
+      times=times,
+      window=window,
+      stall_seconds=stall_seconds,
+      progress=progress,
+    )
+    return video
 
   def see_row(self, row: Mapping[str, Any], max_frames: int | None = None) -> Conversation:
     """Encodes what an annotation row shows: its part of a video, its images, or nothing.
@@ -197,59 +234,24 @@ class VideoChat:
       BrokenRow: the row's media cannot be used.
       InputError: as in `watch`.
     """
+    max_frames = argument("max_frames", max_frames, optional(count()))
     kind = kind_of(row)
     if kind == "text":
-      return Conversation(self.engine, self.tokenizer)
+      return self.conversation()
     if kind == "image":
       with because("unreadable image"):
         return self.look(read_row_images(row))
-    reader = functools.partial(open_row_video, row, num_threads=None, logs_damage=True)
-    part = functools.partial(row_part, row)
-    return self._watch(row_video_path(row), reader, part, max_frames, progress=False)
-
-  def _watch(
-    self,
-    path: str | Path,
-    open_reader: Callable[[], VideoReader],
-    part_of: Callable[[VideoInfo], VideoPart],
-    max_frames: int | None,
-    progress: bool,
-  ) -> WatchedVideo:
-    """Encodes the part of a video that `part_of` tells; see `watch`."""
-    max_frames = argument("max_frames", max_frames, optional(count()))  # before a file is opened
-    start, vision = time.perf_counter(), self.config.vision
-    quiet = None if progress else True  # None: tqdm shows the bar only on a terminal
-
-    def with_progress(frames, count):
-      """Yields the frames and shows how many of `count` are done."""
-      return tqdm(frames, "watching", count, unit="frame", leave=False, disable=quiet)
 
     def choose(info):
-      """Indices of the frames to encode."""
-      part = part_of(info)
-      picks = inference_indices(len(part.frames), part.fps, self.config.sampling, max_frames)
-      return part.frames.start + picks
+      """The frames of the row's part."""
+      return sampled_frames(row_part(row, info), self.config.sampling, max_frames)
 
-    if self.features is None:
-      with open_reader() as reader:
-        info, indices = reader.info, choose(reader.info)
-        frames = with_progress(reader.frames(indices, vision.image_size), len(indices))
-        visual_tokens = self.engine.encode(group_clips(frames, vision.clip_frames))
-    else:
-      info, indices, features = video_features(
-        path, open_reader, choose, self.engine, self.features, with_progress
-      )
-      visual_tokens = self.engine.project(features)
-    visual_tokens.block_until_ready()
-    part = part_of(info)
-    return WatchedVideo(
-      self.engine,
-      self.tokenizer,
-      visual_tokens,
-      len(indices),
-      part.end - part.start,
-      time.perf_counter() - start,
-    )
+    reader = functools.partial(open_row_video, row, num_threads=None, logs_damage=True)
+    known_info = None if self.features is None else self.features.video_info
+    source = VideoSource(row_video_path(row), reader, choose, known_info)
+    video = WatchedVideo(self.engine, self.tokenizer, self.features)
+    video.watch_source(source, progress=False)
+    return video
 
   def look(self, images: ImageSource | Sequence[ImageSource]) -> SeenImages:
     """Encodes one image in detail, or several images with one tile each.
@@ -264,32 +266,24 @@ class VideoChat:
     Raises:
       InputError: the list is empty, or an image is missing or cannot be read.
     """
-    images = images if isinstance(images, list | tuple) else [images]
-    if not images:
-      raise InputError("there is no image to look at; give at least one")
-    size = self.config.vision.image_size
-    if len(images) > 1:
-      tiles = (resize(pad_to_square(read_image(image)), size)[None] for image in images)
-      return SeenImages(
-        self.engine, self.tokenizer, self.engine.encode(tiles), len(images), len(images)
-      )
-    image = read_image(images[0])
-    grid = choose_grid(image.shape[1], image.shape[0], self.config.tiling, size)
-    tiles = cut_tiles(image, *grid, size)
-    visual_tokens = self.engine.encode(tiles[:, None])
-    order = sequence_order(*grid, self.config.tile_tokens)
-    return SeenImages(self.engine, self.tokenizer, visual_tokens[order], 1, len(tiles))
+    seen = SeenImages(self.engine, self.tokenizer, self.features)
+    seen.look(images)
+    return seen
 
-  def ask(self, question: str, **options) -> str | Iterator[str]:
+  def conversation(self) -> Conversation:
+    """Begins a conversation that has seen nothing yet; see its `watch`, `look` and `ask`."""
+    return Conversation(self.engine, self.tokenizer, self.features)
+
+  def ask(self, question: str | Sequence[str], **options) -> str | list[str] | Iterator[str]:
     """Answers a question without any video or image, in a new conversation.
 
     To ask about a video or images, call `ask` of what `watch` or `look` returns.
 
     Args:
-      question: a text.
+      question: a text, or a list of texts.
       **options: the options of `Conversation.ask`.
     """
-    return Conversation(self.engine, self.tokenizer).ask(question, **options)
+    return self.conversation().ask(question, **options)
 
 
 def _is_stretch(yarn):
@@ -312,13 +306,13 @@ def _dtype_name(dtype):
     return dtype
 
 
-def _with_settings(
+def with_settings(
   config: VideoChatFlashConfig,
   context: int | None,
   yarn: YarnConfig | float | None,
   dropout: DropoutConfig | Literal[False] | None,
 ) -> VideoChatFlashConfig:
-  """The config of a checkpoint, changed by the caller's settings; see `from_pretrained`."""
+  """The config of a checkpoint, changed by settings; see `VideoChat.from_pretrained`."""
   decoder = config.decoder
   if yarn is not None:
     if not isinstance(yarn, YarnConfig):

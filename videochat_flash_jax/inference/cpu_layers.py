@@ -6,6 +6,7 @@ copies a stacked cache for every new token. That takes four fifths of the speed 
 have the methods of `LayerStack` and `KVCache`, so the decoder runs as before.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from videochat_flash_jax.models.config import DecoderConfig
-from videochat_flash_jax.models.kv_cache import KVCache
+from videochat_flash_jax.models.kv_cache import KVCache, empty_slots, more_slots
 from videochat_flash_jax.models.layer_stack import LayerStack
 from videochat_flash_jax.models.qwen2 import Qwen2
+from videochat_flash_jax.ops.kv_formats import KVFormat, Wide
 from videochat_flash_jax.shapes import Array, Float, Int
 
 
@@ -65,59 +67,85 @@ class LayerList(nnx.Module):
 
 
 class LayerListCache(KVCache):
-  """A `KVCache` with one array per layer. Rows and heads share an axis.
+  """A `KVCache` with arrays of their own for each layer. Rows and heads share an axis.
 
   In any other shape XLA on the CPU copies all slots for every new token.
   """
 
-  k: tuple[Float[Array, "BK S H"], ...]
-  v: tuple[Float[Array, "BK S H"], ...]
-  length: Int[Array, "B"]
+  stored: tuple[KVFormat, ...]  # of each layer: arrays [BK, S, H], and scales [BK, S]
+  length: Int[Array, "B shards"]
 
   @classmethod
   def empty(
-    cls, config: DecoderConfig, batch: int, num_slots: int, *, depth: int, dtype=jnp.float32
+    cls,
+    config: DecoderConfig,
+    batch: int,
+    num_slots: int,
+    *,
+    depth: int,
+    dtype=jnp.float32,
+    kept_as: type[KVFormat] = Wide,
+    shards: int = 1,
   ) -> "LayerListCache":
     """As `KVCache.empty`."""
     shape = (batch * config.num_kv_heads, num_slots, config.head_size)
-    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(depth)) for _ in "kv")
-    return cls(k, v, jnp.zeros((batch,), jnp.int32))
+    stored = tuple(empty_slots(kept_as, shape, dtype) for _ in range(depth))
+    return cls(stored, jnp.zeros((batch, shards), jnp.int32))
 
   @property
   def num_slots(self) -> int:
     """Tokens that fit into a row."""
-    return self.k[0].shape[1]
+    return self.stored[0][0].shape[1]
+
+  @property
+  def depth(self) -> int:
+    """Number of layers that the cache is for."""
+    return len(self.stored)
+
+  @property
+  def kept_as(self) -> type[KVFormat]:
+    """How keys and values are kept."""
+    return type(self.stored[0])
 
   def widened(self, num_slots: int) -> "LayerListCache":
     """As `KVCache.widened`."""
-    padding = ((0, 0), (0, num_slots - self.num_slots), (0, 0))
-    k, v = (tuple(jnp.pad(layer, padding) for layer in layers) for layers in (self.k, self.v))
-    return self._replace(k=k, v=v)
+    return self._replace(stored=jax.tree.map(lambda x: more_slots(x, 1, num_slots), self.stored))
 
-  def write(
-    self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
-  ) -> "LayerListCache":
-    """As `KVCache.write`."""
-    return self._replace(
-      k=_write(self.k, layer, self.length, k), v=_write(self.v, layer, self.length, v)
-    )
+  def _write(self, layer, k, v):
+    """As `KVCache._write`. A loop over rows writes in place."""
+    new = self.kept_as.encode(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-  def read(self, layer: int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    def write(slots, new):
+      """Writes into one array."""
+
+      def write_row(row, written):
+        """Writes the heads of one row."""
+        at = (row * new.shape[1], self.length[row, 0], 0)[: slots.ndim]
+        return jax.lax.dynamic_update_slice(written, new[row].astype(slots.dtype), at)
+
+      return jax.lax.fori_loop(0, len(new), write_row, slots)
+
+    written = jax.tree.map(write, self.stored[layer], new)
+    return self._replace(stored=(*self.stored[:layer], written, *self.stored[layer + 1 :]))
+
+  def _in_each_layer(self, change):
+    """As `KVCache._in_each_layer`."""
+    return functools.reduce(lambda cache, layer: change(layer, cache), range(self.depth), self)
+
+  def read(
+    self,
+    layer: int,
+    dtype,
+    start: int | Int[Array, ""] = 0,
+    num_slots: int | None = None,
+  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """As `KVCache.read`."""
-    shape = (len(self.length), -1, *self.k[0].shape[1:])
-    return tuple(layers[layer].reshape(shape).swapaxes(1, 2) for layers in (self.k, self.v))
 
+    def cut(slots):
+      """The slots of one array."""
+      if num_slots is not None:
+        slots = jax.lax.dynamic_slice_in_dim(slots, start, num_slots, axis=1)
+      return slots.reshape(len(self.length), -1, *slots.shape[1:])
 
-def _write(layers, layer, start, new):
-  """Writes `new` [B, T, K, H] into one of `layers`, from slot `start[b]` of row b.
-
-  A loop over rows writes in place. One scatter over all rows would copy the cache.
-  """
-  new = new.swapaxes(1, 2).astype(layers[layer].dtype)
-
-  def write_row(row, written):
-    """Writes the heads of one row."""
-    return jax.lax.dynamic_update_slice(written, new[row], (row * new.shape[1], start[row], 0))
-
-  written = jax.lax.fori_loop(0, len(new), write_row, layers[layer])
-  return (*layers[:layer], written, *layers[layer + 1 :])
+    k, v = jax.tree.map(cut, self.stored[layer]).decode(dtype)
+    return k.swapaxes(1, 2), v.swapaxes(1, 2)

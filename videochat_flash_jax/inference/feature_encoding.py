@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +35,14 @@ from videochat_flash_jax.data.features.feature_store import (
   FeatureStore,
   FeatureWriter,
 )
-from videochat_flash_jax.data.media.video_reader import VideoInfo, VideoReader
+from videochat_flash_jax.data.media.ahead import Ahead
+from videochat_flash_jax.data.media.frame_source import FrameSource
+from videochat_flash_jax.data.media.video_reader import VideoInfo
 from videochat_flash_jax.data.mixture.broken import BrokenRow, any_error_breaks
 from videochat_flash_jax.data.mixture.rows import Rows
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.inference.engine import Engine
+from videochat_flash_jax.shapes import Float
 
 _NUM_LOCKS = 64
 _MAX_THREADS = 8  # each holds one row; the frames of a long video take hundreds of megabytes
@@ -73,47 +76,31 @@ def group_clips(frames: Iterable[np.ndarray], clip_frames: int) -> Iterator[np.n
 
 
 def video_features(
-  path: str | Path,
-  open_reader: Callable[[], VideoReader],
-  choose: Callable[[VideoInfo], np.ndarray],
-  engine: Engine,
-  store: FeatureStore,
-  with_progress: Callable[[Iterable[np.ndarray], int], Iterable[np.ndarray]],
-) -> tuple[VideoInfo, np.ndarray, np.ndarray]:
+  source: FrameSource, engine: Engine, store: FeatureStore
+) -> Float[np.ndarray, "C V E"]:
   """Reads the features of a video from a store; if they are missing, encodes the video first.
 
   Args:
-    path: of the video.
-    open_reader: opens the video.
-    choose: returns the indices of the frames to encode.
+    source: of the video's frames.
     engine: its encoder computes the features.
     store: from `open_features`.
-    with_progress: is given the frames and their number, and yields the frames; shows progress.
 
   Returns:
-    Facts about the video, the indices of its encoded frames, and features bfloat16 [C, V, E].
+    Features in bfloat16.
   """
-  info = store.video_info(path)
-  if info is not None:
-    indices = choose(info)
-    features = store.get(frames_entry(path, indices))
-    if features is not None:
-      return info, indices, features
-  vision = engine.config.vision
-  with open_reader() as video:
-    indices = choose(video.info)
-    entry = frames_entry(path, indices)
-    if entry not in store:
-      with store.writing() as writer:
-        if entry not in writer:
-          frames = with_progress(video.frames(indices, vision.image_size), len(indices))
-          clips = group_clips(frames, vision.clip_frames)
+  entry = frames_entry(source.path, source.indices)
+  if entry not in store:
+    with store.writing() as writer:
+      if entry not in writer:
+        vision = engine.config.vision
+        frames = source.frames(vision.image_size)
+        with Ahead(group_clips(frames, vision.clip_frames), engine.group_size) as clips:
           writer.put(entry, engine.encode_features(clips))
-          if video.damaged:
-            writer.mark_damaged(entry)
-        if not os.path.isdir(path):
-          writer.put_video(path, video.info)
-    return video.info, indices, store.get(entry)
+        if source.damaged:
+          writer.mark_damaged(entry)
+      if not os.path.isdir(source.path):
+        writer.put_video(source.path, source.info)
+  return store.get(entry)
 
 
 @dataclasses.dataclass

@@ -1,11 +1,15 @@
-"""Checks that inference can run, made before anything is read or compiled."""
+"""Checks that inference can run, before anything is read or compiled, and says what failed."""
+
+import contextlib
+from collections.abc import Iterator
 
 import jax
 
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.models.config import VideoChatFlashConfig
-from videochat_flash_jax.ops import splash
+from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig
 from videochat_flash_jax.parallel.layout import Layout
+
+SMALLEST_PIECE = 64  # tokens; in a piece of a video that is read at once
 
 
 def check_mesh(config: VideoChatFlashConfig, layout: Layout) -> None:
@@ -16,40 +20,63 @@ def check_mesh(config: VideoChatFlashConfig, layout: Layout) -> None:
   """
   if layout.mesh is None:
     return
-  if layout.sequence_shards > 1:
+  if SMALLEST_PIECE % layout.slot_shards:
     raise InputError(
-      f"mesh.sequence is {layout.sequence_shards}, but only training splits the tokens of a row; "
-      "give mesh.sequence=1. In inference mesh.tensor splits the cache of a long video"
+      f"mesh.data x mesh.fsdp x mesh.sequence is {layout.slot_shards}, over which inference splits "
+      f"the cache of a video; make it a divisor of {SMALLEST_PIECE} by another mesh (--tensor, "
+      "--sequence)"
     )
-  decoder, num_shards = config.decoder, layout.mesh.shape["tensor"]
+  check_tensor(config, layout.mesh.shape["tensor"])
+
+
+def check_tensor(config: VideoChatFlashConfig, num_shards: int) -> None:
+  """Checks that a model can be split over so many devices of the mesh's axis `tensor`.
+
+  Raises:
+    InputError: names what it must divide.
+  """
   for field in ("num_kv_heads", "num_heads", "mlp_width", "vocab_size"):
-    size = getattr(decoder, field)
+    size = getattr(config.decoder, field)
     if size % num_shards:
       raise InputError(
         f"mesh.tensor is {num_shards}, but {config.name} has {field} {size}, which cannot be split "
-        f"evenly; give mesh.tensor a divisor of {size}"
+        f"evenly; give mesh.tensor (--tensor) a divisor of {size}"
       )
 
 
-def check_length(layout: Layout, num_tokens: int, num_keys: int) -> None:
-  """Checks that the tables of the TPU's attention kernel can hold the tokens read at once.
-
-  Token dropout does not raise the limit, because the layers before the first drop read all tokens.
-  A mesh does not raise it either, because inference splits the heads and not the tokens of a row.
-
-  Args:
-    layout: the devices. Devices other than TPUs have no limit.
-    num_tokens: tokens read at once, with padding.
-    num_keys: keys that they attend to: the tokens themselves, or all slots of a cache.
+def model_card_dropout(config: VideoChatFlashConfig) -> DropoutConfig:
+  """The dropout of `--dropout`, for a model.
 
   Raises:
-    InputError: there are too many.
+    InputError: the model has too few layers for it.
   """
-  mesh = layout.mesh
-  platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-  if platform == "tpu" and not splash.fits(num_tokens, num_keys):
+  dropout, depth = DropoutConfig.model_card(), config.decoder.depth
+  if depth <= max(dropout.layers):
     raise InputError(
-      f"{num_tokens:,} tokens of a prompt (padded) that attend to {num_keys:,} are too many for a "
-      f"TPU core, which takes at most {splash.MOST_TOKENS:,} in one reading; use fewer frames or "
-      "a shorter text (of a config: fewer tokens_per_row)"
+      f"--dropout drops tokens at layers {' and '.join(map(str, dropout.layers))}, but "
+      f"{config.name} has {depth} layers; leave it out"
     )
+  return dropout
+
+
+@contextlib.contextmanager
+def naming_what_needs_memory(program: str, shape: str) -> Iterator[None]:
+  """Turns the error of a device without memory into one that says what needed it, and what helps.
+
+  Args:
+    program: that runs in the block.
+    shape: sizes of its arrays, for the message.
+
+  Raises:
+    InputError: the device has too little memory.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise InputError(
+      f"the device has no memory left for the program {program!r} of shape {shape}; give fewer "
+      "frames (max_frames) or a window, weights='int8', cache='int8' or 'int4', dropout, or more "
+      "devices by mesh; vcflash fit tells what fits"
+    ) from error

@@ -1,35 +1,52 @@
-"""The engine's jitted programs; and two of them with shapes for arguments, for `vcflash compile`.
+"""The engine's jitted programs.
 
-On a mesh, rows are split over `data` and `fsdp`. Heads (and so the cache), MLP and vocabulary are
-split over `tensor`. Weights are replicated over `data` and `fsdp`, so that no weight is sent
-between devices while an answer is written.
+On a mesh, heads (and so the caches), MLP and vocabulary are split over `tensor`, and clips over all
+axes. The tokens of a video, and their slots in its caches, are split over `data`, `fsdp` and
+`sequence`. Rows and weights are replicated over these, so that no weight is sent between devices
+while an answer is written.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 
-from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.inference.limits import check_length, check_mesh
 from videochat_flash_jax.inference.sampler import sample
-from videochat_flash_jax.models.config import VideoChatFlashConfig
 from videochat_flash_jax.models.kv_cache import KVCache
-from videochat_flash_jax.models.qwen2 import Caches, Qwen2
-from videochat_flash_jax.models.token_dropout import DropoutPlan, plan_dropout
+from videochat_flash_jax.models.qwen2 import Qwen2
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
-from videochat_flash_jax.ops.precision import exact_products
+from videochat_flash_jax.ops.blockwise import NOTHING
+from videochat_flash_jax.ops.precision import dtype_of_products, exact_products
+from videochat_flash_jax.ops.received_attention import scores_of
 from videochat_flash_jax.parallel.layout import Layout
-from videochat_flash_jax.parallel.sharding import weight_shardings
 from videochat_flash_jax.shapes import Array, Bool, Float, Int, UInt8
 
 DECODE_STEPS = 16  # tokens decoded on the device before the host reads them
 NO_TOKEN = -1
+
+
+class ModelGraph:
+  """A model without its weights. It knows its hash, which every call of a program needs.
+
+  NNX would compute it each time, which takes milliseconds, as a question to a small model does.
+  """
+
+  def __init__(self, graph: nnx.GraphDef):
+    """Takes the graph that `nnx.split` gives."""
+    self._graph, self._hash = graph, hash(graph)
+
+  def __hash__(self) -> int:
+    return self._hash
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, ModelGraph) and self._graph == other._graph
+
+  def merge(self, weights: dict) -> VideoChatFlash:
+    """The model with weights."""
+    return nnx.merge(self._graph, weights)
 
 
 def _program(**options: Any) -> Callable:
@@ -40,7 +57,7 @@ def _program(**options: Any) -> Callable:
 
     @functools.wraps(function)
     def exact(graph, layout, weights, *arguments, **named):
-      with exact_products(jax.tree.leaves(weights)[0].dtype):
+      with exact_products(dtype_of_products(weights)):
         return function(graph, layout, weights, *arguments, **named)
 
     return jax.jit(exact, **options)
@@ -50,75 +67,166 @@ def _program(**options: Any) -> Callable:
 
 @_program(static_argnames=("graph", "layout"))
 def encode(
-  graph: nnx.GraphDef, layout: Layout, weights: dict, clips: UInt8[Array, "R C F S S 3"]
+  graph: ModelGraph, layout: Layout, weights: dict, clips: UInt8[Array, "R C F S S 3"]
 ) -> Float[Array, "V D"]:
   """Visual tokens of clips, replicated on every device. See `VideoChatFlash.encode_rows`."""
-  tokens = nnx.merge(graph, weights).encode_rows(clips, layout)
+  tokens = graph.merge(weights).encode_rows(clips, layout)
   return layout.constrain(tokens.reshape(-1, tokens.shape[-1]))
 
 
 @_program(static_argnames=("graph", "layout"))
 def encode_features(
-  graph: nnx.GraphDef, layout: Layout, weights: dict, clips: UInt8[Array, "R C F S S 3"]
+  graph: ModelGraph, layout: Layout, weights: dict, clips: UInt8[Array, "R C F S S 3"]
 ) -> Float[Array, "N V E"]:
   """The features of N = R C clips that a feature store keeps, replicated on every device."""
-  features = nnx.merge(graph, weights).encode_features(clips, layout)
+  features = graph.merge(weights).encode_features(clips, layout)
   features = features.reshape(-1, *features.shape[2:])
   return layout.constrain(features.astype(jnp.bfloat16))
 
 
 @_program(static_argnames=("graph", "layout"))
 def project(
-  graph: nnx.GraphDef, layout: Layout, weights: dict, features: Float[Array, "R C V E"]
+  graph: ModelGraph, layout: Layout, weights: dict, features: Float[Array, "R C V E"]
 ) -> Float[Array, "W D"]:
   """As `encode`, from the features of `encode_features`."""
-  tokens = nnx.merge(graph, weights).project_rows(features, layout)
+  tokens = graph.merge(weights).project_rows(features, layout)
   return layout.constrain(tokens.reshape(-1, tokens.shape[-1]))
 
 
-@_program(static_argnames=("graph", "layout", "num_slots"))
-def prefill(
-  graph: nnx.GraphDef,
-  layout: Layout,
-  weights: dict,
-  token_ids: Int[Array, "B T"],
-  visual_tokens: Float[Array, "B V D"],
-  visual_index: Int[Array, "B T"],
-  length: Int[Array, "B"],
-  plan: DropoutPlan | None,
-  num_slots: int,
-) -> tuple[Caches, Float[Array, "B vocab"]]:
-  """Reads prompts into new caches. Returns these and the logits of the next token."""
-  model = nnx.merge(graph, weights)
-  sequence = model.embed_sequence(token_ids, visual_tokens, visual_index, layout)
-  hidden, caches = model.decoder.prefill(sequence, length, num_slots, plan, layout)
-  return caches, _last_logits(model.decoder, hidden, caches[-1].length, layout)
+class Tokens(NamedTuple):
+  """Tokens that enter the first layer, right-padded: text, and visual tokens at their positions.
+
+  Attributes:
+    token_ids: of the text.
+    visual_tokens: the visual token at each position; any values where text stands.
+    visual_index: the position itself where a visual token stands; -1 for text.
+  """
+
+  token_ids: Int[Array, "B T"]
+  visual_tokens: Float[Array, "B T D"]
+  visual_index: Int[Array, "B T"]
 
 
-@_program(static_argnames=("graph", "layout"), donate_argnames="caches")
-def extend(
-  graph: nnx.GraphDef,
+@_program(static_argnames=("graph", "layout", "layers", "wanted"), donate_argnames="cache")
+def read(
+  graph: ModelGraph,
   layout: Layout,
   weights: dict,
-  caches: Caches,
-  token_ids: Int[Array, "B T"],
-  visual_tokens: Float[Array, "B V D"],
-  visual_index: Int[Array, "B T"],
-  length: Int[Array, "B"],
-) -> tuple[Caches, Float[Array, "B vocab"]]:
-  """Reads more tokens after those in the caches. Returns as `prefill`."""
-  model = nnx.merge(graph, weights)
-  sequence = model.embed_sequence(token_ids, visual_tokens, visual_index, layout)
-  hidden, caches = model.decoder.extend(sequence, caches, length, layout)
-  return caches, _last_logits(model.decoder, hidden, length, layout)
+  entering: Tokens | Float[Array, "B T D"],
+  num_tokens: Int[Array, "B"],
+  cache: KVCache,
+  behind: tuple[KVCache, ...],
+  layers: range,
+  wanted: str,
+) -> tuple[KVCache, Array | None]:
+  """Reads tokens into the cache of a part of the layers.
+
+  Args:
+    graph: of the model.
+    layout: how arrays are split over the mesh.
+    weights: of the model, as nested dicts.
+    entering: tokens; or what left the part before, if `layers` are not the first ones.
+    num_tokens: number of tokens of each row without its padding.
+    cache: of the tokens before, in these layers, with T free slots.
+    behind: see `Qwen2.read`.
+    layers: the part.
+    wanted: "states", what leaves the part [B, T, D]; "logits", those of the token after the last
+      one of each row [B, vocab]; "" for nothing but the cache, which takes less work.
+
+  Returns:
+    The cache with the new tokens, and what is wanted.
+  """
+  model = graph.merge(weights)
+  if isinstance(entering, Tokens):
+    entering = model.embed_sequence(*entering, layout)
+  states, cache = model.decoder.read(
+    entering,
+    cache,
+    num_tokens,
+    layers=layers,
+    behind=behind,
+    is_last_needed=bool(wanted),
+    layout=layout,
+  )
+  if wanted == "logits":
+    return cache, _logits_of_last(model.decoder, states, num_tokens, layout)
+  return cache, layout.constrain(states) if wanted == "states" else None
+
+
+@_program(static_argnames=("graph", "layout"), donate_argnames="cache")
+def forget(
+  graph: ModelGraph,
+  layout: Layout,
+  weights: dict,
+  cache: KVCache,
+  start: Int[Array, ""],
+  num_tokens: Int[Array, ""],
+) -> KVCache:
+  """A cache without some of its tokens; see `Qwen2.forget`."""
+  return graph.merge(weights).decoder.forget(cache, start, num_tokens)
+
+
+@_program(static_argnames=("graph", "layout", "layer"))
+def last_queries(
+  graph: ModelGraph,
+  layout: Layout,
+  weights: dict,
+  states: Float[Array, "B T D"],
+  num_tokens: Int[Array, "B"],
+  start: Int[Array, ""],
+  layer: int,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N T"]]:
+  """The query of the last token of each row in a layer, and its scores for all tokens of the row.
+
+  Args:
+    graph: see `read`.
+    layout: see `read`.
+    weights: see `read`.
+    states: what enters the layer.
+    num_tokens: number of tokens of each row without its padding, whose scores are `NOTHING`.
+    start: rotary position of the first token.
+    layer: index of the layer.
+  """
+  decoder = graph.merge(weights).decoder
+  positions = start + jnp.arange(states.shape[1])[None]
+  q, k = decoder.queries_and_keys(states, positions, layer, layout)
+  last = jnp.take_along_axis(q, (num_tokens - 1)[:, None, None, None], axis=1)[:, 0]
+  is_token = jnp.arange(states.shape[1]) < num_tokens[:, None]
+  scores = jnp.where(is_token[:, None], scores_of(last, k), NOTHING)
+  return layout.constrain(last), layout.constrain(scores)
+
+
+@_program(static_argnames=("graph", "layout", "layer"))
+def score(
+  graph: ModelGraph,
+  layout: Layout,
+  weights: dict,
+  queries: Float[Array, "B N H"],
+  states: Float[Array, "1 T D"],
+  start: Int[Array, ""],
+  layer: int,
+) -> Float[Array, "B N T"]:
+  """Scores of tokens that all queries stand behind. The arguments are those of `last_queries`."""
+  decoder = graph.merge(weights).decoder
+  positions = start + jnp.arange(states.shape[1])[None]
+  _, k = decoder.queries_and_keys(states, positions, layer, layout)
+  return layout.constrain(scores_of(queries, k))
+
+
+def _logits_of_last(decoder, states, num_tokens, layout):
+  """Logits of the token after the last one of each row; any where a row has no token."""
+  index = jnp.maximum(num_tokens - 1, 0)[:, None, None]
+  last = jnp.take_along_axis(states, index, axis=1)[:, 0]
+  return _logits(decoder, decoder.norm(last), layout)
 
 
 @_program(static_argnames=("graph", "layout"), donate_argnames=("caches", "logits"))
 def decode(
-  graph: nnx.GraphDef,
+  graph: ModelGraph,
   layout: Layout,
   weights: dict,
-  caches: Caches,
+  caches: tuple[KVCache, ...],
+  behind: tuple[tuple[KVCache, ...], ...],
   logits: Float[Array, "B vocab"],
   finished: Bool[Array, "B"],
   stop_ids: Int[Array, "S"],
@@ -126,14 +234,15 @@ def decode(
   temperature: float,
   top_p: float,
   num_steps: int,
-) -> tuple[Int[Array, "B steps"], Caches, Float[Array, "B vocab"], Bool[Array, "B"]]:
+) -> tuple[Int[Array, "B steps"], tuple[KVCache, ...], Float[Array, "B vocab"], Bool[Array, "B"]]:
   """Decodes up to `num_steps` (at most `DECODE_STEPS`) tokens per row.
 
   Args:
-    graph: the model, as from `nnx.split`.
+    graph: of the model.
     layout: how arrays are split over the mesh.
     weights: of the model, as nested dicts.
-    caches: of the tokens read so far.
+    caches: of the tokens that the rows have read, one for each part of the layers.
+    behind: for each part, the caches that the rows stand behind; see `Qwen2.read`.
     logits: scores of the next token.
     finished: which rows need no more tokens.
     stop_ids: token ids that end an answer.
@@ -146,7 +255,7 @@ def decode(
     The new tokens, with `NO_TOKEN` after the stop token of a row; the caches with these tokens;
     the logits of the next token; and which rows are finished.
   """
-  decoder = nnx.merge(graph, weights).decoder
+  decoder = graph.merge(weights).decoder
 
   def unfinished(state):
     """Whether any row needs one more token."""
@@ -160,19 +269,21 @@ def decode(
     tokens = tokens.at[:, step].set(jnp.where(finished, NO_TOKEN, token))
     # A stop token is read, too, since the next turn of a chat comes after it.
     num_read = 1 - finished.astype(jnp.int32)
-    embedded = decoder.embed(token[:, None], layout)
-    hidden, caches = decoder.extend(embedded, caches, num_read, layout)
+    x, first, longer = decoder.embed(token[:, None], layout), 0, []
+    for cache, before in zip(caches, behind, strict=True):
+      layers = range(first, first + cache.depth)
+      x, cache = decoder.read(x, cache, num_read, layers=layers, behind=before, layout=layout)
+      longer.append(cache)
+      first += cache.depth
     finished = finished | (token[:, None] == stop_ids).any(axis=-1)
-    return step + 1, tokens, caches, _logits(decoder, hidden[:, 0], layout), finished
+    logits = _logits(decoder, decoder.norm(x[:, 0]), layout)
+    return step + 1, tokens, tuple(longer), logits, finished
 
   tokens = jnp.full((len(finished), DECODE_STEPS), NO_TOKEN, jnp.int32)
   state = (0, tokens, caches, logits, finished)
-  return jax.lax.while_loop(unfinished, one_token, state)[1:]
-
-
-def _last_logits(decoder, hidden, length, layout):
-  last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-  return _logits(decoder, last, layout)
+  tokens, *after, finished = jax.lax.while_loop(unfinished, one_token, state)[1:]
+  # The host reads them, and on several hosts it can read only what its own devices have.
+  return layout.constrain(tokens), *after, layout.constrain(finished)
 
 
 def _logits(decoder: Qwen2, hidden, layout):
@@ -185,137 +296,3 @@ def bucket(size: int, smallest: int = 64) -> int:
   while step < size:
     step = step * 3 // 2 if step & (step - 1) == 0 else step * 4 // 3
   return step
-
-
-def padded_sizes(num_tokens: int, num_visual: int, max_new_tokens: int) -> tuple[int, int, int]:
-  """The padded sizes of prompts: tokens, visual tokens, and slots of the first cache.
-
-  padded_sizes(8448, 8192, 256) = 12288, 8192, 16384
-  """
-  width = bucket(num_tokens)
-  return width, bucket(num_visual), bucket(width + max_new_tokens)
-
-
-def plan_prompts(
-  config: VideoChatFlashConfig, is_visual: Bool[np.ndarray, "B T"], length: Int[np.ndarray, "B"]
-) -> DropoutPlan | None:
-  """Plans the token dropout of right-padded prompts. After a drop rows are padded to a bucket."""
-  if config.dropout is None:
-    return None
-  segment_ids = (np.arange(is_visual.shape[1]) < length[:, None]).astype(np.int32)
-  return plan_dropout(config.dropout, is_visual, segment_ids, round_length=bucket)
-
-
-def prefill_program(
-  model_config: VideoChatFlashConfig,
-  mesh: Mesh,
-  *,
-  rows: int,
-  num_tokens: int,
-  num_visual: int,
-  max_new_tokens: int,
-) -> tuple[Callable, tuple]:
-  """The program that reads prompts, for prompts about one video each, padded as by the engine.
-
-  Args:
-    model_config: config of the model. Its weights are bfloat16.
-    mesh: the devices to compile for.
-    rows: number of prompts, on all devices together.
-    num_tokens: tokens of a prompt, with the visual ones.
-    num_visual: visual tokens of a prompt.
-    max_new_tokens: tokens of an answer, for which the caches have free slots.
-
-  Returns:
-    The jitted program; and its arguments, where arrays are given by shape and sharding.
-
-  Raises:
-    InputError: rows or model cannot be split over the mesh; a prompt has more visual tokens than
-      tokens; or a prompt is longer than a TPU can read at once.
-  """
-  layout = _layout(model_config, mesh, rows)
-  if num_visual > num_tokens:
-    raise InputError(
-      f"a prompt of {num_tokens:,} tokens has no room for {num_visual:,} visual ones; give more "
-      "tokens_per_row or fewer clips_per_shard"
-    )
-  width, visual_width, num_slots = padded_sizes(num_tokens, num_visual, max_new_tokens)
-  check_length(layout, width, width)
-  is_visual = np.broadcast_to(np.arange(width) < num_visual, (rows, width))
-  shapes = (
-    jax.ShapeDtypeStruct((rows, width), jnp.int32),
-    jax.ShapeDtypeStruct((rows, visual_width, model_config.decoder.width), jnp.bfloat16),
-    jax.ShapeDtypeStruct((rows, width), jnp.int32),
-    jax.ShapeDtypeStruct((rows,), jnp.int32),
-    plan_prompts(model_config, is_visual, np.full(rows, num_tokens)),
-  )
-  arguments = _split(layout, shapes, "batch")
-  return prefill, (*_model(model_config, layout), *arguments, num_slots)
-
-
-def decode_program(
-  model_config: VideoChatFlashConfig, mesh: Mesh, **prompts: int
-) -> tuple[Callable, tuple]:
-  """The program that writes up to `DECODE_STEPS` tokens per row. Their number is an argument.
-
-  Args:
-    model_config: config of the model. Its weights are bfloat16.
-    mesh: the devices to compile for.
-    **prompts: sizes of the prompts read before, as for `prefill_program`.
-
-  Returns:
-    As `prefill_program`.
-
-  Raises:
-    InputError: as for `prefill_program`.
-  """
-  program, arguments = prefill_program(model_config, mesh, **prompts)
-  graph, layout, weights, *_ = arguments
-  caches, logits = program.eval_shape(*arguments)
-  caches = tuple(
-    KVCache(
-      *_split(layout, (cache.k, cache.v), "layer", "batch", "heads"),
-      _split(layout, cache.length, "batch"),
-    )
-    for cache in caches
-  )
-  finished = jax.ShapeDtypeStruct(logits.shape[:1], jnp.bool_)
-  options = jax.eval_shape(lambda: (jnp.zeros(1, jnp.int32), jax.random.key(0), 0.0, 1.0, 1))
-  return decode, (
-    graph,
-    layout,
-    weights,
-    caches,
-    _split(layout, logits, "batch", "vocabulary"),
-    _split(layout, finished, "batch"),
-    *_split(layout, options),
-  )
-
-
-def _layout(config, mesh, rows):
-  layout = Layout(mesh, replicate_weights=True)
-  check_mesh(config, layout)
-  if rows % layout.row_shards:
-    raise InputError(
-      f"rows: {rows} is no multiple of {layout.row_shards}, which is mesh.data x mesh.fsdp; "
-      "change rows or the mesh"
-    )
-  return layout
-
-
-def _model(config, layout):
-  """The first three arguments of a program, without any weights in memory."""
-  model = nnx.eval_shape(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
-  graph, weights = nnx.split(model)
-  weights = nnx.to_pure_dict(weights)
-  shardings = weight_shardings(layout.mesh, weights, replicated=True)
-  return graph, layout, jax.tree.map(_shape, weights, shardings)
-
-
-def _split(layout: Layout, shapes: Any, *axes: str) -> Any:
-  """The same shapes, with the sharding of named axes."""
-  sharding = NamedSharding(layout.mesh, layout.spec(*axes))
-  return jax.tree.map(lambda leaf: _shape(leaf, sharding), shapes)
-
-
-def _shape(array, sharding):
-  return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

@@ -1,6 +1,7 @@
 """The sizes and options of a model: frozen dataclasses, and a constructor per checkpoint."""
 
 import dataclasses
+import itertools
 
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.fields import (
@@ -135,6 +136,12 @@ class DropoutConfig:
     """The preset of the released model cards."""
     return cls("uniform0_attention", layers=(4, 18), ratios=(1.0, 0.75, 0.25))
 
+  @property
+  def num_uniform(self) -> int:
+    """How many of the drops, counted from the first, keep evenly spaced tokens."""
+    first = {"uniform": len(self.layers), "uniform0_attention": 1, "uniform1_attention": 2}
+    return min(first.get(self.kind, 0), len(self.layers))
+
   def check(self, depth: int) -> None:
     """Checks the config against the number of layers of its decoder.
 
@@ -161,7 +168,7 @@ def _rises(numbers):
 
 def _require(usable, name, value, remedy):
   if not usable:
-    raise InputError(f"dropout.{name} is {value!r}: give {remedy}")
+    raise InputError(f"dropout.{name} is {value!r:.80}: give {remedy}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +230,17 @@ class VideoChatFlashConfig:
   def tile_tokens(self) -> int:
     """V of an image tile, which has one frame: on small tiles fewer than `clip_tokens`."""
     return self.connector.num_tokens(self.vision.num_patches(1))
+
+  @property
+  def layer_parts(self) -> list[range]:
+    """The layers of the decoder, in parts between which visual tokens are dropped."""
+    edges = [0, *(self.dropout.layers if self.dropout else ()), self.decoder.depth]
+    return [range(*edge) for edge in itertools.pairwise(edges)]
+
+  @property
+  def num_shared_parts(self) -> int:
+    """How many of the parts, from the first, come before any drop that ranks by attention."""
+    return 1 + (self.dropout.num_uniform if self.dropout else 0)
 
   @classmethod
   def tiny(cls) -> "VideoChatFlashConfig":
@@ -299,6 +317,17 @@ class VideoChatFlashConfig:
     )
     name = "VideoChat-Flash-Qwen2_5-7B_InternVideo2-1B"
     return cls(name, vision, ConnectorConfig(), _qwen2_7b())
+
+
+def released_configs() -> list[VideoChatFlashConfig]:
+  """The configs of all released models."""
+  return [
+    VideoChatFlashConfig.qwen2_7b_res224(),
+    VideoChatFlashConfig.qwen2_7b_res448(),
+    VideoChatFlashConfig.qwen2_5_2b_res448(),
+    VideoChatFlashConfig.qwen2_5_7b_1m_res224(),
+    VideoChatFlashConfig.qwen2_5_7b_internvideo2_1b(),
+  ]
 
 
 def _umt_l(image_size: int) -> VisionConfig:

@@ -4,6 +4,7 @@ import itertools
 
 import jax.numpy as jnp
 from flax import nnx
+from qwix import QArray
 
 from videochat_flash_jax.models.config import DecoderConfig
 from videochat_flash_jax.models.kv_cache import KVCache
@@ -16,15 +17,13 @@ from videochat_flash_jax.models.token_dropout import (
 )
 from videochat_flash_jax.ops.embedding import embed
 from videochat_flash_jax.ops.gather import gather_tokens
-from videochat_flash_jax.ops.linear import Linear
+from videochat_flash_jax.ops.linear import Linear, float32_product
 from videochat_flash_jax.ops.norms import RMSNorm
 from videochat_flash_jax.ops.rope import apply_rope, rope_table
 from videochat_flash_jax.ops.sharded_attention import self_attention
 from videochat_flash_jax.ops.swiglu import swiglu
 from videochat_flash_jax.parallel.layout import ONE_DEVICE, Layout
 from videochat_flash_jax.shapes import Array, Float, Int
-
-Caches = tuple[KVCache, ...]  # one for each range of layers between two drops of tokens
 
 
 class Qwen2(nnx.Module):
@@ -129,99 +128,103 @@ class Qwen2(nnx.Module):
     def queries_and_keys(x):
       """Those of the first layer after the drop. Their attention ranks the tokens."""
       now_at = layout.to_zigzag(kept_positions(plan, kept, positions))
-      layer = layout.gather_layer(self.layers.layer(before_layer), "decoder.layers.stacked")
-      x = layout.constrain(x, "batch", "sequence")
-      return layer.project(x, self._rope(now_at))[:2]
+      return self.queries_and_keys(x, now_at, before_layer, layout)
 
     return drop_tokens(plan, drop, x, kept, queries_and_keys, layout)
 
-  def prefill(
+  def queries_and_keys(
     self,
     x: Float[Array, "B T D"],
-    length: Int[Array, "B"],
-    num_slots: int,
-    plan: DropoutPlan | None = None,
+    positions: Int[Array, "#B T"],
+    layer: int,
     layout: Layout = ONE_DEVICE,
-  ) -> tuple[Float[Array, "B S D"], Caches]:
-    """Reads right-padded prompts into new caches.
+  ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
+    """Scaled queries, and keys, of one layer: their attention ranks visual tokens before it.
 
     Args:
-      x: embedded prompts.
-      length: number of tokens of each row without its padding.
-      num_slots: slots of the first cache, at least T. The other caches have as many free slots.
-      plan: which visual tokens to drop before which layer; None to keep all.
-      layout: how rows, heads and weights are split over a mesh. Its `sequence` must be 1.
-
-    Returns:
-      Hidden states of the kept tokens, after the last norm; and the caches: one for the layers
-      before the first drop, and one for the layers after each drop.
+      x: what enters the layer.
+      positions: rotary positions of the tokens, in the order of the layout.
+      layer: index of the layer.
+      layout: how rows, tokens and weights are split over a mesh.
     """
-    num_free, row_length = num_slots - x.shape[1], x.shape[1]
-    kept = None if plan is None else token_indices(plan)
-    caches = []
-    for part, drop in _parts(plan, self.config.depth):
-      if drop is not None:
-        x, kept = self._drop(plan, drop, part.start, x, kept, layout)
-        length = (kept < row_length).sum(axis=1)
-      batch, num_tokens, _ = x.shape
-      cache = self.cache_type.empty(
-        self.config, batch, num_tokens + num_free, depth=len(part), dtype=x.dtype
-      )
-      x, cache = self._read(x, cache, part, layout, is_empty=True)
-      caches.append(cache._replace(length=length.astype(jnp.int32)))
-    return self.norm(x), tuple(caches)
+    gathered = layout.gather_layer(self.layers.layer(layer), "decoder.layers.stacked")
+    x = layout.constrain(x, "batch", "sequence")
+    return gathered.project(x, self._rope(positions))[:2]
 
-  def extend(
+  def read(
     self,
     x: Float[Array, "B T D"],
-    caches: Caches,
-    length: Int[Array, "B"],
+    cache: KVCache,
+    num_tokens: Int[Array, "B"],
+    *,
+    layers: range | None = None,
+    behind: tuple[KVCache, ...] = (),
+    is_last_needed: bool = True,
     layout: Layout = ONE_DEVICE,
-  ) -> tuple[Float[Array, "B T D"], Caches]:
-    """Reads more tokens after those in the caches: a decoded token, or the next turn of a chat.
+  ) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Runs a part of the layers on new tokens, and writes these into the part's cache.
 
     Args:
-      x: embedded tokens, right-padded. Every row of every cache must have T free slots.
-      caches: those of the tokens before.
-      length: number of tokens of each row of `x` without its padding.
-      layout: as for `prefill`.
+      x: what enters the first of the layers, right-padded. Every row of the cache must have T free
+        slots.
+      cache: of the tokens before, in these layers.
+      num_tokens: number of tokens of each row of `x` without its padding.
+      layers: consecutive layers; None: all.
+      behind: caches of tokens before those of `cache`, which are not written; see `KVCache.attend`.
+      is_last_needed: False if what leaves the last layer is not needed. Of that layer only keys and
+        values are computed then.
+      layout: how heads and weights are split over a mesh.
 
     Returns:
-      Hidden states after the last norm; and the caches, with the new tokens.
+      What leaves the last layer (or enters it, if that is all that is needed); and the cache with
+      the new tokens.
     """
-    extended, first = [], 0
-    for cache in caches:
-      x, read = self._read(x, cache, range(first, first + cache.depth), layout)
-      extended.append(read._replace(length=cache.length + length.astype(jnp.int32)))
-      first += cache.depth
-    return self.norm(x), tuple(extended)
-
-  def _read(self, x, cache, part, layout, is_empty=False):
-    """Runs the layers of one part on new tokens, and writes these into the part's cache."""
-    rope = self._rope(cache.length[:, None] + jnp.arange(x.shape[1])[None])
+    layers = range(self.config.depth) if layers is None else layers
+    rope = self._rope(cache.positions(x.shape[1], behind))
 
     def apply(layer, index, carry):
       """Applies a layer to the hidden states and updates its part of the cache."""
       x, cache = carry
 
       def attend(q, k, v):
-        """Attention over the cache and the new tokens."""
+        """Attention over the caches and the new tokens."""
         nonlocal cache
-        index_in_part = index - part.start
-        out, cache = cache.attend(index_in_part, q, k, v, is_empty=is_empty, layout=layout)
+        out, cache = cache.attend(index - layers.start, q, k, v, behind=behind, layout=layout)
         return out
 
-      return layer(layout.constrain(x, "batch", "sequence"), rope, attend), cache
+      return layer(layout.constrain(x, "batch", cache.axes.length[1]), rope, attend), cache
 
-    if len(part) == self.config.depth:
-      return self.layers.run(apply, (x, cache))
-    return self.layers.run_part(apply, (x, cache), part)[0]
+    whole = layers if is_last_needed else layers[:-1]
+    if len(whole) == self.config.depth:
+      x, cache = self.layers.run(apply, (x, cache))
+    else:
+      (x, cache), _ = self.layers.run_part(apply, (x, cache), whole)
+    if not is_last_needed:
+      _, k, v = self.layers.layer(layers[-1]).project(x, rope)
+      cache = cache.write(len(layers) - 1, k, v, layout)
+    return x, cache.longer(num_tokens, x.shape[1])
 
-  def _rope(self, positions):
-    config, yarn = self.config, {}
+  def forget(self, cache: KVCache, start: Int[Array, ""], num_tokens: Int[Array, ""]) -> KVCache:
+    """Forgets some tokens of a cache; the tokens behind them move up.
+
+    Keys are turned to the new positions of their tokens, which stay contiguous. What the layers
+    above have read of the forgotten tokens stays in the other tokens (as in StreamingLLM, Xiao et
+    al. 2024).
+
+    Args:
+      cache: of any layers, of one row, on one device.
+      start: slot of the first token to forget.
+      num_tokens: how many are forgotten.
+    """
+    back = self._rope(jnp.full((1, 1), -num_tokens), scores_grow=False)
+    return cache.without(start, num_tokens, lambda k: apply_rope(k, *back))
+
+  def _rope(self, positions, **options):
+    config = self.config
     if config.yarn is not None:
-      yarn = {"stretch": config.yarn.factor, "original_positions": config.yarn.original_positions}
-    return rope_table(positions, config.head_size, config.rope_theta, **yarn)
+      options["stretch"] = config.yarn.factor
+      options["original_positions"] = config.yarn.original_positions
+    return rope_table(positions, config.head_size, config.rope_theta, **options)
 
   def embed(
     self, token_ids: Int[Array, "B T"], layout: Layout = ONE_DEVICE
@@ -230,7 +233,7 @@ class Qwen2(nnx.Module):
     return embed(self.embed_tokens.embedding[...], token_ids, layout)
 
   @property
-  def head(self) -> Float[Array, "D vocab"]:
+  def head(self) -> Float[Array, "D vocab"] | QArray:
     """The matrix that maps hidden states to logits."""
     if self.config.tied_embeddings:
       return self.embed_tokens.embedding[...].T
@@ -238,7 +241,7 @@ class Qwen2(nnx.Module):
 
   def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:
     """The score of every vocabulary id, in float32."""
-    return jnp.einsum("...d,dv->...v", hidden, self.head, preferred_element_type=jnp.float32)
+    return float32_product(hidden, self.head)
 
 
 def _parts(plan, depth):

@@ -124,10 +124,9 @@ def plan_dropout(
     _samples(is_visual[row], segment_ids[row], None if learnt is None else learnt[row])
     for row in range(batch)
   ]
-  num_uniform = {"uniform": len(config.layers), "uniform0_attention": 1, "uniform1_attention": 2}
   drops: dict[int, EvenDrop | RankedDrop] = {}
   for number, (layer, ratio) in enumerate(zip(config.layers, config.ratios[1:], strict=True)):
-    ranked = number >= num_uniform.get(config.kind, 0)
+    ranked = number >= config.num_uniform
     kept, rows = zip(*[_drop_from_row(samples, ratio, ranked) for samples in rows], strict=True)
     length = round_length(max(map(len, kept)))
     indices = [np.pad(row, (0, length - len(row)), constant_values=width) for row in kept]
@@ -167,7 +166,7 @@ def _samples(is_visual, segment_ids, learnt):
   samples = []
   bounds = np.flatnonzero(np.diff(segment_ids)) + 1
   for tokens in np.split(np.arange(len(segment_ids)), bounds):
-    if segment_ids[tokens[0]] > 0:
+    if len(tokens) and segment_ids[tokens[0]] > 0:
       has_answer = learnt is None or (~learnt[tokens[:-1]] & learnt[tokens[1:]]).any()
       samples.append(_Sample(is_visual[tokens], int(is_visual[tokens].sum()), bool(has_answer)))
   return samples
@@ -223,6 +222,20 @@ def drop_tokens(
     indices = jnp.sort(gather_tokens(order, drop.indices, fill=x.shape[1]), axis=1)
   kept = gather_tokens(kept, indices, fill=plan.is_visual.shape[1])
   return sharded_gather(x, indices, layout), kept
+
+
+def ranked_indices(
+  scores: Float[np.ndarray, "T"], is_visual: Bool[np.ndarray, "T"], drop: RankedDrop
+) -> Int[np.ndarray, "S"]:
+  """As `drop_tokens`, on the host, for one row of one sample: the indices of the tokens to keep.
+
+  Args:
+    scores: of each token.
+    is_visual: which tokens are visual.
+    drop: of this row alone, without padding.
+  """
+  best_first = np.argsort(np.where(is_visual, -scores, -np.inf), kind="stable")
+  return np.sort(best_first[drop.indices[0]])
 
 
 def visual_scores(

@@ -19,6 +19,7 @@ the work.
 import jax
 import jax.numpy as jnp
 
+from videochat_flash_jax.ops.platform import target_platform
 from videochat_flash_jax.shapes import Array, Float, Int
 
 
@@ -81,7 +82,15 @@ def match_tokens(features: Float[Array, "C P H"], num_removed: int) -> Int[Array
 def sum_groups(
   x: Float[Array, "C P E"], group: Int[Array, "C P"], num_groups: int
 ) -> Float[Array, "C V E"]:
-  """Sums the tokens of each group, as a matrix product, since scatters are slow on TPU and CPU."""
+  """Sums the tokens of each group, as a matrix product, since scatters are slow.
+
+  But on a CPU, a scatter of the narrow features of 16 clips of 784 tokens takes 1.5 ms of a core,
+  and the product 11 ms. For tokens of 1,024 channels both take the same, and only the product runs
+  on all cores.
+  """
+  if target_platform() == "cpu" and x.shape[-1] < num_groups:
+    sums = jnp.zeros((len(x), num_groups, x.shape[-1]))
+    return jax.vmap(lambda sums, group, x: sums.at[group].add(x))(sums, group, x)
   return jnp.einsum(
     "cvp,cpe->cve",
     _members(group, num_groups).astype(x.dtype),
@@ -108,7 +117,13 @@ def merge_tokens(x: Float[Array, "C P E"], *, target: int, num_heads: int) -> Fl
 
 
 def merge_groups(features: Float[Array, "C P H"], *, target: int) -> Int[Array, "C P"]:
-  """All rounds: the index of the output token that each token becomes part of."""
+  """All rounds: the index of the output token that each token becomes part of.
+
+  A CPU takes one clip after another: it finds the scores of one clip in its cache, and does not ask
+  the operating system for memory each time. 16 clips of 784 tokens then take 8 instead of 19 ms.
+  """
+  if target_platform() == "cpu" and len(features) > 1:
+    return jax.lax.map(lambda clip: merge_groups(clip[None], target=target)[0], features)
   num_tokens = features.shape[1]
   group = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), features.shape[:2])
   for num_removed in merge_schedule(num_tokens, target):

@@ -15,8 +15,8 @@ from videochat_flash_jax.ops.linear import Linear, plus
 from videochat_flash_jax.ops.norms import LayerNorm
 from videochat_flash_jax.shapes import Array, Float
 
-_BLOCK_NORM_EPS = 1e-6
-_FINAL_NORM_EPS = 1e-12
+BLOCK_NORM_EPS = 1e-6
+FINAL_NORM_EPS = 1e-12
 
 
 class UMT(nnx.Module):
@@ -29,7 +29,7 @@ class UMT(nnx.Module):
     self.blocks = LayerStack(
       lambda rngs: Block(config, rngs=rngs, param_dtype=param_dtype), config.depth, rngs=rngs
     )
-    self.norm = LayerNorm(config.width, _FINAL_NORM_EPS, param_dtype=param_dtype)
+    self.norm = LayerNorm(config.width, FINAL_NORM_EPS, param_dtype=param_dtype)
 
   def __call__(self, pixels: Float[Array, "C F height width 3"]) -> Float[Array, "C P E"]:
     """Encodes clips. A clip of one frame is an image.
@@ -54,12 +54,12 @@ class Block(nnx.Module):
   def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, param_dtype):
     width = config.width
     self.num_heads = config.num_heads
-    self.norm1 = LayerNorm(width, _BLOCK_NORM_EPS, param_dtype=param_dtype)
+    self.norm1 = LayerNorm(width, BLOCK_NORM_EPS, param_dtype=param_dtype)
     self.qkv = Linear(width, 3 * width, use_bias=False, param_dtype=param_dtype, rngs=rngs)
     self.q_bias = nnx.Param(jnp.zeros((width,), param_dtype))
     self.v_bias = nnx.Param(jnp.zeros((width,), param_dtype))
     self.proj = Linear(width, width, param_dtype=param_dtype, rngs=rngs)
-    self.norm2 = LayerNorm(width, _BLOCK_NORM_EPS, param_dtype=param_dtype)
+    self.norm2 = LayerNorm(width, BLOCK_NORM_EPS, param_dtype=param_dtype)
     self.fc1 = Linear(width, config.mlp_width, param_dtype=param_dtype, rngs=rngs)
     self.fc2 = Linear(config.mlp_width, width, param_dtype=param_dtype, rngs=rngs)
 

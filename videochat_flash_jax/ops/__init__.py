@@ -3,12 +3,13 @@
 | file                 | what it does |
 |----------------------|--------------|
 | `attention`          | softmax attention: the contract, and the choice of an implementation |
-| `blockwise`          | attention in blocks of queries, for CPUs, GPUs and the ring |
+| `blockwise`          | attention in tiles, for CPUs, GPUs and the ring |
 | `splash`             | attention by the kernel for TPUs |
 | `sharded_attention`  | self-attention of a sequence that may be sharded: ring or all-gather |
 | `ring_attention`     | blocks of keys go round a ring; each hop is hidden behind a computation |
 | `received_attention` | how much attention each token receives, to rank tokens |
 | `rope`               | rotary positions |
+| `kv_formats`         | keys and values in a cache: wide, in 8 bits or in 4 bits |
 | `swiglu`             | the MLP of the decoder; on a CPU in blocks of rows |
 | `linear`             | linear layers, and in which type their gradients are summed |
 | `norms`              | normalisation layers |

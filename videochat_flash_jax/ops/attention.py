@@ -3,7 +3,7 @@
 | name        | where                       | scores in memory | cases             |
 |-------------|-----------------------------|------------------|-------------------|
 | `dense`     | anywhere; the reference     | T x S            | all               |
-| `blockwise` | anywhere; made for CPUs     | a block          | all               |
+| `blockwise` | anywhere; made for CPUs     | a tile           | all               |
 | `cudnn`     | NVIDIA GPUs, from Ampere on | none             | 16 bits, no       |
 |             |                                   |                  | segments or order |
 | `splash`    | TPUs                        | none             | all               |
@@ -27,6 +27,7 @@ from videochat_flash_jax.ops.platform import target_platform
 from videochat_flash_jax.shapes import Array, Float, Int
 
 _DENSE_SCORES = 256 * 256  # up to this many scores per head, one dense product is faster
+_CACHED_SCORES = 1 << 22  # of all heads; fewer stay in a CPU's last cache: dense is faster
 
 
 def attention(
@@ -64,6 +65,31 @@ def attention(
   return run(q, k, v, causal, query_order, query_segments, key_segments)
 
 
+def partial_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  query_order: Int[Array, "#B #T"],
+) -> Partial:
+  """As `attention(..., causal=True)` for a part of the keys, to be merged with that of other parts.
+
+  Args:
+    q: queries, scaled already.
+    k: keys of the part.
+    v: values of the part.
+    query_order: a query sees only the keys whose index is at most its order; with -1, none.
+
+  Returns:
+    Result and log-sum-exp in float32; zeros and `NOTHING` for a query that sees no key.
+  """
+  query_order = jnp.broadcast_to(query_order, (len(query_order), q.shape[1]))
+  module, num_scores = splash if target_platform() == "tpu" else blockwise, q.shape[1] * k.shape[1]
+  is_cached = module is blockwise and num_scores * q.shape[0] * q.shape[2] < _CACHED_SCORES
+  if q.shape[1] == 1 or num_scores <= _DENSE_SCORES or is_cached:
+    return _dense_partial(q, k, v, True, query_order, None, None)
+  return module.attend(q, k, v, True, query_order, None, None)
+
+
 def scaled(q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
   """Queries divided by sqrt(H). `apply_rope` scales those of the decoder as it rounds them."""
   return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
@@ -81,6 +107,13 @@ def _fastest():
 
 def _dense(q, k, v, causal, query_order, query_segments, key_segments):
   """Computes all scores at once; JAX derives the gradient."""
+  return _dense_partial(q, k, v, causal, query_order, query_segments, key_segments).out.astype(
+    q.dtype
+  )
+
+
+def _dense_partial(q, k, v, causal, query_order, query_segments, key_segments) -> Partial:
+  """The same, with the log-sum-exp."""
   (batch, length, num_heads, head_size), num_kv_heads = q.shape, k.shape[2]
   group = num_heads // num_kv_heads
   visible = _visible(q, k, causal, query_order, query_segments, key_segments)
@@ -91,14 +124,20 @@ def _dense(q, k, v, causal, query_order, query_segments, key_segments):
   scores = jnp.einsum("bkqh,bksh->bkqs", rows, k, preferred_element_type=jnp.float32)
   if visible is not None:
     scores = jnp.where(jnp.repeat(visible, group, axis=1)[:, None], scores, NOTHING)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+  highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+  weights = jnp.exp(scores - highest)
   total = weights.sum(axis=-1, keepdims=True)
   # Divided after the product: S times fewer divisions, and no second pass over the weights.
   mixed = jnp.einsum(
     "bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
   )
-  out = (mixed / total).astype(q.dtype).reshape(batch, num_kv_heads, length, group, head_size)
-  return out.swapaxes(1, 2).reshape(q.shape)
+  seen = highest > NOTHING  # else a mean of all values
+  out, lse = jnp.where(seen, mixed / total, 0), jnp.where(seen, highest + jnp.log(total), NOTHING)
+  out, lse = (
+    x.reshape(batch, num_kv_heads, length, group, -1).swapaxes(1, 2).reshape(*q.shape[:3], -1)
+    for x in (out, lse)
+  )
+  return Partial(out, lse[..., 0])
 
 
 def _visible(q, k, causal, query_order, query_segments, key_segments):

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from qwix import QArray, dequantize
 
 from videochat_flash_jax.parallel.layout import Layout
 from videochat_flash_jax.shapes import Array, Float, Int
@@ -13,7 +14,7 @@ _TABLE, _TOKENS = ("vocabulary", "width"), ("batch", "sequence")
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed(
-  table: Float[Array, "vocab D"], token_ids: Int[Array, "B T"], layout: Layout
+  table: Float[Array, "vocab D"] | QArray, token_ids: Int[Array, "B T"], layout: Layout
 ) -> Float[Array, "B T D"]:
   """Returns `table[token_ids]`.
 
@@ -26,7 +27,8 @@ def embed(
   A sum of bfloat16 ones would stay at 256, however many tokens follow.
 
   Args:
-    table: split by vocabulary ids and by columns, as `parallel.sharding` says.
+    table: split by vocabulary ids and by columns, as `parallel.sharding` says. For inference also
+      int8: values [vocab, D], and a scale [vocab, 1] for each id, in the dtype of the result.
     token_ids: from 0. Ids below 0 read token 0, and give it no gradient.
     layout: how table and tokens are sharded; and the dtype of the result.
   """
@@ -34,8 +36,8 @@ def embed(
 
   def look_up(table, token_ids):
     """Embeddings of this device's tokens; `table` is this device's shard."""
-    rows = _rows_in_shard(len(table), jnp.maximum(token_ids, 0), layout)
-    columns = table.at[rows].get(mode="fill", fill_value=0).astype(layout.products_in(table))
+    rows = _rows_in_shard(table.shape[0], jnp.maximum(token_ids, 0), layout)
+    columns = _take(table, rows).astype(layout.products_in(table))
     columns = layout.reduce_over(jax.lax.psum, columns, "vocabulary")
     if sharers is None:
       return columns
@@ -43,6 +45,17 @@ def embed(
     return jnp.moveaxis(columns, 0, 2).reshape(*token_ids.shape, -1)
 
   return layout.shard_map(look_up, (_TABLE, _TOKENS), _TOKENS)(table, token_ids)
+
+
+def _take(table, rows):
+  """Returns `table[rows]`, with zeros for rows that the table does not have."""
+  if not isinstance(table, QArray):
+    return table.at[rows].get(mode="fill", fill_value=0)
+  if rows.size == 1:
+    # For one row of int8 the compiler for TPUs makes a slice instead of a gather, and copies all of
+    # the table before it: for every token that is decoded.
+    return _take(table, jnp.stack([rows, rows]))[0]
+  return dequantize(jax.tree.map(lambda part: part.at[rows].get(mode="fill", fill_value=0), table))
 
 
 def _forward(table, token_ids, layout):

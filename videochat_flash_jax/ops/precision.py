@@ -2,10 +2,16 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+
+def dtype_of_products(weights: Any) -> jnp.dtype:
+  """The dtype in which a tree of weights is computed with: that of all which are not int8."""
+  return next(leaf.dtype for leaf in jax.tree.leaves(weights) if leaf.dtype != jnp.int8)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,20 @@ def received_attention(
   return local(q, k, segment_ids, positions, asking, num_blocks)
 
 
+def scores_of(queries: Float[Array, "B N H"], k: Float[Array, "#B T K H"]) -> Float[Array, "B N T"]:
+  """The scores, before the softmax, that one query of each row gives the tokens, in float32.
+
+  Args:
+    queries: scaled already.
+    k: keys, with K dividing N (grouped-query attention); those of one row count for all rows.
+  """
+  batch, num_heads, head_size = queries.shape
+  k = jnp.broadcast_to(k, (batch, *k.shape[1:]))
+  grouped = queries.reshape(batch, k.shape[2], -1, head_size)
+  scores = jnp.einsum("bkgh,btkh->bkgt", grouped, k, preferred_element_type=jnp.float32)
+  return scores.reshape(batch, num_heads, -1)
+
+
 def _received_on_device(q, k, segment_ids, positions, asking, num_blocks, length, layout):
   """Means for this device's tokens, of the weights that the asking tokens of all devices give."""
   (batch, num_keys, _, head_size), num_kv_heads = q.shape, k.shape[2]

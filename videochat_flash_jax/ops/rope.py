@@ -23,6 +23,7 @@ def rope_table(
   *,
   stretch: float = 1.0,
   original_positions: int = 0,
+  scores_grow: bool = True,
 ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
   """Returns cosines and sines for each position; the H/2 frequencies stand twice, as in Qwen2.
 
@@ -34,11 +35,12 @@ def rope_table(
       Fast channels, which tell neighbours apart, keep their frequency, and slow channels turn more
       slowly. Attention scores grow by the square of 0.1 ln(stretch) + 1.
     original_positions: length of the context that the model was trained with.
+    scores_grow: False for tables that turn keys further which were turned before.
   """
   frequencies = _frequencies(head_size, theta, stretch, original_positions)
   angles = positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
   angles = jnp.concatenate([angles, angles], axis=-1)
-  scale = 0.1 * math.log(stretch) + 1
+  scale = 0.1 * math.log(stretch) + 1 if scores_grow else 1.0
   return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
@@ -66,8 +68,8 @@ def _slowed_share(head_size, theta, original_positions):
 
 def apply_rope(
   x: Float[Array, "B T N H"],
-  cosines: Float[Array, "#B T H"],
-  sines: Float[Array, "#B T H"],
+  cosines: Float[Array, "#B #T H"],
+  sines: Float[Array, "#B #T H"],
   scale: float = 1.0,
 ) -> Float[Array, "B T N H"]:
   """Rotates each pair of channels i and i + H/2 by the angle of the token's position.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from videochat_flash_jax.shapes import Array, Float
 
@@ -40,7 +41,9 @@ def swiglu(
   def in_blocks(x):
     """The same, one block of rows after another."""
     rows = x.reshape(-1, x.shape[-1])
-    rows = jax.lax.map(lambda row: apply(row[None])[0], rows, batch_size=block)
-    return rows.reshape(x.shape)
+    whole = len(rows) - len(rows) % block
+    blocks = jax.lax.map(apply, rows[:whole].reshape(-1, block, x.shape[-1]))
+    rest = apply(rows[whole:])
+    return jnp.concatenate([blocks.reshape(-1, x.shape[-1]), rest]).reshape(x.shape)
 
   return jax.lax.platform_dependent(x, cpu=in_blocks, default=apply)

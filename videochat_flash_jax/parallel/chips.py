@@ -3,6 +3,7 @@
 Source: cloud.google.com/tpu/docs, pages v4, v5e, v5p and v6e (read in 2026).
 - Links: what a chip can send over all its links at the same time. A v5e has 1,600 Gbit/s, which is
   also published as 400 GB/s for both directions together.
+- Memory: what the compiler says is there, in its error about a program that does not fit.
 - Data-centre network: the share of one chip. A v5p has 50 Gbit/s. A pod of 256 v5e has 6.4 Tbit/s,
   a pod of 256 v6e 25.6 Tbit/s. For v4 nothing is published.
 """
@@ -15,6 +16,7 @@ from typing import NamedTuple
 # are linked in three dimensions, the slices smaller than a cube of 4 x 4 x 4 chips. Larger slices
 # consist of whole cubes.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_GIB = 2**30
 _PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 
@@ -23,6 +25,7 @@ class Chip(NamedTuple):
 
   Attributes:
     flops_per_second: bfloat16 operations per second.
+    memory_bytes: of main memory (HBM), as far as the compiler uses it.
     memory_bytes_per_second: bytes per second that main memory (HBM) reads and writes.
     sent_bytes_per_second: bytes per second that a chip sends over all its links.
     data_centre_bytes_per_second: bytes per second that a chip sends to other slices; None if this
@@ -32,6 +35,7 @@ class Chip(NamedTuple):
   """
 
   flops_per_second: float
+  memory_bytes: int
   memory_bytes_per_second: float
   sent_bytes_per_second: float
   data_centre_bytes_per_second: float | None
@@ -54,10 +58,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-  "v4": Chip(275e12, 1228e9, 300e9, None, _PARTS_OF_A_CUBE, 4096),
-  "v5e": Chip(197e12, 819e9, 200e9, 6.4e12 / 8 / 256, _FLAT),
-  "v5p": Chip(459e12, 2765e9, 600e9, 50e9 / 8, _PARTS_OF_A_CUBE, 6144),
-  "v6e": Chip(918e12, 1638e9, 400e9, 25.6e12 / 8 / 256, _FLAT),
+  "v4": Chip(275e12, int(30.75 * _GIB), 1228e9, 300e9, None, _PARTS_OF_A_CUBE, 4096),
+  "v5e": Chip(197e12, int(15.75 * _GIB), 819e9, 200e9, 6.4e12 / 8 / 256, _FLAT),
+  "v5p": Chip(459e12, int(95.74 * _GIB), 2765e9, 600e9, 50e9 / 8, _PARTS_OF_A_CUBE, 6144),
+  "v6e": Chip(918e12, int(31.25 * _GIB), 1638e9, 400e9, 25.6e12 / 8 / 256, _FLAT),
 }
 
 # JAX's name of a device -> our name of the chip. The name of a device may begin with several of

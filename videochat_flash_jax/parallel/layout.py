@@ -55,7 +55,9 @@ class Layout:
   def __post_init__(self):
     kind, shards = self.sequence_parallel, self.sequence_shards
     if kind not in SEQUENCE_PARALLEL:
-      raise InputError(f"sequence_parallel is {kind!r}; choose {' or '.join(SEQUENCE_PARALLEL)}")
+      raise InputError(
+        f"sequence_parallel is {kind!r:.80}; choose {' or '.join(SEQUENCE_PARALLEL)}"
+      )
     if kind == "none" and shards > 1:
       raise InputError(
         f"sequence_parallel is 'none', but mesh.sequence is {shards}: choose ring or all_gather, "
@@ -68,9 +70,9 @@ class Layout:
     return REPLICATED_AXES if self.replicate_weights else MESH_AXES
 
   @property
-  def row_shards(self) -> int:
-    """The number of parts into which the rows of a batch are sharded."""
-    return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in self.axes["batch"])
+  def slot_shards(self) -> int:
+    """At inference, the number of devices over which the slots of one row's cache are split."""
+    return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in self.axes["slots"])
 
   @property
   def sequence_shards(self) -> int:
@@ -95,13 +97,19 @@ class Layout:
   def device_put(self, arrays: Any, *axes: str) -> Any:
     """Shards a tree of arrays over the mesh; the arrays may be on the host or on any device.
 
+    On several hosts every process gives the same arrays.
+
     Args:
       arrays: a tree of arrays that all have the same named axes.
       *axes: names of their first axes, keys of `MESH_AXES`.
     """
     if self.mesh is None:
       return arrays
-    return jax.device_put(arrays, NamedSharding(self.mesh, self.spec(*axes)))
+    sharding = NamedSharding(self.mesh, self.spec(*axes))
+    # `jax.device_put` would send every array to all processes, to check that it is the same there.
+    return jax.tree.map(
+      lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), arrays
+    )
 
   def shard_map(self, function: Callable, inputs: Sequence[Any], output: Any) -> Callable:
     """Returns a function that runs `function` on every device, on that device's shards only.
@@ -122,6 +130,12 @@ class Layout:
       ),
       out_specs=self._specs(output),
       check_vma=False,  # the check rejects a `cond` whose branches vary over different axes
+    )
+
+  def shardings(self, axes: Any) -> Any:
+    """The shardings of a tree of arrays, from a tree of tuples of named axes."""
+    return jax.tree.map(
+      lambda names: NamedSharding(self.mesh, self.spec(*names)), axes, is_leaf=_is_axis_names
     )
 
   def _specs(self, axes):

@@ -60,7 +60,7 @@ def join_processes(
     raise InputError("give coordinator, num_processes and process_id together, or none of them")
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit():
-    raise InputError(f"coordinator is {coordinator!r}: give host:port of the first process")
+    raise InputError(f"coordinator is {coordinator!r:.80}: give host:port of the first process")
   if not 0 <= process_id < num_processes:
     raise InputError(f"process_id is {process_id} of {num_processes} processes: count from 0")
   # Where no accelerators are linked, the processes communicate through gloo on the CPU.

@@ -31,8 +31,17 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
   "clips": ("sequence", "tensor"),  # of one row; together with the rows, over all four axes
 }
 # The sharding of a layer's weights while it is computed. At inference weights always have it;
-# otherwise all of them would be sent between devices for every token.
-REPLICATED_AXES = {**MESH_AXES, "width": None, "contracting": "tensor"}
+# otherwise all of them would be sent between devices for every token. There every device also has
+# all rows of a batch; what is long, a video, is split over all devices.
+REPLICATED_AXES = {
+  **MESH_AXES,
+  "width": None,
+  "contracting": "tensor",
+  "batch": None,
+  "sequence": None,
+  "clips": ("data", "fsdp", "sequence", "tensor"),
+  "slots": ("data", "fsdp", "sequence"),  # of a cache; and the tokens that are read into it
+}
 
 # End of a path (a regex) -> names of the axes of one layer's array. A path with `stacked` has the
 # axis "layer" before these. Clips are sharded over all axes of the mesh, so the products of encoder
@@ -52,7 +61,12 @@ WEIGHTS: tuple[tuple[str, tuple[str, ...]], ...] = (
   (r"decoder\..*\.(gate|up)_proj\.lora_b", ("replicated", "mlp")),
   (r"decoder\..*\.(o|down)_proj\.lora_a", ("contracting", "replicated")),
   (r".*\.lora_b", ("replicated", "width")),
-  (r".*", ()),  # norms, biases, position tables: small, and replicated
+  # Scales of int8 weights: one for each output, or each vocabulary id. Values are as the weight.
+  (r"embed_tokens\.embedding\.scale", ("vocabulary", "replicated")),
+  (r"lm_head\.kernel\.scale", ("replicated", "vocabulary")),
+  (r"decoder\..*\.[qkv]_proj\.kernel\.scale", ("replicated", "heads")),
+  (r"decoder\..*\.(gate|up)_proj\.kernel\.scale", ("replicated", "mlp")),
+  (r".*", ()),  # norms, biases, position tables, other scales: small, and replicated
 )
 
 
@@ -68,6 +82,7 @@ def weight_spec(path: str, ndim: int, *, replicated: bool = False) -> PartitionS
     replicated: if True, sharded over `tensor` only and replicated over the other axes, as inference
       keeps weights, and as training has them while their layer is computed.
   """
+  path = path.removesuffix(".qvalue")
   names = next(names for ending, names in WEIGHTS if re.search(rf"(^|\.){ending}$", path))
   if ".stacked." in path and names:
     names = ("layer", *names)

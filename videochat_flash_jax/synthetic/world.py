@@ -181,7 +181,7 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str) -> list[Question]:
       for thing in rng.permutation(things)[:num_each]:
         add(_ABSENCE_WORDINGS, thing, answer)
   else:
-    raise InputError(f"unknown question kind {kind!r}: choose from {', '.join(QUESTION_KINDS)}")
+    raise InputError(f"unknown question kind {kind!r:.80}: choose from {', '.join(QUESTION_KINDS)}")
   rng.shuffle(questions)
   return questions
 

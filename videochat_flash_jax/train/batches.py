@@ -126,12 +126,12 @@ def check_features(settings: TrainSettings, program: TrainProgram):
     return
   if settings.data.synthetic:
     raise InputError(
-      f"config.data.features is {path!r}, but all examples come from data.synthetic; give "
+      f"config.data.features is {path!r:.80}, but all examples come from data.synthetic; give "
       "no data.features, or no data.synthetic"
     )
   if "vision" in program.state.trained:
     raise InputError(
-      f"config.data.features is {path!r}, but the encoder is trained, so its features change: "
+      f"config.data.features is {path!r:.80}, but the encoder is trained, so its features change: "
       'freeze all of it (config.optimizer.scales with ("vision", 0.0) first), or give no '
       "data.features"
     )

@@ -20,6 +20,7 @@ from videochat_flash_jax.checkpoints.convert import open_checkpoint
 from videochat_flash_jax.checkpoints.hub.checkpoint import Checkpoint
 from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
 from videochat_flash_jax.checkpoints.hub.hf_config import read_fields, write_config
+from videochat_flash_jax.checkpoints.hub.hf_options import has_int8
 from videochat_flash_jax.checkpoints.hub.other_files import copy_other_files
 from videochat_flash_jax.checkpoints.hub.parts import (
   join_parts,
@@ -153,6 +154,11 @@ def _opened(init_from, config, seed=0) -> Checkpoint:
         f"give '{first} + ENCODER', where ENCODER is a file such as UMT-L_f4_vision.pt"
       )
     checkpoint = open_checkpoint(directory)
+  if has_int8(checkpoint.fields):
+    raise InputError(
+      f"config.init_from: {checkpoint.where} has int8 weights, which cannot be trained; give the "
+      "checkpoint of which it was made"
+    )
   _check_parts(checkpoint)
   _check_sizes(checkpoint, config)
   return _with_tied_head(checkpoint, config)
@@ -164,7 +170,7 @@ def _split(init_from):
     return [init_from]
   parts = re.split(r"\s+\+\s+", init_from.strip())
   if not all(parts) or len(parts) > 3:
-    raise InputError(f"config.init_from is {init_from!r}; give {_FORMS}; or random")
+    raise InputError(f"config.init_from is {init_from!r:.80}; give {_FORMS}; or random")
   return parts
 
 
@@ -207,8 +213,8 @@ def _check_sizes(checkpoint, config):
     for field, value in asked.items():
       if field not in may_differ and has[field] != value:
         raise InputError(
-          f"config.init_from: {checkpoint.where} has {part}.{field} {has[field]!r}, but "
-          f"config.model, {config.name}, has {value!r}; give another config.model, or the "
+          f"config.init_from: {checkpoint.where} has {part}.{field} {has[field]!r:.80}, but "
+          f"config.model, {config.name}, has {value!r:.80}; give another config.model, or the "
           "checkpoint that it names"
         )
   if config.decoder.tied_embeddings and not checkpoint.config.decoder.tied_embeddings:

@@ -71,12 +71,12 @@ def add_adapters(model: nnx.Module, lora: LoraConfig, rngs: nnx.Rngs):
     found = sorted(name for name in layers if re.search(lora.targets, name))
   except re.error as error:
     raise InputError(
-      f"config.lora.targets: {lora.targets!r} is no regular expression ({error}); correct it"
+      f"config.lora.targets: {lora.targets!r:.80} is no regular expression ({error}); correct it"
     ) from error
   if not found:
     near = difflib.get_close_matches(lora.targets, layers, n=3, cutoff=0.3) or sorted(layers)
     raise InputError(
-      f"config.lora.targets: {lora.targets!r} matches no linear layer; match some of "
+      f"config.lora.targets: {lora.targets!r:.80} matches no linear layer; match some of "
       f"{', '.join(near)}"
     )
   for name in found:

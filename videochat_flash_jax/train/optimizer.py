@@ -104,7 +104,7 @@ def trained_paths(settings: OptimizerSettings, paths: Iterable[str]) -> Callable
   for index, (pattern, _) in enumerate(settings.scales):
     if index not in first_matches.values():
       raise InputError(
-        f"config.optimizer.scales: {pattern!r} is not the first match of any weight; "
+        f"config.optimizer.scales: {pattern!r:.80} is not the first match of any weight; "
         f"there are weights such as {_examples(first_matches)}; remove it, or correct it"
       )
   if not any(settings.scales[index][1] for index in first_matches.values()):

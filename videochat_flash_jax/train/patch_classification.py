@@ -115,7 +115,7 @@ def check(settings: TrainSettings, program: TrainProgram):
   del program
   if settings.data.features:
     raise InputError(
-      f'config.data.features is {settings.data.features!r}, but the objective "patches" trains '
+      f'config.data.features is {settings.data.features!r:.80}, but the objective "patches" trains '
       "the encoder; give no data.features"
     )
   if jax.process_count() > 1:

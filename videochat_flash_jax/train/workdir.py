@@ -134,8 +134,8 @@ def check_config(workdir: Path, config: Mapping[str, Any]):
     is_free = change.on_resume == OnResume.MAY_CHANGE
     if not is_free or change.path in OBJECTIVES[config["objective"]].batch_fields:
       raise InputError(
-        f"{workdir} holds a run with config.{change.path} {change.before!r}, now it is "
-        f"{change.now!r}; give {change.before!r}, or another --workdir"
+        f"{workdir} holds a run with config.{change.path} {change.before!r:.80}, now it is "
+        f"{change.now!r:.80}; give {change.before!r:.80}, or another --workdir"
       )
 
 
@@ -165,8 +165,8 @@ def check_checkpoint(config: Mapping[str, Any], where: Path, saved: Mapping[str,
   for change in config_changes(saved.get("config", {}), config):
     if change.on_resume == OnResume.FIXED_BY_WEIGHTS:
       raise InputError(
-        f"{where}: this checkpoint was trained with config.{change.path} {change.before!r}, now it "
-        f"is {change.now!r}; give {change.before!r}, or another --workdir"
+        f"{where}: this checkpoint was trained with config.{change.path} {change.before!r:.80}, "
+        f"now it is {change.now!r:.80}; give {change.before!r:.80}, or another --workdir"
       )
 
 

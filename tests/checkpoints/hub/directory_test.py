@@ -69,13 +69,19 @@ def test_a_model_in_the_hubs_cache_needs_no_network(cache, monkeypatch, name, re
   assert checkpoint_directory(name) == snapshot
 
 
+@pytest.mark.parametrize("moved", [None, True])
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
-def test_a_model_that_is_incomplete_in_the_cache_is_downloaded(cache, monkeypatch, missing):
+def test_a_model_that_is_incomplete_in_the_cache_is_downloaded(
+  cache, monkeypatch, tmp_path, missing, moved
+):
   files = {"config.json", "model.safetensors", "tokenizer.json"}
   snapshot = put(cache, RELEASED[0], files - {missing})
-  asked = []
+  asked, folder = [], moved and tmp_path / "hub"
+  if moved:
+    monkeypatch.setenv("VCF_CACHE_DIR", str(tmp_path))
 
-  def fetch(repository, *, allow_patterns, ignore_patterns, local_files_only=False):
+  def fetch(repository, *, allow_patterns, ignore_patterns, cache_dir, local_files_only=False):
+    assert cache_dir == folder
     asked.append((repository, local_files_only, allow_patterns))
     if not local_files_only:
       (snapshot / missing).touch()

@@ -27,7 +27,8 @@ from videochat_flash_jax.checkpoints import convert
 from videochat_flash_jax.checkpoints.convert import load_model, save_model
 from videochat_flash_jax.checkpoints.hub.safetensors_files import write_directory
 from videochat_flash_jax.errors import InputError
-from videochat_flash_jax.inference.engine import Engine, Prompt
+from videochat_flash_jax.inference.engine import Engine
+from videochat_flash_jax.inference.reading import Prompt
 
 
 def greedy_tokens(model):
@@ -38,8 +39,7 @@ def greedy_tokens(model):
   visual_tokens = engine.encode(clips)
   visual_index = np.r_[-1, np.arange(len(visual_tokens)), -1, -1].astype(np.int32)
   token_ids = np.arange(len(visual_index), dtype=np.int32) % CONFIG.decoder.vocab_size
-  reading = engine.read([Prompt(token_ids, visual_index, visual_tokens)], 32)
-  return np.concatenate([new for new, _ in engine.write(reading, 32)], axis=1).tolist()
+  return engine.generate([Prompt(token_ids, visual_index, visual_tokens)], 32)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])

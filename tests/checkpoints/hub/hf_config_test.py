@@ -204,7 +204,10 @@ def test_what_is_not_supported_is_refused(tmp_path, field, value):
     ({"layer_types": ["full_attention"] * 27}, "once for each of the 28 layers"),
     ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
     ({"partial_rotary_factor": True}, "'partial_rotary_factor' is True"),
-    ({"quantization_config": {"bits": 4}}, "'quantization_config' is {'bits': 4}; only null"),
+    (
+      {"quantization_config": {"bits": 4}},
+      "'quantization_config' is {'bits': 4}; it has to be null, or",
+    ),
     (
       {
         "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768},

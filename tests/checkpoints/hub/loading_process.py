@@ -1,6 +1,6 @@
 """Loads a checkpoint in a process of its own and prints what that took of the host's memory.
 
-  python -m tests.checkpoints.hub.loading_process DIRECTORY
+  python -m tests.checkpoints.hub.loading_process DIRECTORY [int8]
 
 On the CPU the arrays themselves lie in the host's memory, so their bytes are taken off.
 """
@@ -44,10 +44,11 @@ def shards_differ(directory: Path, whole: dict[str, jax.Array]) -> list[str]:
   return differ
 
 
-def main(directory: Path):
+def main(directory: Path, weights: str | None = None):
   jnp.zeros(1).block_until_ready()
   before = peak_bytes()
-  whole = dict(flat_weights(nnx.state(load_model(make_model, directory, jnp.bfloat16))))
+  model = load_model(make_model, directory, jnp.bfloat16, weights=weights)
+  whole = dict(flat_weights(nnx.state(model)))
   taken = peak_bytes() - before - sum(array.nbytes for array in whole.values())
   report = {"host_bytes": taken, "differ": []}
   if jax.device_count() > 1:
@@ -55,4 +56,4 @@ def main(directory: Path):
   print(json.dumps(report))
 
 
-main(Path(sys.argv[1]))
+main(Path(sys.argv[1]), *sys.argv[2:])

@@ -56,12 +56,13 @@ def _compiled_as_for_users(monkeypatch):
   monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
-def load(directory, num_devices=1):
+def load(directory, *weights, num_devices=1):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     **fake_devices(num_devices),
   }
   command = [sys.executable, "-m", "tests.checkpoints.hub.loading_process", str(directory)]
+  command += weights
   output = subprocess.run(
     command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
   )
@@ -87,3 +88,4 @@ def test_the_host_holds_less_than_the_largest_tensor_and_a_gibibyte(tmp_path):
   num_bytes, largest = write(tmp_path / "model", decoder)
   assert num_bytes > largest + 3 * 2**30
   assert load(tmp_path / "model")["host_bytes"] < largest + 2**30
+  assert load(tmp_path / "model", "int8")["host_bytes"] < largest + 2**30

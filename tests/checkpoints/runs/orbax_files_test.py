@@ -143,6 +143,17 @@ def test_a_run_answers_as_its_export_does(hub, tmp_path):
   assert answers[0] == answers[1]
 
 
+def test_adapters_are_merged_before_weights_are_made_int8(hub, tmp_path):
+  train_nothing(hub, tmp_path / "run", LORA)
+  write_checkpoint(open_checkpoint(tmp_path / "run"), make_model, tmp_path / "merged")
+  of_run, of_export = (
+    weights_of(load_model(make_model, tmp_path / name, weights="int8"))
+    for name in ("run", "merged")
+  )
+  assert_equal(of_run, of_export)
+  assert of_run["decoder.layers.stacked.up_proj.kernel.qvalue"].dtype == np.int8
+
+
 def test_adapters_are_merged_on_the_way_out(hub, tmp_path):
   weights = train_nothing(hub, tmp_path / "run", LORA)
   assert len(weights) == 8 + len(weights_of(dummy_model()))

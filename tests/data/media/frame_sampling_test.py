@@ -8,6 +8,7 @@ from videochat_flash_jax.data.media.frame_sampling import (
   fixed_rate_indices,
   inference_indices,
   interval_indices,
+  limited_indices,
   training_indices,
 )
 from videochat_flash_jax.errors import InputError
@@ -93,6 +94,30 @@ def test_inference_always_gives_whole_clips_of_rising_frames():
         assert 0 <= indices[0] <= indices[-1] < num_frames
         if max_frames is not None:
           assert len(set(indices.tolist())) <= max_frames
+
+
+@pytest.mark.parametrize(
+  "limit, expected",
+  [
+    (99, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]),
+    (10, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]),
+    (9, [0, 1, 2, 3, 5, 6, 7, 8]),
+    (4, [0, 3, 5, 8]),
+    (3, [1, 4, 7, 7]),
+    (1, [4, 4, 4, 4]),
+  ],
+)
+def test_all_frames_are_picked_or_evenly_spaced_ones_within_a_limit(limit, expected):
+  assert limited_indices(10, limit).tolist() == expected
+
+
+def test_a_bound_below_a_clip_bounds_the_different_frames_with_every_sampling():
+  for sampling in (RELEASED, TINY):
+    for num_frames in (1, 2, 3, 4, 5, 100, 3000):
+      for max_frames in (1, 2, 3):
+        indices = inference_indices(num_frames, 30.0, sampling, max_frames)
+        assert len(indices) == 4
+        assert len(set(indices.tolist())) == min(num_frames, max_frames)
 
 
 def test_bad_bounds_and_empty_videos_are_input_errors():

@@ -9,6 +9,7 @@
 | `typed_fields`      | checks the types of JSON fields                                          |
 | `hf_mapping`        | holds the table of names: each hub tensor and the array that it fills    |
 | `weights`           | converts hub tensors to arrays, and back, one tensor at a time           |
+| `int8_tensors`      | makes the matrices of the decoder int8 while they are read               |
 | `other_files`       | copies tokenizer, chat templates, licence and so on                      |
 | `safetensors_files` | reads and writes safetensors files in blocks                             |
 | `torch_files`       | reads tensors from PyTorch files                                         |

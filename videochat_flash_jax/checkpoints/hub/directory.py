@@ -6,6 +6,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
+from videochat_flash_jax.caches import hub_folder
 from videochat_flash_jax.checkpoints.hub.other_files import DOWNLOADED, NEVER_DOWNLOADED
 from videochat_flash_jax.checkpoints.hub.safetensors_files import is_whole
 from videochat_flash_jax.errors import InputError
@@ -38,6 +39,7 @@ def checkpoint_directory(name: str | Path) -> Path:
     raise InputError(f"{name!r:.80} is no model; give a name or a directory")
   if name == TINY:
     return Path(str(resources.files("videochat_flash_jax"))) / "assets" / TINY
+  name = os.path.expanduser(name)
   if os.path.isdir(name):  # Path.is_dir raises if the name is too long, and treats "" like "."
     return Path(name)
   known = {TINY: TINY}
@@ -48,7 +50,7 @@ def checkpoint_directory(name: str | Path) -> Path:
   if _REPOSITORY.fullmatch(str(name)):
     return _cached_or_downloaded(str(name))
   raise InputError(
-    f"{str(name)[:100]!r}: no such model or directory; did you mean {_near(name, known)}?"
+    f"{str(name)[:100]!r:.80}: no such model or directory; did you mean {_near(name, known)}?"
   )
 
 
@@ -64,7 +66,10 @@ def _cached_or_downloaded(repository):
   def snapshot(**options):
     """Returns the directory of the repository's files in the local cache."""
     patterns = {"allow_patterns": DOWNLOADED, "ignore_patterns": NEVER_DOWNLOADED}
-    return Path(huggingface_hub.snapshot_download(repository, **patterns, **options))
+    folder = hub_folder()
+    return Path(
+      huggingface_hub.snapshot_download(repository, cache_dir=folder, **patterns, **options)
+    )
 
   try:
     cached = snapshot(local_files_only=True)

@@ -74,7 +74,6 @@ _FIXED_OF_DECODER = {
   "hidden_act": "silu",
   "use_sliding_window": False,
   "text_config": None,
-  "quantization_config": None,
 }
 
 
@@ -199,6 +198,7 @@ def read_decoder_config(
       )
     values["head_size"] = values["width"] // values["num_heads"]
   _check_fixed(path, fields, _FIXED_OF_DECODER)
+  hf_options.check_quantization(path, fields)
   _check_layer_types(path, fields, values["depth"])
   stated_dtype(path, fields)
   if own_positions is not None:
@@ -214,7 +214,7 @@ def _known_part(path, fields, field, known):
   """The encoder or connector that `field` names."""
   name = fields.get(field)
   if not isinstance(name, str) or name not in known:
-    raise InputError(f"{path}: field '{field}' is {name!r}; give one of {', '.join(known)}")
+    raise InputError(f"{path}: field '{field}' is {name!r:.80}; give one of {', '.join(known)}")
   return known[name]
 
 
@@ -276,7 +276,7 @@ def _check_stated_twice(path, fields, config):
   width = fields.get("mm_hidden_size")
   if width is not None and width != config.vision.width:
     raise InputError(
-      f"{path}: field 'mm_hidden_size' ({width!r}) contradicts the encoder, whose width is "
+      f"{path}: field 'mm_hidden_size' ({width!r:.80}) contradicts the encoder, whose width is "
       f"{config.vision.width}; correct it, or remove it"
     )
 

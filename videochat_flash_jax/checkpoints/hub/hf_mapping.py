@@ -38,6 +38,9 @@ _BLOCK = _TOWER + r"blocks\.(?P<layer>\d+)"
 _GAMMA = r"(?:gamma|weight)"
 _LAYER = r"model\.layers\.(?P<layer>\d+)"
 
+# An int8 weight is two tensors: values, with the name of the wide tensor; and scales.
+INT8_VALUES, SCALE_OF_INT8 = ".qvalue", "_scale"  # end of a path here; end of a name on the hub
+
 # Tensors that some versions of transformers store although they are computed from the config.
 _COMPUTED = re.compile(r"(?:.*\.)?(?:rotary_emb\.\w+|position_ids)")
 
@@ -94,6 +97,23 @@ RULES: tuple[tuple[str, str, Conversion], ...] = (
 )
 
 
+def may_be_int8(path: str) -> bool:
+  """Returns whether a weight may be int8: matrices of the decoder, with the vocabulary's."""
+  return re.fullmatch(r"decoder\..*\.(?:kernel|embedding)", path) is not None
+
+
+# The two arrays of an int8 weight, which is a `qwix.QArray`.
+_INT8_RULES = tuple(
+  rule
+  for name, path, conversion in RULES
+  if may_be_int8(path)
+  for rule in (
+    (name, path + INT8_VALUES, conversion),
+    (name + SCALE_OF_INT8, f"{path}.scale", conversion),
+  )
+)
+
+
 def is_computed(name: str) -> bool:
   """Returns whether a tensor on the hub follows from the config, so that no model here has it."""
   return _COMPUTED.fullmatch(name) is not None
@@ -129,10 +149,11 @@ def hub_tensors(
   Raises:
     KeyError: no rule, or more than one rule, produces one of the paths.
   """
+  rules = RULES + _INT8_RULES
   by_path: dict[str, tuple[str, Conversion]] = {
-    path: (regex, conversion) for regex, path, conversion in RULES
+    path: (regex, conversion) for regex, path, conversion in rules
   }
-  if len(by_path) != len(RULES):
+  if len(by_path) != len(rules):
     raise KeyError("two rules fill the same array")
   encoder = "" if "vision.class_token" in shapes else r"encoder\."
   stored = frozenset(stored)
@@ -145,7 +166,7 @@ def hub_tensors(
     hub_shape = conversion.to_hub(one_layer).shape
     for layer in range(shape[0]) if stacked else (None,):
       name = _name(regex.replace(r"(?P<layer>\d+)", str(layer)), stored)
-      if len(matching := [rule for rule in RULES if re.fullmatch(rule[0], name)]) != 1:
+      if len(matching := {rule[0] for rule in rules if re.fullmatch(rule[0], name)}) != 1:
         raise KeyError(f"{name} matches {len(matching)} rules")
       tensors[name] = HubTensor(name, path, layer, hub_shape, conversion)
   return tensors

@@ -1,4 +1,4 @@
-"""Translates parts of `config.json`: rotary positions, video-level dropout and image tiling.
+"""Translates parts of `config.json`: rotary positions, dropout, image tiling and int8 weights.
 
 Every function takes the fields of the file, and its path for error messages. An `InputError` names
 the field, its value, and the values that are allowed.
@@ -25,6 +25,22 @@ _ROPE_FIELDS = ("rope_scaling", "rope_parameters")
 # Options of rotary positions for which this package supports one value only, with that value.
 _FIXED_ROPE = {"partial_rotary_factor": 1}
 _FIXED_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+
+_QUANTIZATION = "quantization_config"
+# The field of a checkpoint with int8 weights. No other program knows the method, so none mistakes
+# the int8 values for weights.
+INT8_FIELD = {_QUANTIZATION: {"quant_method": "videochat_flash_jax", "weights": "int8"}}
+
+
+def check_quantization(path: Path, fields: Mapping[str, Any]) -> None:
+  """Refuses weights of fewer bits, unless they are int8 as `vcflash convert` writes them."""
+  if fields.get(_QUANTIZATION) and fields[_QUANTIZATION] != INT8_FIELD[_QUANTIZATION]:
+    _refuse(path, fields, _QUANTIZATION, f"null, or {INT8_FIELD[_QUANTIZATION]}")
+
+
+def has_int8(fields: Mapping[str, Any]) -> bool:
+  """Whether the checked fields of a config.json say that the weights are int8."""
+  return bool(fields.get(_QUANTIZATION))
 
 
 def read_dropout(path: Path, fields: Mapping[str, Any], depth: int) -> DropoutConfig | None:
@@ -202,4 +218,4 @@ def option_fields(
 
 
 def _refuse(path: Path, fields: Mapping[str, Any], field: str, wanted: str) -> NoReturn:
-  raise InputError(f"{path}: field '{field}' is {fields.get(field)!r}; it has to be {wanted}")
+  raise InputError(f"{path}: field '{field}' is {fields.get(field)!r:.80}; it has to be {wanted}")

@@ -72,7 +72,7 @@ def join_parts(
   path, fields = language_model / "config.json", read_fields(language_model)
   if fields.get("model_type") != "qwen2":
     kind = fields.get("model_type")
-    raise InputError(f"{path}: field 'model_type' is {kind!r}; give a Qwen2 language model")
+    raise InputError(f"{path}: field 'model_type' is {kind!r:.80}; give a Qwen2 language model")
   decoder = read_decoder_config(path, fields)
   vision = tower if isinstance(tower, VisionConfig) else TOWERS[tower]
   tensors = read_directory(language_model) | _encoder_tensors(encoder, vision)

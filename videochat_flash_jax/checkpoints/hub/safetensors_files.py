@@ -16,14 +16,15 @@ from tqdm import tqdm
 
 from videochat_flash_jax.errors import InputError
 
-# The allowed dtypes of weights, by their names in safetensors. Dtypes of 8 bits or less need
-# scales, which this package does not support.
+# The allowed dtypes of weights, by their names in safetensors; see `int8_tensors` for the last one.
 FLOATING = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jnp.bfloat16),
 }
+INT8 = "I8"
+_DTYPES = FLOATING | {INT8: np.dtype(np.int8)}
 SHARD_BYTES = 5_000_000_000  # largest size of one file, as in the released checkpoints
 # Progress is shown only in a terminal, and only if the work takes longer than a moment.
 BAR = {"unit": "B", "unit_scale": True, "disable": None, "delay": 1.0, "leave": False}
@@ -51,17 +52,17 @@ class StoredTensor:
 
   @classmethod
   def of(cls, array: np.ndarray) -> "StoredTensor":
-    """Returns a tensor of floating-point numbers that is in memory."""
-    return cls(array.shape, floating_name(array.dtype), lambda: iter([array]))
+    """Returns a tensor that is in memory."""
+    return cls(array.shape, dtype_name(array.dtype), lambda: iter([array]))
 
 
-def floating_name(dtype: np.dtype) -> str:
-  """Returns the name in safetensors of a floating-point dtype.
+def dtype_name(dtype: np.dtype) -> str:
+  """Returns the name in safetensors of a dtype.
 
   Raises:
     KeyError: it is none of the allowed dtypes.
   """
-  return {known: name for name, known in FLOATING.items()}[np.dtype(dtype)]
+  return {known: name for name, known in _DTYPES.items()}[np.dtype(dtype)]
 
 
 def read_directory(directory: Path) -> dict[str, StoredTensor]:
@@ -168,7 +169,7 @@ def _blocks(path, offset, entry):
 
   The file is not memory-mapped: otherwise all tensors read so far would stay in memory.
   """
-  dtype, (num_rows, *row_shape) = FLOATING[entry["dtype"]], entry["shape"]
+  dtype, (num_rows, *row_shape) = _DTYPES[entry["dtype"]], entry["shape"]
   row_size = int(np.prod(row_shape))
   row_bytes = row_size * dtype.itemsize
   rows_per_block = max(1, _BLOCK_BYTES // max(1, row_bytes))
@@ -234,7 +235,7 @@ def write_directory(
     directory: an empty directory. After an error its content must not be used.
     where: what the tensors belong to, for error messages.
     tensors: the tensors to write, by name.
-    dtype: dtype to write; by default each tensor keeps its own.
+    dtype: dtype to write; by default each tensor keeps its own, as int8 always does.
     shard_bytes: largest number of bytes of tensors in one file.
 
   Returns:
@@ -243,7 +244,8 @@ def write_directory(
   Raises:
     InputError: a weight holds NaN or infinity.
   """
-  types = {n: dtype or FLOATING[t.dtype] for n, t in tensors.items()}
+  types = {n: dtype or _DTYPES[t.dtype] for n, t in tensors.items()}
+  types |= {n: _DTYPES[INT8] for n, t in tensors.items() if t.dtype == INT8}
   sizes = {n: types[n].itemsize * int(np.prod(t.shape)) for n, t in tensors.items()}
   shards = _cut(sizes, shard_bytes)
   names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -280,7 +282,7 @@ def _write_file(path, tensors, types, broken, bar):
   header, end = {"__metadata__": {"format": "pt"}}, 0
   for name in names:
     start, end = end, end + types[name].itemsize * int(np.prod(tensors[name].shape))
-    entry = {"dtype": floating_name(types[name]), "shape": list(tensors[name].shape)}
+    entry = {"dtype": dtype_name(types[name]), "shape": list(tensors[name].shape)}
     header[name] = entry | {"data_offsets": [start, end]}
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)

@@ -40,7 +40,7 @@ def checked(
       continue
     wanted, fits = _VALUES[field.type]
     if not fits(values[field.name]):
-      found = f"field '{names[field.name]}' is {values[field.name]!r}"
+      found = f"field '{names[field.name]}' is {values[field.name]!r:.80}"
       raise InputError(f"{path}: {found}; it has to be {wanted}")
     typed[field.name] = field.type(values[field.name])
   return typed
@@ -79,5 +79,5 @@ def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
   if len(fields) < len(pairs):
     keys = [key for key, _ in pairs]
     twice = next(key for key in keys if keys.count(key) > 1)
-    raise ValueError(f"field {twice!r} stands there twice")
+    raise ValueError(f"field {twice!r:.80} stands there twice")
   return fields

@@ -14,13 +14,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
-from videochat_flash_jax.checkpoints.hub.hf_mapping import HubTensor, hub_tensors
+from videochat_flash_jax.checkpoints.hub.hf_mapping import INT8_VALUES, HubTensor, hub_tensors
 from videochat_flash_jax.checkpoints.hub.safetensors_files import (
   BAR,
   FLOATING,
+  INT8,
   StoredTensor,
+  dtype_name,
   finite_blocks,
-  floating_name,
   fold_layers,
   refuse_broken,
 )
@@ -57,9 +58,9 @@ def load_weights(
     The arrays by their paths.
 
   Raises:
-    InputError: tensors are missing, unexpected, have another shape, or hold no floating-point
-      numbers: one message names all of them. Or tensors hold NaN or infinity: these are named after
-      all have been read.
+    InputError: tensors are missing, unexpected, have another shape or another kind of dtype: one
+      message names all of them. Or tensors hold NaN or infinity: these are named after all have
+      been read.
   """
   tensors = hub_tensors(dict(shapes), stored)
   check_tensors(where, stored, tensors)
@@ -147,7 +148,7 @@ def hub_arrays(weights: Mapping[str, jax.Array]) -> dict[str, StoredTensor]:
   return {
     name: StoredTensor(
       tensor.shape,
-      floating_name(weights[tensor.path].dtype),
+      dtype_name(weights[tensor.path].dtype),
       functools.partial(_hub_blocks, weights[tensor.path], tensor),
     )
     for name, tensor in tensors.items()
@@ -199,7 +200,12 @@ def check_tensors(
     f"of another dtype than {', '.join(FLOATING)}": [
       f"{name} (is {tensor.dtype})"
       for name, tensor in known.items()
-      if tensor.dtype not in FLOATING
+      if not tensors[name].path.endswith(INT8_VALUES) and tensor.dtype not in FLOATING
+    ],
+    f"of another dtype than {INT8}": [
+      f"{name} (is {tensor.dtype})"
+      for name, tensor in known.items()
+      if tensors[name].path.endswith(INT8_VALUES) and tensor.dtype != INT8
     ],
   }
   problems = [f"{what}: {', '.join(fold_layers(names))}" for what, names in found.items() if names]

@@ -68,7 +68,7 @@ class ExampleConfig(ReadingConfig):
     for each in dataclasses.fields(ReadingConfig):
       value, rule = getattr(self, each.name), each.metadata["rule"]
       if not rule.accepts(value):
-        raise InputError(f"{each.name} is {value!r}; give {rule.remedy}")
+        raise InputError(f"{each.name} is {value!r:.80}; give {rule.remedy}")
     # A config of a run has "" for none; here and in saved states it is None.
     object.__setattr__(self, "time_message", self.time_message or None)
 

@@ -16,6 +16,7 @@ from videochat_flash_jax.data.batches.data_config import ExampleConfig
 from videochat_flash_jax.data.features.feature_key import frames_entry, image_entry
 from videochat_flash_jax.data.features.feature_store import FeatureStore
 from videochat_flash_jax.data.media.files import exists, is_address, server_failure
+from videochat_flash_jax.data.media.frame_choice import FrameChoice, VideoPart
 from videochat_flash_jax.data.media.frame_sampling import (
   CLIP_FRAMES,
   clip_indices,
@@ -57,30 +58,6 @@ class RowVideo(NamedTuple):
   seconds: float
   frame_seconds: np.ndarray
   is_damaged: bool = False
-
-
-class VideoPart(NamedTuple):
-  """The part of a video that a row is about: from `start` to `end`, or all.
-
-  Attributes:
-    start: its first second.
-    end: the second at which it ends.
-    frames: of the video, inside this part.
-    fps: frames a second, as the row counts them.
-  """
-
-  start: float
-  end: float
-  frames: range
-  fps: float
-
-
-class FrameChoice(NamedTuple):
-  """Indices of the chosen frames, `[4 C]`; the other fields are those of `RowVideo`."""
-
-  indices: np.ndarray
-  seconds: float
-  frame_seconds: np.ndarray
 
 
 def read_row_video(

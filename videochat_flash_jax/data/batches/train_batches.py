@@ -245,10 +245,10 @@ class TrainBatchesIterator(grain.DatasetIterator):
     for name, value in self._facts.items():
       saved = state["facts"].get(name)
       if saved != value and name not in _MESH_FACTS:
-        remedy = _REMEDIES.get(name, f"give {saved!r}")
+        remedy = _REMEDIES.get(name, f"give {saved!r:.80}")
         raise InputError(
-          f"the saved batches were made with {name} {saved!r}, now it is {value!r}; {remedy}, "
-          "or start without their state"
+          f"the saved batches were made with {name} {saved!r:.80}, now it is {value!r:.80}; "
+          f"{remedy}, or start without their state"
         )
     missing = [stream for stream in self._streams if str(stream) not in state["streams"]]
     if missing:

@@ -206,8 +206,8 @@ class FeatureStore:
     for name, value in {"format": FORMAT, **self.key.facts()}.items():
       if saved.get(name) != value:
         raise InputError(
-          f"{self.path}: features of another encoder: {name} is {saved.get(name)!r} there, "
-          f"here it is {value!r}; give another folder"
+          f"{self.path}: features of another encoder: {name} is {saved.get(name)!r:.80} there, "
+          f"here it is {value!r:.80}; give another folder"
         )
 
   @contextlib.contextmanager

@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote
 
 from videochat_flash_jax.errors import InputError
 
@@ -38,6 +39,17 @@ _PACKAGES = {
   "az": "adlfs",
   "abfs": "adlfs",
 }
+
+
+def local_path(path: str | os.PathLike) -> str | os.PathLike:
+  """What `~/a.mp4` and `file:///a.mp4`, as browsers write it, mean. Any other path stays."""
+  plain = str(path)
+  if plain.startswith("~") and not os.path.exists(plain):
+    return os.path.expanduser(plain)
+  if not plain.startswith("file://"):
+    return path
+  plain = plain.removeprefix("file://").removeprefix("localhost")
+  return plain if os.path.exists(plain) else unquote(plain)
 
 
 def check_regular(path: str | os.PathLike) -> None:

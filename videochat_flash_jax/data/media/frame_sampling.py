@@ -42,8 +42,7 @@ def inference_indices(
     max_frames = sampling.max_frames
   if max_frames < 1:
     raise InputError(f"max_frames is {max_frames}: give at least 1")
-  if max_frames > CLIP_FRAMES:
-    max_frames -= max_frames % CLIP_FRAMES
+  max_frames = whole_clips(max_frames)
   num_picks = dynamic_num_frames(
     num_frames,
     fps,
@@ -51,8 +50,7 @@ def inference_indices(
     max_frames=max_frames,
     local_frames=sampling.local_frames,
   )
-  picks = interval_indices(num_frames, num_picks)
-  return np.pad(picks, (0, -len(picks) % CLIP_FRAMES), mode="edge")
+  return fill_clip(interval_indices(num_frames, num_picks))
 
 
 def dynamic_num_frames(
@@ -72,6 +70,34 @@ def dynamic_num_frames(
   if max_frames is not None:
     num_picks = min(num_picks, max_frames)
   return max(num_picks, min_frames)
+
+
+def limited_indices(num_frames: int, limit: int) -> np.ndarray:
+  """Picks all frames, or evenly spaced ones if there are more than `limit`; whole clips of four.
+
+  `limit` is rounded down to whole clips. If it is less than four, that many frames are picked. The
+  last frame is repeated to fill its clip.
+
+  A video of 10 frames:
+    limit=10   0 1 2 3 4 5 6 7 8 9 9 9
+    limit=9    0 1 2 3 5 6 7 8
+    limit=3    1 4 7 7
+
+  Returns:
+    int64 `[T]`.
+  """
+  num_picks = num_frames if num_frames <= limit else whole_clips(limit)
+  return fill_clip(interval_indices(num_frames, num_picks))
+
+
+def whole_clips(num_frames: int) -> int:
+  """Rounds a number of frames down to whole clips; fewer than four frames stay as they are."""
+  return num_frames if num_frames < CLIP_FRAMES else num_frames - num_frames % CLIP_FRAMES
+
+
+def fill_clip(picks: np.ndarray) -> np.ndarray:
+  """Repeats the last frame until the clip is full: 1 4 7 gives 1 4 7 7."""
+  return np.pad(picks, (0, -len(picks) % CLIP_FRAMES), mode="edge")
 
 
 def interval_indices(num_frames: int, num_picks: int, offset: int | None = None) -> np.ndarray:
@@ -154,7 +180,7 @@ def training_indices(
   if rate and float(rate[1]) > 0:
     return fixed_rate_indices(num_frames, fps, float(rate[1]), max_frames)
   raise InputError(
-    f"unknown sampling {sample!r}: use middle, dynamic_fps1, or fps and a rate such as fps0.5"
+    f"unknown sampling {sample!r:.80}: use middle, dynamic_fps1, or fps and a rate such as fps0.5"
   )
 
 

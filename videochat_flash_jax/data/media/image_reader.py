@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from videochat_flash_jax.data.media.files import check_regular, is_address, open_media
+from videochat_flash_jax.data.media.files import check_regular, is_address, local_path, open_media
 from videochat_flash_jax.errors import InputError, one_line
 
 ImageSource = str | Path | Image.Image | np.ndarray
 
+_PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _logger = logging.getLogger("videochat_flash_jax")
 
 
@@ -43,6 +44,7 @@ def read_image(source: ImageSource) -> np.ndarray:
     raise InputError(
       f"{source!r:.100} is not an image; give a path, a Pillow image or a uint8 array"
     )
+  source = local_path(source)
   if os.path.isdir(source):
     raise InputError(f"{source}: a folder, not an image; give its images one by one")
   if not is_address(source) and not os.path.exists(source):
@@ -59,6 +61,17 @@ def read_image(source: ImageSource) -> np.ndarray:
       if hidden == data:
         raise
       return _read_file(io.BytesIO(hidden), source)
+
+
+def is_picture(path: str | os.PathLike) -> bool:
+  """Whether a local file is a picture that does not move, by its name and its content."""
+  if Path(path).suffix.lower() not in _PICTURES or not os.path.isfile(path):
+    return False
+  try:
+    with Image.open(path) as image:
+      return not getattr(image, "is_animated", False)
+  except Exception:  # Pillow raises many kinds for damaged files
+    return False
 
 
 def _hide_exif(data: bytes) -> bytes:

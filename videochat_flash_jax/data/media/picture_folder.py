@@ -6,6 +6,7 @@ from pathlib import Path
 from videochat_flash_jax.errors import InputError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
+_FILMS = {".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm", ".wmv"}
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -29,5 +30,7 @@ def list_pictures(folder: Path) -> list[Path]:
     ],
   )
   if not pictures:
-    raise InputError(f"{folder}: the folder has no .jpg or .png; give a folder of pictures")
+    films = sorted(file.name for file in files if file.suffix.lower() in _FILMS)
+    remedy = f"one of its videos, such as {films[0]}" if films else "a folder of pictures"
+    raise InputError(f"{folder}: the folder has no .jpg or .png; give {remedy}")
   return pictures

@@ -65,7 +65,7 @@ def kept_rows(num_rows: int, strategy: str = "all", seed: int = 0) -> range | np
     block = _BLOCKS[word]
     kept = rows[block * count : (block + 1) * count]
   if not len(kept):
-    raise InputError(f"sampling strategy {strategy!r} keeps no row of {num_rows}; ask for more")
+    raise InputError(f"sampling strategy {strategy!r:.80} keeps no row of {num_rows}; ask for more")
   return kept
 
 
@@ -77,11 +77,15 @@ def strategy_parts(strategy: str) -> tuple[str, str]:
   """
   word, colon, number = strategy.partition(":")
   if word not in _STRATEGIES:
-    raise InputError(f"sampling strategy {strategy!r} is unknown; {nearest(word, _STRATEGIES)}")
+    raise InputError(f"sampling strategy {strategy!r:.80} is unknown; {nearest(word, _STRATEGIES)}")
   if (word == "all") == bool(colon):
-    raise InputError(f"sampling strategy {strategy!r}: write 'all', or '{word}:100', '{word}:25%'")
+    raise InputError(
+      f"sampling strategy {strategy!r:.80}: write 'all', or '{word}:100', '{word}:25%'"
+    )
   if colon and not _NUMBER.fullmatch(number):
-    found = f"sampling strategy {strategy!r}: {number!r} is not a whole number or a percentage"
+    found = (
+      f"sampling strategy {strategy!r:.80}: {number!r:.80} is not a whole number or a percentage"
+    )
     raise InputError(f"{found}; write 100 or 25%")
   return word, number
 
@@ -121,7 +125,7 @@ def with_full_paths(
     return dict(row)
   if row.get(media_type) is None:
     for field in difflib.get_close_matches(media_type, row.keys() - {media_type}, n=1):
-      raise BrokenRow("bad media field", f"field {field!r}: did you mean {media_type!r}?")
+      raise BrokenRow("bad media field", f"field {field!r:.80}: did you mean {media_type!r:.80}?")
     raise BrokenRow(
       "bad media field",
       f"no field '{media_type}', but its file is of that kind; move the row to another file, or "
@@ -131,7 +135,8 @@ def with_full_paths(
   for path in paths if data_root and confined else ():
     if not _is_below(path, data_root):
       raise BrokenRow(
-        "outside data_root", f"path {path!r} leads out of {data_root!r}; correct or remove it"
+        "outside data_root",
+        f"path {path!r:.80} leads out of {data_root!r:.80}; correct or remove it",
       )
   full = [path if is_address(path) else os.path.join(data_root, path) for path in paths]
   added = {"video_read_type": video_read_type} if video_read_type else {}

@@ -82,7 +82,7 @@ def read_mixture(path: str | os.PathLike) -> Mixture:
     raise InputError(f"{path}: field 'datasets' is missing or empty; give a list of entries")
   for field in content:
     if field != "datasets":
-      raise InputError(f"{path}: unknown field {field!r}; the only one is 'datasets'")
+      raise InputError(f"{path}: unknown field {field!r:.80}; the only one is 'datasets'")
   return Mixture(
     path, tuple(_source(f"{path}: datasets[{i}]", path, entry) for i, entry in enumerate(entries))
   )
@@ -109,11 +109,11 @@ def _source(where, mixture_path, entry) -> Source:
   fields = [field.name for field in dataclasses.fields(Source) if field.name != "folder"]
   for field in entry:
     if field not in fields:
-      raise InputError(f"{where}: unknown field {field!r}; {nearest(str(field), fields)}")
+      raise InputError(f"{where}: unknown field {field!r:.80}; {nearest(str(field), fields)}")
   folder = os.path.dirname(mixture_path)
   values = {field: value for field, value in entry.items() if value is not None}
   for field, value in values.items():
-    _check_value(f"{where}: field {field!r}", field, value)
+    _check_value(f"{where}: field {field!r:.80}", field, value)
   if not values.get("json_path"):
     raise InputError(f"{where}: field 'json_path' is missing; name a .json or .jsonl file")
   for field in ("json_path", "data_root"):
@@ -131,13 +131,13 @@ def _check_value(where, field, value):
       raise InputError(f"{found}; give a number above 0, {_MAX_WEIGHT:,} at most")
   elif field == "seed":
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-      raise InputError(f"{where} is {value!r}; give a whole number, 0 or more")
+      raise InputError(f"{where} is {value!r:.80}; give a whole number, 0 or more")
   elif not isinstance(value, str):
     raise InputError(f"{where} is {value!r:.100}; give a text")
   elif field in _WORDS and value not in _WORDS[field]:
-    raise InputError(f"{where} is {value!r}; {nearest(value, _WORDS[field])}")
+    raise InputError(f"{where} is {value!r:.80}; {nearest(value, _WORDS[field])}")
   elif field == "json_path" and Path(value).suffix.lower() not in ANNOTATION_SUFFIXES:
-    raise InputError(f"{where} is {value!r}; name a .json or .jsonl file")
+    raise InputError(f"{where} is {value!r:.80}; name a .json or .jsonl file")
   elif field == "sampling_strategy":
     try:
       strategy_parts(value)

@@ -93,9 +93,11 @@ def _table_rows(source) -> Iterator[tuple[int, dict[str, Any]]]:
       columns = table.fieldnames or ()
       for column in columns:
         if column not in _COLUMNS:
-          raise InputError(f"{source}: unknown column {column!r}; {nearest(column, _COLUMNS)}")
+          raise InputError(f"{source}: unknown column {column!r:.80}; {nearest(column, _COLUMNS)}")
         if columns.count(column) > 1:
-          raise InputError(f"{source} line 1: column {column!r} stands twice; remove one of them")
+          raise InputError(
+            f"{source} line 1: column {column!r:.80} stands twice; remove one of them"
+          )
       line = table.line_num + 1
       for cells in table:
         yield line, _row_of_cells(cells)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from videochat_flash_jax.caches import cache_folder
 from videochat_flash_jax.data.mixture.annotations import (
   kept_rows,
   kind_of,
@@ -34,12 +35,8 @@ from videochat_flash_jax.data.mixture.row_index import KINDS, RowIndex, TextFile
 from videochat_flash_jax.data.mixture.row_text import parse_row
 from videochat_flash_jax.errors import InputError, one_line
 
+INDICES = "rows"  # the folder of indices, see `caches.cache_folder`
 _NUM_IN_FINGERPRINT = 100  # rows of each source
-
-
-def rows_cache() -> Path:
-  """Returns the folder of the indices: `rows` in `VCF_CACHE_DIR`, or in ~/.cache/vcflash."""
-  return Path(os.environ.get("VCF_CACHE_DIR", Path.home() / ".cache" / "vcflash")) / "rows"
 
 
 def open_rows(
@@ -49,7 +46,7 @@ def open_rows(
 
   Args:
     mixture: from `read_mixture`.
-    cache_dir: folder of the indices; by default `rows_cache`.
+    cache_dir: folder of the indices; by default that of `caches`.
     max_frames: the most frames of a video, for `Rows.lengths`.
 
   Raises:
@@ -80,7 +77,7 @@ def open_usable_rows(
 
 
 def _open_part(source, cache_dir, parts_before) -> "_Part":
-  index = row_index(source.json_path, Path(cache_dir or rows_cache()))
+  index = row_index(source.json_path, Path(cache_dir or cache_folder(INDICES)))
   try:
     num_kept = len(kept_rows(index.num_rows, source.sampling_strategy, source.seed))
   except InputError as error:

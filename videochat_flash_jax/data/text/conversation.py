@@ -76,7 +76,7 @@ def time_message(mode: str | None, seconds: float, frame_seconds: Sequence[float
     InputError: the mode is another one.
   """
   if mode not in (None, "short", "long"):
-    raise InputError(f"time message mode {mode!r} is unknown; use 'short', 'long' or none")
+    raise InputError(f"time message mode {mode!r:.80} is unknown; use 'short', 'long' or none")
   if mode is None:
     return ""
   times = ", ".join(str(round(float(time), 1)) for time in frame_seconds)
@@ -151,6 +151,23 @@ def inference_prompt(
   return ids + tokenizer.encode(_chatml_turn("gpt", None))
 
 
+def media_prompt(tokenizer: Tokenizer, opening: str) -> list[int]:
+  """Returns the ids of a chat up to its last video or image, which all questions stand behind.
+
+  Args:
+    tokenizer: gives the ids.
+    opening: as for `inference_prompt`.
+  """
+  ids = inference_prompt("?", tokenizer, opening)
+  return ids[: len(ids) - len(after_media(ids))]
+
+
+def after_media(ids: Sequence[int]) -> list[int]:
+  """Returns the ids after the last `VISUAL_SLOT`; all of them if there is none."""
+  slots = [index for index, token in enumerate(ids) if token == VISUAL_SLOT]
+  return list(ids[slots[-1] + 1 :]) if slots else list(ids)
+
+
 def place_media(turns: Iterable[Turn], message: str = "") -> list[Turn]:
   r"""Moves placeholders, and adds the time message (or ""), as training expects; returns new turns.
 
@@ -181,7 +198,7 @@ def encode_dialog(
     InputError: the label style is another one.
   """
   if label_style not in ("qwen", "clean"):
-    raise InputError(f"label style {label_style!r} is unknown; use 'qwen' or 'clean'")
+    raise InputError(f"label style {label_style!r:.80} is unknown; use 'qwen' or 'clean'")
   ids = tokenizer.encode(_SYSTEM)
   in_loss, in_answer = [False] * len(ids), [False] * len(ids)
   header_length = len(tokenizer.encode(ANSWER_HEADER))
@@ -227,7 +244,7 @@ def turns_of_row(row: Mapping) -> list[Turn]:
   for index, entry in enumerate(conversations):
     turn = entry if isinstance(entry, Mapping) else {}
     if turn.get("from") not in list(_CHATML_ROLES):
-      found = f"conversations[{index}]: field 'from' is {turn.get('from')!r}"
+      found = f"conversations[{index}]: field 'from' is {turn.get('from')!r:.80}"
       raise _row_error(row, f"{found}; use 'human' or 'gpt'")
     if not isinstance(turn.get("value"), str):
       raise _row_error(row, f"conversations[{index}]: field 'value' is not a text; give a string")
@@ -320,7 +337,7 @@ def encode_row(
 
 def _check_template(template: str):
   if template not in TEMPLATES:
-    raise InputError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
+    raise InputError(f"template {template!r:.80} is unknown; use one of {', '.join(TEMPLATES)}")
 
 
 def _duration_sentence(seconds: float, num_frames: int, where: str) -> str:
