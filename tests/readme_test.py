@@ -25,12 +25,30 @@ STAGES = load_config(ROOT / "configs" / "tiny.py").stages
 # A run of half an hour is cut to its first steps, which take less time than to compile them well;
 # everything else runs as it is written, and as it does for users.
 SHORTENED = {"train": [f"--config.stages.{stage}.num_steps=2" for stage in STAGES]}
-# Films of ten minutes are cut to 20 seconds: most of the time goes into writing them. Films of
-# hours are cut to a minute or two, and one model is asked about them.
+# The benchmarks run once, on little: on films of seconds, on prompts of some hundred tokens.
 SHORT_BENCHMARKS = {
+  "vit": """
+from functools import partial
+from videochat_flash_jax.benchmarks import vit
+vit.run = partial(vit.run, 1, clips=1)
+""",
+  "decode": """
+from functools import partial
+from videochat_flash_jax.benchmarks import decode
+decode.run = partial(decode.run, 1, prompt_tokens=512, new_tokens=4)
+""",
   "read": """
 from videochat_flash_jax.benchmarks.read import FILMS
-FILMS |= {name: film._replace(num_frames=min(film.num_frames, 600)) for name, film in FILMS.items()}
+FILMS |= {
+  name: film._replace(num_frames=min(film.num_frames, 240), height=112, width=200, repeats=1)
+  for name, film in FILMS.items()
+}
+""",
+  "pipeline": """
+from functools import partial
+from videochat_flash_jax.benchmarks import pipeline
+little = pipeline.Load(film_frames=(200, 400, 800, 1600), tokens=2048, frames=(8, 64))
+pipeline.run = partial(pipeline.run, little)
 """,
   "watch": """
 from functools import partial

@@ -4,6 +4,7 @@
 |--------------------|--------------|
 | `chat`             | `VideoChat`: watches videos, looks at images; the entry of this folder |
 | `conversation`     | questions and answers about what was seen |
+| `messages`         | messages as other APIs have them, as a conversation of ours |
 | `seen`             | the videos and images that a conversation has seen |
 | `turns`            | threads that share a conversation wait for each other |
 | `watching`         | decodes, encodes and reads frames at the same time |

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from videochat_flash_jax.checkpoints.convert import load_model
-from videochat_flash_jax.checkpoints.hub.directory import checkpoint_directory
+from videochat_flash_jax.checkpoints.hub.directory import TINY, checkpoint_directory
 from videochat_flash_jax.checkpoints.runs.run_files import hub_files
 from videochat_flash_jax.data.batches.row_media import (
   open_row_video,
@@ -39,6 +39,7 @@ from videochat_flash_jax.inference.conversation import Conversation, SeenImages,
 from videochat_flash_jax.inference.engine import Engine
 from videochat_flash_jax.inference.feature_encoding import open_features
 from videochat_flash_jax.inference.limits import check_mesh
+from videochat_flash_jax.inference.messages import are_messages, read_messages, show
 from videochat_flash_jax.models.config import DropoutConfig, VideoChatFlashConfig, YarnConfig
 from videochat_flash_jax.models.videochat_flash import VideoChatFlash
 from videochat_flash_jax.ops.kv_formats import FORMATS
@@ -64,6 +65,7 @@ class VideoChat:
     layout: Layout = ONE_DEVICE,
     features: str | Path | None = None,
     cache: str | None = None,
+    shapes_only: bool = False,
   ):
     """Takes over a model, which must not be used elsewhere afterwards.
 
@@ -73,6 +75,7 @@ class VideoChat:
       layout: see `Engine`.
       features: see `from_pretrained`.
       cache: see `from_pretrained`.
+      shapes_only: see `Conversation`.
 
     Raises:
       InputError: the tokenizer has ids that the model does not embed, or `features` cannot be
@@ -81,6 +84,7 @@ class VideoChat:
     check_embedded(tokenizer, model.config.decoder.vocab_size, model.config.name)
     self.config = model.config
     self.tokenizer = tokenizer
+    self.shapes_only = shapes_only
     self.engine = Engine(model, tokenizer.stop_ids, layout, cache)
     if features is not None and self.engine.is_on_several_hosts:
       raise InputError("features is for one host: another may have other features; leave it out")
@@ -162,7 +166,7 @@ class VideoChat:
       return NamedSharding(layout.mesh, weight_spec(path, len(shape), replicated=True))
 
     model = load_model(make_model, directory, dtype, sharding_of, weights)
-    return cls(model, tokenizer, layout, features, cache)
+    return cls(model, tokenizer, layout, features, cache, shapes_only=name == TINY)
 
   def watch(
     self,
@@ -206,7 +210,7 @@ class VideoChat:
         context of the model has no room for the frames; or another process is writing into the
         folder of features.
     """
-    video = WatchedVideo(self.engine, self.tokenizer, self.features)
+    video = WatchedVideo(self.engine, self.tokenizer, self.features, self.shapes_only)
     video.watch(
       source,
       max_frames,
@@ -249,7 +253,7 @@ class VideoChat:
     reader = functools.partial(open_row_video, row, num_threads=None, logs_damage=True)
     known_info = None if self.features is None else self.features.video_info
     source = VideoSource(row_video_path(row), reader, choose, known_info)
-    video = WatchedVideo(self.engine, self.tokenizer, self.features)
+    video = WatchedVideo(self.engine, self.tokenizer, self.features, self.shapes_only)
     video.watch_source(source, progress=False)
     return video
 
@@ -266,24 +270,35 @@ class VideoChat:
     Raises:
       InputError: the list is empty, or an image is missing or cannot be read.
     """
-    seen = SeenImages(self.engine, self.tokenizer, self.features)
+    seen = SeenImages(self.engine, self.tokenizer, self.features, self.shapes_only)
     seen.look(images)
     return seen
 
   def conversation(self) -> Conversation:
     """Begins a conversation that has seen nothing yet; see its `watch`, `look` and `ask`."""
-    return Conversation(self.engine, self.tokenizer, self.features)
+    return Conversation(self.engine, self.tokenizer, self.features, self.shapes_only)
 
-  def ask(self, question: str | Sequence[str], **options) -> str | list[str] | Iterator[str]:
-    """Answers a question without any video or image, in a new conversation.
+  def ask(
+    self, question: str | Sequence[str] | Sequence[Mapping[str, Any]], **options
+  ) -> str | list[str] | Iterator[str]:
+    """Answers a question, in a new conversation.
 
-    To ask about a video or images, call `ask` of what `watch` or `look` returns.
+    To ask several questions about a video or images, call `ask` of what `watch` or `look` returns.
 
     Args:
-      question: a text, or a list of texts.
+      question: a text, or a list of texts. Or a list of messages, as transformers and the OpenAI
+        API have them, with their videos, images and earlier turns; see `inference.messages`.
       **options: the options of `Conversation.ask`.
+
+    Raises:
+      InputError: as `Conversation.ask`; or a message, a video or an image cannot be used.
     """
-    return self.conversation().ask(question, **options)
+    conversation = self.conversation()
+    if are_messages(question):
+      media, history, question = read_messages(question)
+      show(conversation, media)
+      conversation.history = history
+    return conversation.ask(question, **options)
 
 
 def _is_stretch(yarn):

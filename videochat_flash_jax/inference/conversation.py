@@ -5,6 +5,7 @@ import functools
 import itertools
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -48,7 +49,13 @@ from videochat_flash_jax.inference.watching import (
   watch_frames,
 )
 from videochat_flash_jax.shapes import UInt8
+from videochat_flash_jax.synthetic.world import is_synthetic
 
+SHAPES_ONLY = (
+  "this model knows the coloured things of `vcflash synth` only; what it says about other videos "
+  "and images means nothing. A real model is VideoChat-Flash-Qwen2_5-2B_res448; docs/models.md "
+  "tells which one fits your machine."
+)
 THUMBNAIL_SIZE = 224  # pixels
 MAX_NEW_TOKENS = 256
 
@@ -73,13 +80,21 @@ class Conversation:
     decode_seconds: wall time of generating the last answer.
   """
 
-  def __init__(self, engine: Engine, tokenizer: Tokenizer, features: FeatureStore | None = None):
+  def __init__(
+    self,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    features: FeatureStore | None = None,
+    shapes_only: bool = False,
+  ):
     """Begins a conversation.
 
     Args:
       engine: runs the model.
       tokenizer: the tokenizer of the model.
       features: keeps the output of the encoder.
+      shapes_only: whether the model knows the synthetic world only; a video or an image from
+        elsewhere then gets a warning.
     """
     self.history: list[tuple[str, str]] = []
     self.seen: list[Video | Images] = []
@@ -87,6 +102,7 @@ class Conversation:
     self._engine = engine
     self._tokenizer = tokenizer
     self._features = features
+    self._shapes_only = shapes_only
     self._prefix: Prefix | None = None  # what the engine has read up to the last video or image
     self._num_seen = 0  # its length, without what follows the last video or image
     self._lead: list[int] = []  # ids behind it in the prefix, with which every question begins
@@ -187,6 +203,8 @@ class Conversation:
     self, source: FrameSource, window_frames: int | None = None, *, progress: bool = True
   ) -> None:
     """As `watch`, for a source that is open; it is closed at the end."""
+    if self._shapes_only and source.path is not None and not is_synthetic(source.path):
+      warnings.warn(SHAPES_ONLY, stacklevel=2)
     engine, config, began = self._engine, self._engine.config, time.perf_counter()
     window, quiet = None, None if progress else True  # None: tqdm shows a bar only on a terminal
     if window_frames is not None:
@@ -216,6 +234,8 @@ class Conversation:
     images = images if isinstance(images, list | tuple) else [images]
     if not images:
       raise InputError("there is no image to look at; give at least one")
+    if self._shapes_only:
+      warnings.warn(SHAPES_ONLY, stacklevel=2)
     config = self._engine.config
     size = config.vision.image_size
     if len(images) > 1:

@@ -18,6 +18,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from videochat_flash_jax.data.media.files import is_address, open_media
 from videochat_flash_jax.errors import InputError
 from videochat_flash_jax.synthetic.render import (
   COLOURS,
@@ -38,6 +39,7 @@ CLIP_SECONDS = 4
 VIDEO_SIZE = 192
 VIDEO_FPS = 8
 QUESTION_KINDS = ("attribute", "absence")
+_COMMENT = "made by vcflash synth"
 
 _COLOUR_NAMES = tuple(COLOURS)
 _ATTRIBUTE_WORDINGS = (
@@ -208,6 +210,7 @@ def draw_num_frames(rng: np.random.Generator, min_frames: int, max_frames: int) 
 def write_video(scene: Scene, path: FilePath):
   """Writes a scene as an H.264 mp4 of 192 x 192 pixels and 8 frames a second."""
   with av.open(f"file:{path}", "w") as container:  # a colon in the path begins no address then
+    container.metadata["comment"] = _COMMENT
     stream = container.add_stream("libx264", rate=VIDEO_FPS)
     stream.width = stream.height = VIDEO_SIZE
     stream.pix_fmt = "yuv420p"
@@ -223,6 +226,15 @@ def write_video(scene: Scene, path: FilePath):
       for picture in render(scene, moments, VIDEO_SIZE)[0]:
         container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
     container.mux(stream.encode())
+
+
+def is_synthetic(path: str | os.PathLike) -> bool:
+  """Whether a file or an address is a video of `write_video`, or a conversion of one."""
+  try:
+    with av.open(open_media(path) if is_address(path) else f"file:{path}") as container:
+      return container.metadata.get("comment") == _COMMENT
+  except (av.error.FFmpegError, OSError, InputError):
+    return False
 
 
 def write_dataset(
