@@ -40,7 +40,7 @@ test: $(INSTALLED)  ## the tests that take minutes in all
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	@$(ONE_DEVICE) $(PYTEST) $(TWO) --durations 12 -m slow
-	@$(EIGHT_DEVICES) $(PYTEST) --durations 12 -m slow tests/multidevice
+	@$(EIGHT_DEVICES) $(PYTEST) $(TWO) --durations 12 -m slow tests/multidevice
 
 # This torch comes without gigabytes of libraries for GPUs.
 TORCH := --no-deps torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu

@@ -59,11 +59,20 @@ def test_remedies_fit_and_none_is_needless(seven):
 
 
 def test_what_does_not_fit_is_refused_with_flags_that_help(seven):
-  check_memory(seven, 512, Setting(), 24 * GIB)
-  with pytest.raises(InputError, match=r"needs .* the device has 15.8; give --tensor 2, or"):
-    check_memory(seven, 10_000, Setting(), int(15.75 * GIB))
+  check_memory(seven, 512, Setting(), 24 * GIB, 1)
+  with pytest.raises(InputError, match=r"needs .* the device has 15.8; give --tensor 2, "):
+    check_memory(seven, 10_000, Setting(), int(15.75 * GIB), 8)
+  with pytest.raises(InputError, match=r"15.8; give --weights int8 --cache int8, "):
+    check_memory(seven, 10_000, Setting(), int(15.75 * GIB), 1)
   with pytest.raises(InputError, match="a device with more memory"):
-    check_memory(seven, 10_000, Setting(), GIB)
+    check_memory(seven, 10_000, Setting(), GIB, 1)
+
+
+@pytest.mark.parametrize("gib, flags", [(7, ""), (5, " --weights int8")])
+def test_where_no_flag_helps_a_smaller_model_is_named(seven, gib, flags):
+  name = "VideoChat-Flash-Qwen2_5-2B_res448"
+  with pytest.raises(InputError, match=f"; give --model {name}{flags} \\("):
+    check_memory(seven, 64, Setting(), gib * GIB, 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

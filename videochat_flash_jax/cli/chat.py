@@ -276,4 +276,4 @@ def _check_memory(args, config, dropout, weights):
   frames = args.window or args.max_frames or config.sampling.max_frames
   if not args.video:
     frames = config.vision.clip_frames
-  check_memory(Fitting(config, dtype), frames, setting, num_bytes)
+  check_memory(Fitting(config, dtype), frames, setting, num_bytes, jax.device_count())

@@ -7,7 +7,6 @@ video is watched; `tests/tpu/fitting_test.py` compares it with the compiler's ow
 
 import dataclasses
 import itertools
-import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -84,9 +83,9 @@ class Fitting:
       config: of the model. Its own `dropout` has no meaning here: settings say it.
       dtype: of the computation.
     """
-    self.config, self._dtype = dataclasses.replace(config, dropout=None), jnp.dtype(dtype)
+    self.config, self.dtype = dataclasses.replace(config, dropout=None), jnp.dtype(dtype)
     model = nnx.eval_shape(
-      lambda: VideoChatFlash(self.config, rngs=nnx.Rngs(0), param_dtype=self._dtype)
+      lambda: VideoChatFlash(self.config, rngs=nnx.Rngs(0), param_dtype=self.dtype)
     )
     self._weights = nnx.to_pure_dict(nnx.state(model))
 
@@ -122,14 +121,16 @@ class Fitting:
       low, high = (middle, high) if fits else (low, middle - 1)
     return low * step
 
-  def remedies(self, frames: int, num_bytes: int, usual: Setting) -> Iterator[Setting]:
-    """Yields settings in which the frames fit, those with the fewest changes first.
+  def remedies(
+    self, frames: int, num_bytes: int, usual: Setting, num_devices: int = 8
+  ) -> Iterator[Setting]:
+    """Yields settings in which the frames fit on so many devices, those with few changes first.
 
     A setting that only adds changes to one that was yielded before is left out.
     """
     yielded = []
     choices = itertools.product(
-      *({own, *others} for own, others in zip(usual, self._others(), strict=True))
+      *({own, *others} for own, others in zip(usual, self._others(num_devices), strict=True))
     )
     for choice in sorted(
       map(Setting._make, choices), key=lambda setting: self._cost(setting, usual)
@@ -140,10 +141,10 @@ class Fitting:
         yielded.append(changes)
         yield choice
 
-  def _others(self):
+  def _others(self, num_devices):
     """Values of the fields of a setting that could be chosen."""
     decoder, preset = self.config.decoder, DropoutConfig.model_card()
-    splits = [n for n in (2, 4, 8) if math.gcd(decoder.num_kv_heads, n) == n]
+    splits = [n for n in (2, 4, 8) if decoder.num_kv_heads % n == num_devices % n == 0]
     has_preset = decoder.depth > max(preset.layers)
     return (("int8",), ("int8", "int4"), (preset,) * has_preset, splits, ())
 
@@ -174,14 +175,14 @@ class Fitting:
   def _cache_bytes(self, depth, num_slots, kept_as):
     cache = jax.eval_shape(
       lambda: KVCache.empty(
-        self.config.decoder, 1, num_slots, depth=depth, dtype=self._dtype, kept_as=kept_as
+        self.config.decoder, 1, num_slots, depth=depth, dtype=self.dtype, kept_as=kept_as
       )
     )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
   def _working(self, setting):
     """Bytes of the activations of reading a chunk, and of encoding a group of clips meanwhile."""
-    vision, decoder, size = self.config.vision, self.config.decoder, self._dtype.itemsize
+    vision, decoder, size = self.config.vision, self.config.decoder, self.dtype.itemsize
     reading = CHUNK * (2 * decoder.mlp_width // setting.tensor + 6 * decoder.width) * size
     patches = CLIPS_PER_GROUP * vision.num_patches(vision.clip_frames)
     encoding = int(2.4 * patches * (vision.mlp_width + 5 * vision.width) * size)
@@ -219,21 +220,45 @@ def device_memory() -> int | None:
   return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def check_memory(fitting: Fitting, frames: int, setting: Setting, num_bytes: int) -> None:
+def _smallest_model(fitting: Fitting, num_bytes: int) -> list[str]:
+  """Flags for the released model that needs least, if it watches its usual frames there."""
+  others = [Fitting(config, fitting.dtype) for config in released_configs()]
+  wide, narrow = Setting(), Setting(weights="int8")
+  least = min(others, key=lambda other: other.needs(0, wide).weights)
+  frames = least.config.sampling.max_frames
+  return [
+    f"--model {least.config.name} {setting.flags(wide)}".strip()
+    for setting in (wide, narrow)
+    if least.needs(frames, setting).total <= num_bytes
+  ][:1]
+
+
+def check_memory(
+  fitting: Fitting, frames: int, setting: Setting, num_bytes: int, num_devices: int
+) -> None:
   """Checks that a model and a video fit, before anything is loaded.
 
+  Args:
+    fitting: of the model.
+    frames: to watch.
+    setting: how the model is loaded.
+    num_bytes: memory of each device.
+    num_devices: how many devices there are.
+
   Raises:
-    InputError: they do not fit; names flags with which they do.
+    InputError: they do not fit; names flags, or another model, with which they do.
   """
   needs = fitting.needs(frames, setting).total
   if needs <= num_bytes:
     return
   remedies = [
     remedy.flags(setting)
-    for remedy in itertools.islice(fitting.remedies(frames, num_bytes, setting), 2)
+    for remedy in itertools.islice(fitting.remedies(frames, num_bytes, setting, num_devices), 2)
   ]
   most = fitting.most_frames(num_bytes, setting)
   remedies += [f"--max-frames {most}"] * (most > 0)
+  if not remedies:
+    remedies = _smallest_model(fitting, num_bytes)
   raise InputError(
     f"{fitting.config.name} with {frames:,} frames needs {needs / 2**30:.1f} GiB, the device has "
     f"{num_bytes / 2**30:.1f}; give {', or '.join(remedies) or 'a device with more memory'} "
