@@ -1,7 +1,7 @@
 """Packaging of videochat_flash_jax.
 
-Lower bounds are the versions that the tests ran with on Python 3.11; upper bounds stop before the
-next release that may break an interface. Newer Pythons resolve to newer jax and flax in between.
+Lower bounds are the oldest versions with which the tests pass (`make test-lowest`); upper bounds stop
+before the next release that may break an interface.
 """
 
 import re
@@ -12,7 +12,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 PACKAGE = ROOT / "videochat_flash_jax"
 VERSION = re.search(r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_text(), re.M).group(1)
-JAX = ">=0.10.2,<0.13"
+JAX = ">=0.8.1,<0.13"
 TORCH = "torch>=2.6,<3"  # 2.6: the first that refuses to unpickle code by default
 
 setup(
@@ -32,42 +32,42 @@ setup(
   package_data={"videochat_flash_jax": ["assets/**/*", "py.typed"]},
   install_requires=[
     f"jax{JAX}",
-    "av>=18.1,<20",
-    "flax>=0.12.8,<0.13",
-    "fsspec>=2026.9,<2027",
-    "grain>=0.2.18,<0.3",
-    "huggingface_hub>=2.4,<3",
-    "jaxtyping>=0.3.11,<0.4",
+    "aiohttp>=3.9,<4",  # with which fsspec reads http
+    "av>=17.0,<20",
+    "flax>=0.12.6,<0.13",
+    "fsspec>=2025.3,<2027",
+    "grain>=0.2.14,<0.3",
+    "huggingface_hub>=1.0,<3",
+    "jaxtyping>=0.3.7,<0.4",
     "ml-collections>=1.1,<2",
-    "numpy>=2.4,<3",
-    "optax>=0.2.8,<0.3",
-    "orbax-checkpoint>=0.12.8,<0.13",
+    "numpy>=2.1,<3",
+    "optax>=0.2.6,<0.3",
+    "orbax-checkpoint>=0.11.30,<0.13",
     "pillow>=10.1,<14",
     "prompt_toolkit>=3.0.40,<4",
-    "pyyaml>=6.0.3,<7",
-    "qwix>=0.1.8,<0.2",
-    "safetensors>=0.8,<0.9",
-    "sentencepiece>=0.2.3,<0.3",
-    "tokenizers>=0.23,<0.24",
-    "tensorboardX>=2.6.5,<3",
-    "tensorstore>=0.1.86,<0.2",
-    "tqdm>=4.70,<5",
+    "pyyaml>=6.0.2,<7",
+    "qwix>=0.1.4,<0.2",
+    "safetensors>=0.6.1,<0.9",
+    "sentencepiece>=0.2.0,!=0.2.1,<0.3",  # 0.2.1 crashes beside protobuf
+    "tokenizers>=0.22,<0.24",
+    "tensorboardX>=2.6.2.2,<3",
+    "tensorstore>=0.1.78,<0.2",
+    "tqdm>=4.67,<5",
   ],
   extras_require={
     "test": [
-      "aiohttp>=3.14,<4",  # with which fsspec reads http
       "beartype>=0.23,<0.24",
       "pexpect>=4.9,<5",
       "pytest>=9.2,<10",
       "pytest-xdist>=3.8,<4",
       "ruff==0.17.6",
     ],
-    # Annotations and media at gs://, s3:// and https://.
+    # Annotations and media at gs:// and s3://.
     "gcs": ["gcsfs>=2026.8.2,<2027"],
     "s3": ["s3fs>=2026.8,<2027"],
-    "http": ["aiohttp>=3.14,<4"],
-    # Never bare libtpu: only jax knows which libtpu fits it.
+    # Never bare libtpu or CUDA: only jax knows which of them fit it.
     "tpu": [f"jax[tpu]{JAX}"],
+    "cuda": [f"jax[cuda12]{JAX}"],
     "convert": [TORCH],
     "bench": [
       TORCH,

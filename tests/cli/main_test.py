@@ -113,6 +113,14 @@ def test_the_module_is_the_command():
   assert result.stdout == f"vcflash {videochat_flash_jax.__version__}\n"
 
 
+def test_output_that_cannot_be_written_is_one_line_and_code_2():
+  command = [sys.executable, "-m", "videochat_flash_jax", "fit", "--model", "tiny", "--chip", "v5e"]
+  with open("/dev/full", "w") as full:
+    result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+  assert result.returncode == 2
+  assert result.stderr == "vcflash: no space is left for the output; make room for it\n"
+
+
 def test_all_caches_can_be_moved(fake_verb, monkeypatch, tmp_path, capsys):
   monkeypatch.setenv("VCF_CACHE_DIR", str(tmp_path))
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")  # is put back after the test

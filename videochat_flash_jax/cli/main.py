@@ -19,6 +19,7 @@ other failure is a bug of this package and keeps its traceback.
 
 import argparse
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -73,16 +74,31 @@ def main(argv: Sequence[str] | None = None) -> int:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
   _take_any_text()
   try:
-    return _run_verb(list(sys.argv[1:] if argv is None else argv))
+    code = _run_verb(list(sys.argv[1:] if argv is None else argv))
+    if sys.stdout is not None:
+      sys.stdout.flush()  # while its errors still have a message
+    return code
   except InputError as error:
     print(f"vcflash: {error}", file=sys.stderr)
     return 2
   except BrokenPipeError:  # the reader of our output has ended, as in `vcflash ... | head`
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _silence_stdout()
     return 1
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    _silence_stdout()
+    where = error.filename or "the output"
+    print(f"vcflash: no space is left for {one_line(where)}; make room for it", file=sys.stderr)
+    return 2
   except KeyboardInterrupt:
     print("vcflash: interrupted", file=sys.stderr)
     return 130
+
+
+def _silence_stdout():
+  """Lets Python end without another error of what could not be written."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _take_any_text():
