@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EXTRAS := test
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check
+INSTALL = $(PIP)
 SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 # Numbers are compared in float32 on the CPU; compiled programs are kept for the next run.
@@ -22,7 +24,7 @@ EIGHT_DEVICES = JAX_ENABLE_COMPILATION_CACHE=false XLA_FLAGS="$(QUICK) \
   --xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false \
   --xla_cpu_multi_thread_eigen=false --xla_cpu_experimental_ynn_fusion_type="
 
-.PHONY: help venv demo test test-slow test-convert test-torch test-tpu test-libtpu test-pillow lint
+.PHONY: help venv demo test test-slow test-convert test-torch test-tpu test-libtpu test-pillow test-lowest lint
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
 
@@ -65,6 +67,11 @@ test-pillow: $(INSTALLED)  ## the tests of pictures and videos with the oldest P
 	@PYTHONPATH=.cache/pillow $(ONE_DEVICE) $(PYTEST) $(TWO) tests/data/media tests/parity/resize_test.py \
 	  tests/parity/preprocess_test.py tests/parity/anyres_test.py tests/parity/frames_test.py
 
+# uv can choose the lowest versions that are declared.
+LOWEST := $(VENV)-lowest/bin/uv pip install -q --python $(VENV)-lowest --resolution lowest-direct
+test-lowest:  ## the tests with the oldest packages that setup.py allows, in an environment of its own
+	@$(MAKE) --no-print-directory VENV=$(VENV)-lowest FIRST=uv INSTALL="$(LOWEST)" test
+
 lint: $(INSTALLED)  ## ruff: rules and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -84,9 +91,6 @@ $(INSTALLED): setup.py
 	  $$candidate -m venv --clear $(VENV); \
 	fi; \
 	echo "Installing the package and what its tests need (a minute or two)"; \
-	for packages in "$(FIRST)" "-e .[$(EXTRAS)]"; do \
-	  if [ -n "$$packages" ]; then \
-	    $(BIN)/python -m pip install -qq --disable-pip-version-check $$packages; \
-	  fi; \
-	done; \
+	if [ -n "$(FIRST)" ]; then $(PIP) $(FIRST); fi; \
+	$(INSTALL) -e ".[$(EXTRAS)]"; \
 	touch $@

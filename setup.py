@@ -1,7 +1,7 @@
 """Packaging of videochat_flash_jax.
 
-Lower bounds are the oldest versions with which the tests pass (`make test-lowest`); upper bounds stop
-before the next release that may break an interface.
+Lower bounds are the oldest versions with which the tests pass (`make test-lowest`). Upper bounds
+stop before the next release that may break an interface.
 """
 
 import re
@@ -33,7 +33,7 @@ setup(
   install_requires=[
     f"jax{JAX}",
     "aiohttp>=3.9,<4",  # with which fsspec reads http
-    "av>=17.0,<20",
+    "av>=17.1,<20",
     "flax>=0.12.6,<0.13",
     "fsspec>=2025.3,<2027",
     "grain>=0.2.14,<0.3",
@@ -57,6 +57,7 @@ setup(
   extras_require={
     "test": [
       "beartype>=0.23,<0.24",
+      "build>=1.2,<2",
       "pexpect>=4.9,<5",
       "pytest>=9.2,<10",
       "pytest-xdist>=3.8,<4",
