@@ -12,7 +12,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 PACKAGE = ROOT / "videochat_flash_jax"
 VERSION = re.search(r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_text(), re.M).group(1)
-JAX = ">=0.8.1,<0.13"
+JAX = ">=0.9.2,<0.13"
 TORCH = "torch>=2.6,<3"  # 2.6: the first that refuses to unpickle code by default
 
 setup(
@@ -36,7 +36,7 @@ setup(
     "av>=17.1,<20",
     "flax>=0.12.6,<0.13",
     "fsspec>=2025.3,<2027",
-    "grain>=0.2.14,<0.3",
+    "grain>=0.2.16,<0.3",
     "huggingface_hub>=1.0,<3",
     "jaxtyping>=0.3.7,<0.4",
     "ml-collections>=1.1,<2",

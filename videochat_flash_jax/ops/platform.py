@@ -11,4 +11,7 @@ def target_platform() -> str:
   device.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
+  if device is None:
+    return jax.default_backend()
+  kind = device.device_kind  # such as "cpu", "TPU v5 lite", "NVIDIA H200"
+  return "cpu" if kind == "cpu" else "tpu" if kind.startswith("TPU") else "gpu"
