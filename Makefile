@@ -24,7 +24,7 @@ EIGHT_DEVICES = JAX_ENABLE_COMPILATION_CACHE=false XLA_FLAGS="$(QUICK) \
   --xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false \
   --xla_cpu_multi_thread_eigen=false --xla_cpu_experimental_ynn_fusion_type="
 
-.PHONY: help venv demo test test-slow test-convert test-torch test-tpu test-libtpu test-pillow test-lowest lint
+.PHONY: help venv demo test test-slow test-convert test-torch test-tpu test-libtpu test-pillow test-lowest notebooks lint
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
 
@@ -71,6 +71,15 @@ test-pillow: $(INSTALLED)  ## the tests of pictures and videos with the oldest P
 LOWEST := $(VENV)-lowest/bin/uv pip install -q --python $(VENV)-lowest --resolution lowest-direct
 test-lowest:  ## the tests with the oldest packages that setup.py allows, in an environment of its own
 	@$(MAKE) --no-print-directory VENV=$(VENV)-lowest FIRST=uv INSTALL="$(LOWEST)" test
+
+# Colab has Python 3.12. What it comes with is left as it is.
+COLAB := launch/colab
+OF_COLAB := numpy pillow protobuf pyyaml requests
+notebooks: $(INSTALLED)  ## write the notebooks from their sources, and the versions that Colab installs
+	@$(BIN)/jupytext --quiet --to ipynb $(COLAB)/*.py
+	@$(PIP) uv
+	@$(BIN)/uv pip compile --quiet --python-version 3.12 --extra tpu --no-annotate --no-header \
+	  $(OF_COLAB:%=--no-emit-package %) setup.py --output-file $(COLAB)/constraints.txt
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -111,12 +111,18 @@ def test_the_frames_of_files_can_be_seen_again(checkpoint, tmp_path):
   for index, frame in enumerate(FRAMES[:8]):
     Image.fromarray(frame).save(folder / f"{index}.png")
   video = chat.watch(path, max_frames=8)
-  assert video.frames().shape == (8, 224, 224, 3)
-  np.testing.assert_array_equal(video.frames(2, image_size=32), video.frames(image_size=32)[[1, 5]])
+  seconds, pictures = zip(*video.frames(), strict=True)
+  assert list(seconds) == video.frame_times and len(set(seconds)) == 8
+  assert {picture.shape for picture in pictures} == {(224, 224, 3)}
+  small = video.frames(image_size=32)
+  for few, same in zip(video.frames(2, image_size=32), (small[1], small[5]), strict=True):
+    assert few.seconds == same.seconds
+    np.testing.assert_array_equal(few.picture, same.picture)
   assert "8 frames, one every 3" in str(video.seen[0])
   video.extend(folder)
   assert len(video.frames()) == 16
-  np.testing.assert_array_equal(video.frames(image_size=32)[8:], FRAMES[:8])
+  added = [frame.picture for frame in video.frames(image_size=32)[8:]]
+  np.testing.assert_array_equal(added, FRAMES[:8])
   video.extend(FRAMES[:4])
   with pytest.raises(InputError, match="are not kept"):
     video.frames()

@@ -39,7 +39,7 @@ from videochat_flash_jax.inference.feature_encoding import video_features
 from videochat_flash_jax.inference.prefix import Prefix
 from videochat_flash_jax.inference.reading import Reading
 from videochat_flash_jax.inference.sampler import Sampling
-from videochat_flash_jax.inference.seen import Images, Video
+from videochat_flash_jax.inference.seen import Frame, Images, Video
 from videochat_flash_jax.inference.turns import Stream, Turns
 from videochat_flash_jax.inference.watching import (
   LEAST_WINDOW,
@@ -48,7 +48,6 @@ from videochat_flash_jax.inference.watching import (
   read_groups,
   watch_frames,
 )
-from videochat_flash_jax.shapes import UInt8
 from videochat_flash_jax.synthetic.world import is_synthetic
 
 SHAPES_ONLY = (
@@ -482,17 +481,12 @@ class WatchedVideo(Conversation):
     """See the class."""
     return self._video.watch_seconds
 
-  def frames(
-    self, num_frames: int | None = None, image_size: int = THUMBNAIL_SIZE
-  ) -> UInt8[np.ndarray, "F S S 3"]:
-    """Reads remembered frames again, from the files that were watched.
-
-    They are squares, as the model sees them. `frame_times[i]` is the time of frame i, if all are
-    read.
+  def frames(self, num_frames: int | None = None, image_size: int = THUMBNAIL_SIZE) -> list[Frame]:
+    """Reads remembered frames again, from the files that were watched: pictures and their times.
 
     Args:
       num_frames: the most frames to read, evenly spaced; by default all.
-      image_size: S, in pixels.
+      image_size: width and height of the pictures, in pixels.
 
     Raises:
       InputError: an array, a list or an iterator was watched, whose frames are not kept; or a file
@@ -500,7 +494,7 @@ class WatchedVideo(Conversation):
     """
     num_frames = argument("num_frames", num_frames, optional(count()))
     image_size = argument("image_size", image_size, count())
-    return np.stack(list(self._video.frames(num_frames, image_size)))
+    return list(self._video.frames(num_frames, image_size))
 
   @property
   def _video(self):

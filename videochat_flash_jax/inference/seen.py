@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,18 @@ from videochat_flash_jax.data.media.frame_source import FrameSource
 from videochat_flash_jax.data.text.conversation import image_opening, video_opening
 from videochat_flash_jax.inference.watching import Window
 from videochat_flash_jax.shapes import UInt8
+
+
+class Frame(NamedTuple):
+  """A frame that was watched.
+
+  Attributes:
+    seconds: when it is shown.
+    picture: a square, as the model sees it.
+  """
+
+  seconds: float
+  picture: UInt8[np.ndarray, "S S 3"]
 
 
 @dataclasses.dataclass
@@ -71,7 +84,7 @@ class Video:
     self.seconds += source.seconds if is_whole else source.times[num_frames]
     self.sources.append((source if source.path else FrameSource(), num_frames))
 
-  def frames(self, num_frames: int | None, image_size: int) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
+  def frames(self, num_frames: int | None, image_size: int) -> Iterator[Frame]:
     """Reads remembered frames again, evenly spaced ones if there are more than `num_frames`.
 
     Raises:
@@ -82,9 +95,10 @@ class Video:
       wanted = wanted[interval_indices(len(wanted), min(num_frames, len(wanted)))]
     first = 0
     for source, count in self.sources:
-      here = wanted[(wanted >= first) & (wanted < first + count)] - first
-      if len(here):
-        yield from source.look_again(here, image_size)
+      here = wanted[(wanted >= first) & (wanted < first + count)]
+      pictures = source.look_again(here - first, image_size) if len(here) else ()
+      for index, picture in zip(here, pictures, strict=True):
+        yield Frame(self.times[index], picture)
       first += count
 
 
