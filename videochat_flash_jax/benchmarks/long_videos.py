@@ -38,10 +38,12 @@ def small_chat(depth: int | None = None, dropout: DropoutConfig | None = None) -
     depth: layers of its decoder, with random weights; None for the model that ships, which has 4.
     dropout: None for none.
   """
+  directory = checkpoint_directory("tiny")
   if depth is None:
-    return VideoChat.from_pretrained("tiny", context=_CONTEXT, dropout=dropout or False)
+    # Given as a directory, it does not warn that it knows nothing of these films.
+    return VideoChat.from_pretrained(directory, context=_CONTEXT, dropout=dropout or False)
   tiny = VideoChatFlashConfig.tiny()
   decoder = dataclasses.replace(tiny.decoder, depth=depth, max_positions=_CONTEXT)
   config = dataclasses.replace(tiny, decoder=decoder, dropout=dropout)
   model = nnx.merge(*random_weights(lambda: VideoChatFlash(config, rngs=nnx.Rngs(0))))
-  return VideoChat(model, load_tokenizer(hub_files(checkpoint_directory("tiny"))))
+  return VideoChat(model, load_tokenizer(hub_files(directory)))
