@@ -20,6 +20,8 @@ from videochat_flash_jax.errors import InputError, is_unicode, one_line
     (os.fsdecode(b"caf\xe9.mp4"), r"caf\udce9.mp4"),
     ("to the left\u202e", r"to the left\u202e"),
     (7, "7"),
+    ("a" * 200, "a" * 200),
+    (f"no {'a' * 100}{'b' * 2000}: cut", f"no {'a' * 80}...{'b' * 39}: cut"),
   ],
 )
 def test_what_cannot_be_printed_is_escaped(text, shown):

@@ -1,6 +1,9 @@
 """The error for bad input, which the user can correct, and how texts of users are shown."""
 
 import logging
+import re
+
+_LONG_WORD = re.compile(r"(\S{80})\S{81,}(\S{40})")
 
 
 class InputError(ValueError):
@@ -19,14 +22,15 @@ def one_line(text: object) -> str:
 
   Line breaks and other characters that cannot be printed are written as in a Python string: `\n`,
   `\x1b`, `\udce9`. Names of files may hold them; those in another encoding have halves of surrogate
-  pairs.
+  pairs. A word of more than 200 letters is no name, but data: it is cut in its middle.
   """
   text = str(text)
-  if text.isprintable():
-    return text
-  return "".join(
-    letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
-  )
+  if not text.isprintable():
+    text = "".join(
+      letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+      for letter in text
+    )
+  return _LONG_WORD.sub(r"\1...\2", text)
 
 
 def is_unicode(text: str) -> bool:

@@ -85,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _silence_stdout()
     return 1
   except OSError as error:
+    if error.errno == errno.ENAMETOOLONG:
+      print(f"vcflash: {one_line(error.filename)}: the name is too long", file=sys.stderr)
+      return 2
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
     _silence_stdout()
