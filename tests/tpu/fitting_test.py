@@ -41,7 +41,7 @@ def encoding(mesh):
   return memory_of(*encode_program(CONFIG, mesh)).temp_size_in_bytes
 
 
-@pytest.mark.parametrize("cache, dropout", [("int8", None), ("int4", PRESET)])
+@pytest.mark.parametrize("cache, dropout", [("int8", None), ("int8", PRESET), ("int4", PRESET)])
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_ten_thousand_frames_fit_on_a_v5e_and_need_what_was_added_up(
   mesh, encoding, name, cache, dropout
