@@ -5,12 +5,14 @@ import json
 import pytest
 
 from videochat_flash_jax.cli.main import main
+from videochat_flash_jax.errors import one_line
 
 
 def refusal(out, capsys):
   assert main(["demo", "--out", str(out)]) == 2
   error = capsys.readouterr().err
-  assert error.startswith(f"vcflash: {str(out)[:80]}") and error.count("\n") == 1
+  named = one_line(f"{out}:").removesuffix(":")  # a long name is cut
+  assert error.startswith(f"vcflash: {named}") and error.count("\n") == 1
   return error
 
 

@@ -77,10 +77,10 @@ def test_two_processes_train_as_one_and_read_its_streams(rows, alone, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_is_killed_the_other_says_so_and_the_same_command_goes_on(
-  rows, alone, tmp_path, stack
+  rows, alone, tmp_path, stack, victim
 ):
-  victim = 0 if rows == SHARED_ROW else 1  # the coordinator, or the other one
   processes = pair(rows, tmp_path, stack)
   wait_for(lambda: last_step(tmp_path) >= 3, processes[0])
   stop(processes[victim], signal.SIGKILL)

@@ -90,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       return 2
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
-    _silence_stdout()
+    try:
+      sys.stdout.flush()  # another file is full: what was printed is kept
+    except OSError:
+      _silence_stdout()
     where = error.filename or "the output"
     print(f"vcflash: no space is left for {one_line(where)}; make room for it", file=sys.stderr)
     return 2
