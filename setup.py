@@ -51,7 +51,7 @@ setup(
     "sentencepiece>=0.2.0,!=0.2.1,<0.3",  # 0.2.1 crashes beside protobuf
     "tokenizers>=0.22,<0.24",
     "tensorboardX>=2.6.2.2,<3",
-    "tensorstore>=0.1.78,<0.2",
+    "tensorstore>=0.1.84,<0.2",
     "tqdm>=4.67,<5",
   ],
   extras_require={
